@@ -1,0 +1,232 @@
+/*
+ * xkv/codec.h - pack KV caches into entries (.xkv) and restore them.
+ *
+ * Simple level: xkv_pack_file() and xkv_unpack_file(), file in, file out, atomic.
+ * Middle level: open a cache with <xkv/format.h>, xkv_pack() it into any output; xkv_entry_open() any input and
+ * xkv_entry_restore() the engine's file.
+ * Free level: xkv_pack() planes straight from the caller's memory through views; xkv_entry_read() any range of tokens
+ * and groups straight into views.
+ *
+ * Lossy contract: profile svd stores an approximation whose relative error per plane is measured while packing and kept
+ * in the entry. Sinks, planes with NaN or Inf, MLA's rotated key part and everything that is not tensor data are exact.
+ * Packed bytes may differ between versions, machines and backends; what they decode to may not (spec/codec.md).
+ */
+#ifndef XKV_CODEC_H
+#define XKV_CODEC_H
+
+#include "xkv/common.h"
+#include "xkv/format.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* --- Packing ------------------------------------------------------------------------------------------------------ */
+
+typedef enum xkv_profile {
+    XKV_PROFILE_AUTO = 0,     /* svd when a rank, ratio, error or energy is asked for, else lossless */
+    XKV_PROFILE_LOSSLESS = 1, /* byte planes + zstd */
+    XKV_PROFILE_SVD = 2       /* grouped cross-layer SVD, xKV (arXiv 2503.18893) */
+} xkv_profile;
+
+/* Progress of a call in bytes of raw cache; return non-zero to stop it (XKV_ERROR_CANCELLED). Called on the caller's
+ * thread, at least once a group. */
+typedef int (*xkv_progress_fn)(void *user, uint64_t done, uint64_t total);
+
+typedef struct xkv_pack_options {
+    size_t struct_size;
+    uint32_t profile;      /* xkv_profile; default AUTO */
+    uint32_t group_layers; /* layers per group, >= 1; default 4. The last group may be smaller */
+    uint32_t sinks;        /* exact tokens at the start; default 4; cut to the tokens there are */
+    uint32_t window;       /* exact tokens at the end; default 0 */
+
+    /* What an svd group may cost. Exactly one of: rank_k and rank_v, ratio, error, energy. */
+    uint32_t rank_k, rank_v; /* components per full group of K (or latent) and V planes; a smaller last group gets its
+                                share by layers, rounded down, at least 1 */
+    double ratio;            /* > 1: raw 16-bit bytes / all bytes of the entry; ranks K : V = 1 : 1.5 as in the paper */
+    double error;            /* 0 < error < 1: largest relative error of each group, guaranteed by measurement */
+    double energy; /* 0 < energy < 1: share of each group's sum of squares to keep; error = sqrt(1 - energy) */
+
+    uint32_t iterations;   /* power iterations, 1 .. 8; default 2 */
+    int32_t zstd_level;    /* 1 .. 19; default 3 */
+    uint32_t zstd_factors; /* non-zero: also compress svd factors (a few per cent); default 0: stored, so that they can
+                              be mapped and copied to a device */
+    uint32_t chunk_tokens; /* default 256 (spec: a power of two, 32 .. 65536) */
+
+    const xkv_model *model; /* for the metadata (fingerprint, names); NULL: none */
+    const char *writer;     /* program name and version for the metadata; NULL: libxkv's */
+    xkv_progress_fn progress;
+    void *progress_user;
+} xkv_pack_options;
+
+static inline xkv_pack_options xkv_pack_options_default(void)
+{
+    xkv_pack_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    o.group_layers = 4;
+    o.sinks = 4;
+    o.iterations = 2;
+    o.zstd_level = 3;
+    o.chunk_tokens = 256;
+    return o;
+}
+
+typedef struct xkv_pack_report {
+    uint64_t raw_bytes;   /* of the cache's tensors as the engine holds them */
+    uint64_t raw16_bytes; /* the same at 16 bits an element: the numerator of `ratio` */
+    uint64_t entry_bytes; /* whole file */
+    double ratio;         /* raw16_bytes / entry_bytes */
+    double error[4];      /* by xkv_plane_kind: relative error over all planes of the kind (spec/codec.md, section 4) */
+    uint32_t group_count;
+    uint32_t lossless_groups;  /* of them, stored lossless */
+    uint32_t fallback_groups;  /* of those, because svd would not have shrunk them */
+    uint32_t nonfinite_planes; /* planes holding NaN or Inf */
+} xkv_pack_report;
+
+/* Pack planes. `views` [geometry->plane_count] are the sources. `framing` (may be NULL) is the engine file around them
+ * and `source`/`source_size` (then required) that whole file, for its hash. `report` may be NULL. Memory: two groups in
+ * f32, twice the svd block, and 32 MiB; the entry is written as it is made. Errors: ARGUMENT (options out of range, two
+ * targets at once), TARGET (ratio, or error below what 16-bit factors reach), LIMIT, MEMORY, CANCELLED, BACKEND, and
+ * what `output` returns. On error the output's contents are of no use. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_pack(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *views,
+                                           const xkv_framing *framing, const void *source, uint64_t source_size,
+                                           const xkv_pack_options *options, const xkv_output *output,
+                                           xkv_pack_report *report);
+
+/* xkv_pack() of a cache opened from an engine file. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_pack_cache(xkv_ctx *ctx, const xkv_cache *cache, const xkv_pack_options *options,
+                                                 const xkv_output *output, xkv_pack_report *report);
+
+/* Engine file to entry, atomically. `options` and `report` may be NULL. Errors: those of xkv_cache_open(), xkv_pack()
+ * and xkv_file_create(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_pack_file(xkv_ctx *ctx, const char *engine_path, const char *entry_path,
+                                                int overwrite, const xkv_pack_options *options,
+                                                xkv_pack_report *report);
+
+/* --- Entries ------------------------------------------------------------------------------------------------------ */
+
+/* An opened entry. Opening checks header, tables and all sections but the payload (every rule of spec/container.md that
+ * is not marked deep). Immutable afterwards: may be read by several threads at once, each with its own context. */
+typedef struct xkv_entry xkv_entry;
+
+/* Open. `input` is copied and must stay readable. Errors: FORMAT, VERSION, FEATURE, TRUNCATED, CHECKSUM, CORRUPT,
+ * LIMIT, MEMORY, and what `input` returns. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_open(xkv_ctx *ctx, const xkv_input *input, xkv_entry **entry_p);
+XKV_API void xkv_entry_close(xkv_ctx *ctx, xkv_entry *entry);
+
+XKV_API const xkv_geometry *xkv_entry_geometry(const xkv_entry *entry);
+XKV_API const xkv_framing *xkv_entry_framing(const xkv_entry *entry); /* NULL when packed from memory */
+
+typedef struct xkv_entry_info {
+    uint64_t file_size;
+    uint64_t raw_bytes, raw16_bytes; /* as in xkv_pack_report */
+    uint64_t payload_bytes;
+    uint64_t framing_bytes, token_bytes; /* of those sections */
+    uint8_t content_id[16];
+    uint8_t source_hash[16]; /* XXH3-128 of the engine's file; zero without framing */
+    uint32_t write_version, read_version;
+    uint32_t sinks, window, chunk_tokens, chunk_count;
+    uint32_t group_count;
+    uint32_t lossless; /* non-zero when every group is */
+} xkv_entry_info;
+XKV_API void xkv_entry_get_info(const xkv_entry *entry, xkv_entry_info *info);
+
+typedef enum xkv_group_codec { XKV_CODEC_LOSSLESS = 0, XKV_CODEC_SVD = 1 } xkv_group_codec;
+typedef enum xkv_lossless_reason {
+    XKV_REASON_ASKED = 0,
+    XKV_REASON_NO_GAIN = 1,
+    XKV_REASON_NONFINITE = 2,
+    XKV_REASON_EXACT_KIND = 3,
+    XKV_REASON_NO_TOKENS = 4
+} xkv_lossless_reason;
+
+typedef struct xkv_group_info {
+    uint32_t codec;  /* xkv_group_codec */
+    uint32_t reason; /* xkv_lossless_reason, lossless groups only */
+    uint32_t plane_count;
+    const uint32_t *planes; /* [plane_count] indices into the geometry, ascending; lives as long as the entry */
+    const double *errors;   /* [plane_count] relative error of each plane */
+    uint32_t rank;
+    uint32_t width; /* N: elements of the group's row */
+    uint64_t raw_bytes;
+    uint64_t packed_bytes; /* sum of its parts */
+    double energy, error;
+} xkv_group_info;
+/* `group` < group_count. */
+XKV_API void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info *info);
+
+typedef enum xkv_value_type {
+    XKV_VALUE_STRING = 1,
+    XKV_VALUE_U64 = 2,
+    XKV_VALUE_F64 = 3,
+    XKV_VALUE_BYTES = 4
+} xkv_value_type;
+typedef struct xkv_value {
+    const char *key; /* NUL-terminated */
+    uint32_t type;   /* xkv_value_type */
+    uint64_t u64;
+    double f64;
+    const uint8_t *bytes; /* STRING (NUL-terminated as well) and BYTES */
+    uint32_t size;
+} xkv_value;
+XKV_API uint32_t xkv_entry_value_count(const xkv_entry *entry);
+XKV_API void xkv_entry_get_value(const xkv_entry *entry, uint32_t index, xkv_value *value);
+/* 1 and *value when there is `key`, else 0. */
+XKV_API int xkv_entry_find_value(const xkv_entry *entry, const char *key, xkv_value *value);
+
+/* Check that the entry was made by `model`: fingerprints when both have one, else layer count and widths.
+ * Errors: MISMATCH with both values in the detail text. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_check_model(xkv_ctx *ctx, const xkv_entry *entry, const xkv_model *model);
+
+typedef struct xkv_read_options {
+    size_t struct_size;
+    uint32_t first_token, token_count; /* tokens [first, first+count); count 0: to the end. Default: all */
+    uint32_t first_group, group_count; /* groups [first, first+count); count 0: to the end. Default: all */
+    /* Called on the caller's thread when all asked tokens of a group are in their views, in ascending order of groups;
+     * return non-zero to stop. NULL: none. */
+    int (*group_ready)(void *user, uint32_t group);
+    void *group_ready_user;
+    xkv_progress_fn progress;
+    void *progress_user;
+} xkv_read_options;
+
+static inline xkv_read_options xkv_read_options_default(void)
+{
+    xkv_read_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    return o;
+}
+
+/* Restore tokens of groups into views[plane_count] (only planes of the asked groups are touched): token first_token
+ * goes to row(0) of each view. Only the chunks that hold asked tokens are read; every part is checked before any of its
+ * elements is handed out. `options` may be NULL. Memory: one group's components in f32 and one chunk per thread. On
+ * error the views' contents are undefined and must not be used. Errors: ARGUMENT (range), CHECKSUM, CORRUPT, TRUNCATED,
+ * LIMIT, MEMORY, CANCELLED, and what the input returns. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
+                                                 const xkv_view *views);
+
+/* Check every rule, the deep ones included: all checksums and gaps, and decode everything; all-lossless entries must
+ * give back the source's hash. Errors: as xkv_entry_read(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_verify(xkv_ctx *ctx, const xkv_entry *entry, xkv_progress_fn progress,
+                                                   void *progress_user);
+
+/* Rebuild the engine's file for the first `token_count` tokens (0: all) at `image` [image_size], whose size is what
+ * xkv_entry_restored_size() says. The framing is checked against its hash, and a complete restore of an all-lossless
+ * entry against the hash of the source. Errors: ARGUMENT, UNSUPPORTED (no framing; engine that cannot be cut), and as
+ * xkv_entry_read(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_restored_size(xkv_ctx *ctx, const xkv_entry *entry, uint32_t token_count,
+                                                          uint64_t *size);
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_restore(xkv_ctx *ctx, const xkv_entry *entry, uint32_t token_count,
+                                                    xkv_progress_fn progress, void *progress_user, uint8_t *image,
+                                                    uint64_t image_size);
+
+/* Entry to engine file, atomically. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_unpack_file(xkv_ctx *ctx, const char *entry_path, const char *engine_path,
+                                                  int overwrite, uint32_t token_count);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,111 @@
+/* container.h - reading and writing the container of spec/container.md: sections and tables, not what parts hold. */
+#ifndef XKV_CONTAINER_H
+#define XKV_CONTAINER_H
+
+#include "base.h"
+#include "xkv/format.h"
+
+#define XKV_ALIGN           64u
+#define XKV_TAG(a, b, c, d) ((uint32_t)(a) | (uint32_t)(b) << 8 | (uint32_t)(c) << 16 | (uint32_t)(d) << 24)
+#define XKV_SECTION_GEOM    XKV_TAG('G', 'E', 'O', 'M')
+#define XKV_SECTION_TOKN    XKV_TAG('T', 'O', 'K', 'N')
+#define XKV_SECTION_FRAM    XKV_TAG('F', 'R', 'A', 'M')
+#define XKV_SECTION_META    XKV_TAG('M', 'E', 'T', 'A')
+#define XKV_SECTION_GRPS    XKV_TAG('G', 'R', 'P', 'S')
+#define XKV_SECTION_PAYL    XKV_TAG('P', 'A', 'Y', 'L')
+
+enum { XKV_METHOD_STORED = 0, XKV_METHOD_ZSTD = 1 };
+
+/* One part of a group (spec section 10). `offset` counts from the start of PAYL. */
+typedef struct xkv_part {
+    uint64_t offset;
+    uint64_t size;
+    uint64_t checksum;
+    uint32_t method;
+} xkv_part;
+
+typedef struct xkv_group {
+    uint32_t codec; /* 0 lossless, 1 svd */
+    uint32_t reason;
+    uint32_t plane_count;
+    uint32_t rank;
+    uint32_t part_count;
+    uint32_t width; /* N; derived on reading */
+    double energy, error;
+    uint32_t *planes;     /* [plane_count] */
+    double *plane_errors; /* [plane_count] */
+    xkv_part *parts;      /* [part_count] */
+} xkv_group;
+
+typedef struct xkv_meta_value {
+    char *key;
+    uint32_t type;
+    uint32_t size;
+    uint8_t *bytes; /* `size` value bytes as stored, then a NUL */
+} xkv_meta_value;
+
+typedef struct xkv_section {
+    uint32_t type, flags;
+    uint64_t offset, size, checksum;
+} xkv_section;
+
+/* Everything of an entry but its payload. All pointers belong to it. */
+typedef struct xkv_container {
+    uint32_t write_version, read_version;
+    uint64_t file_size;
+    uint8_t content_id[16];
+    uint32_t section_count;
+    xkv_section *sections;
+    uint64_t payload_offset, payload_size;
+
+    xkv_geometry geometry;
+    uint32_t chunk_tokens, chunk_count, sinks, window;
+
+    bool has_framing;
+    xkv_framing framing; /* literals decoded and checked against literal_hash [F6] */
+    uint8_t source_hash[16];
+
+    uint32_t value_count;
+    xkv_meta_value *values;
+
+    uint32_t group_count;
+    xkv_group *groups;
+} xkv_container;
+
+/* Read and check everything but the payload: every rule of spec/container.md not marked deep, and F6.
+ * The container is freed with xkv_container_free(), which accepts a zeroed one. */
+XKV_MUST_CHECK xkv_status xkv_container_read(xkv_ctx *ctx, const xkv_input *input, xkv_container *c);
+void xkv_container_free(xkv_ctx *ctx, xkv_container *c);
+
+/* Read part `p` of the payload into dst (p->size bytes) and check its checksum [P3]. Thread-safe. */
+XKV_MUST_CHECK xkv_status xkv_container_read_part(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c,
+                                                  const xkv_part *p, void *dst);
+/* Check that the gaps between parts are zero [P1]. */
+XKV_MUST_CHECK xkv_status xkv_container_check_gaps(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c);
+
+/* --- Writing ------------------------------------------------------------------------------------------------------ */
+
+/* Writes an entry in one pass over the payload: begin() lays out all sections (their sizes are known once groups,
+ * planes and part counts are), add_part() appends parts in table order, finish() fills the tables and the header.
+ * `c` holds geometry, framing, values and groups and must outlive the writer; parts and errors in c->groups are filled
+ * by the writer and the caller before finish(). */
+typedef struct xkv_container_writer {
+    xkv_container *c;
+    const xkv_output *output;
+    uint64_t payload_end; /* bytes of PAYL written so far */
+    void *sections;       /* encoded GEOM, TOKN, FRAM, META */
+} xkv_container_writer;
+
+/* Encodes and writes the small sections. c->source_hash must be set when has_framing. */
+XKV_MUST_CHECK xkv_status xkv_container_begin(xkv_ctx *ctx, xkv_container *c, const xkv_output *output, int zstd_level,
+                                              xkv_container_writer *w);
+/* Bytes of the file before the payload (for rate control); valid after begin(). */
+uint64_t xkv_container_head_size(const xkv_container_writer *w);
+/* Append `size` bytes as the next part and fill *part (offset, size, checksum, method). size 0: an empty part. */
+XKV_MUST_CHECK xkv_status xkv_container_add_part(xkv_ctx *ctx, xkv_container_writer *w, xkv_part *part,
+                                                 const void *data, uint64_t size, uint32_t method);
+/* Write GRPS, the section table and the header; *file_size on success. Frees the writer's memory in any case. */
+XKV_MUST_CHECK xkv_status xkv_container_finish(xkv_ctx *ctx, xkv_container_writer *w, uint64_t *file_size);
+void xkv_container_writer_free(xkv_ctx *ctx, xkv_container_writer *w);
+
+#endif

@@ -1,0 +1,27 @@
+/*
+ * xkv/kernels.h - which backend does the arithmetic.
+ *
+ * The CPU backend is complete and always there. Its inner loops come in plain C and, on x86-64, in an AVX2+F16C+FMA
+ * build chosen once at run time. Results of both agree: conversions bit for bit, RoPE within 1 ulp of f32.
+ * The environment variable XKV_CPU ("generic", "avx2") lowers the choice for tests; an unknown value is ignored with a
+ * warning through the context's log.
+ */
+#ifndef XKV_KERNELS_H
+#define XKV_KERNELS_H
+
+#include "xkv/common.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Name of the CPU code in use: "generic" or "avx2". Static storage, any thread. */
+XKV_API const char *xkv_kernels_cpu_name(void);
+
+/* Name and version of the BLAS behind it, as it reports them. Static storage, any thread. */
+XKV_API const char *xkv_kernels_blas_name(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
