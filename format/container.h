@@ -29,7 +29,7 @@ typedef struct xkv_group {
     uint32_t reason;
     uint32_t plane_count;
     uint32_t rank;
-    uint32_t part_count;
+    uint32_t part_count; /* chunk_count + 2 for every codec: components, exact rows, chunks */
     uint32_t width; /* N; derived on reading */
     double energy, error;
     uint32_t *planes;     /* [plane_count] */
