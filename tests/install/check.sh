@@ -1,0 +1,49 @@
+#!/bin/bash
+# check.sh CMAKE BUILD_FOLDER C_COMPILER LIBDIR - install the build, move the copy, and build programs against it.
+set -euo pipefail
+cmake=$1 build=$2 cc=$3 libdir=$4
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+prefix=$work/moved
+
+say() { echo "== $*"; }
+
+say "install"
+"$cmake" --install "$build" --prefix "$work/first" >"$work/install.log"
+mv "$work/first" "$prefix"
+if grep -rl "$work/first" "$prefix/$libdir/pkgconfig" "$prefix/$libdir/cmake"; then
+    echo "these files name the folder of the installation" >&2
+    exit 1
+fi
+for file in include/xkv/{common,format,kernels,codec}.h bin/xkv-{pack,unpack,info} \
+    share/man/man1/xkv-{pack,unpack,info}.1 share/bash-completion/completions/xkv-{pack,unpack,info}; do
+    test -e "$prefix/$file" || { echo "not installed: $file" >&2; exit 1; }
+done
+"$prefix/bin/xkv-info" --version
+
+say "each header alone, C11 and C++17"
+for header in common format kernels codec; do
+    echo "#include <xkv/$header.h>" | "$cc" -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c \
+        -I"$prefix/include" -
+    echo "#include <xkv/$header.h>" | c++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c++ \
+        -I"$prefix/include" -
+done
+
+say "find_package, shared and static"
+"$cmake" -S "$here/consumer" -B "$work/consumer" -DCMAKE_C_COMPILER="$cc" -DCMAKE_PREFIX_PATH="$prefix" \
+    >"$work/configure.log" || { cat "$work/configure.log"; exit 1; }
+"$cmake" --build "$work/consumer"
+"$work/consumer/consumer_shared"
+"$work/consumer/consumer_static"
+
+say "pkg-config"
+export PKG_CONFIG_PATH=$prefix/$libdir/pkgconfig
+# shellcheck disable=SC2046 # the flags are words
+"$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc" $(pkg-config --cflags --libs xkv)
+LD_LIBRARY_PATH=$prefix/$libdir "$work/consumer_pc"
+# A static program needs only libxkv itself as an archive.
+# shellcheck disable=SC2046
+"$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc_static" $(pkg-config --cflags xkv) \
+    "$prefix/$libdir/libxkv.a" $(pkg-config --static --libs xkv | sed 's/-lxkv//')
+"$work/consumer_pc_static"
