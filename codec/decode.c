@@ -1,1 +1,355 @@
-#include "base.h"
+#include "entry_internal.h"
+#include "parts.h"
+#include "rows.h"
+
+#include <math.h>
+#include <stdio.h>
+
+/* What one thread needs to decode chunks of the group at hand. */
+typedef struct worker {
+    ZSTD_DCtx *zstd;
+    uint8_t *packed, *planes, *raw; /* of the largest part */
+    float *coefficients;            /* [XKV_TILE_ROWS][rank] */
+    float *rows;                    /* [XKV_TILE_ROWS][width] */
+    xkv_rotator rotator;
+} worker;
+
+typedef struct decoder {
+    xkv_ctx *ctx;
+    const xkv_kernels *kernels;
+    const xkv_entry *entry;
+    const xkv_container *c;
+    const xkv_view *views; /* NULL: check only */
+    uint32_t first, end;   /* tokens asked for */
+    xkv_pool *pool;
+    uint32_t threads;
+    worker *workers; /* [threads] */
+    const xkv_group *g;
+    uint32_t group; /* its index */
+    uint32_t first_chunk;
+    float *components; /* [rank][width], times their scales */
+} decoder;
+
+/* --- Parts -------------------------------------------------------------------------------------------------------- */
+
+/* Where a part lies, for messages. */
+typedef struct part_name {
+    char text[96];
+} part_name;
+
+static part_name name_part(const decoder *d, uint32_t part)
+{
+    part_name name;
+
+    (void)snprintf(name.text, sizeof name.text, "offset %llu, group %u, part %u",
+                   (unsigned long long)(d->c->payload_offset + d->g->parts[part].offset), d->group, part);
+    return name;
+}
+
+/* The checked matrix of a part: in w->raw, or for stored parts where it was read to. */
+static xkv_status load_part(decoder *d, worker *w, uint32_t part, const uint8_t **matrix)
+{
+    const xkv_part *p = &d->g->parts[part];
+    xkv_shape shape = xkv_part_shape(d->c, d->g, part);
+
+    XKV_TRY(xkv_container_read_part(d->ctx, &d->entry->input, d->c, p, w->packed));
+    *matrix = w->packed;
+    if (p->method == XKV_METHOD_STORED)
+        return XKV_OK;
+    *matrix = w->raw;
+    return xkv_part_decode(d->ctx, d->kernels, w->zstd, shape, w->packed, p->size, w->planes, w->raw,
+                           name_part(d, part).text);
+}
+
+/* --- Rows to views ------------------------------------------------------------------------------------------------ */
+
+/* Exact rows of tokens [t0, t1), as the engine holds them. */
+static xkv_status scatter_exact(decoder *d, worker *w, const uint8_t *matrix, uint32_t t0, uint32_t t1)
+{
+    size_t elem = xkv_dtype_size(d->c->geometry.planes[d->g->planes[0]].dtype), row_bytes = d->g->width * elem,
+           column = 0;
+
+    for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
+        const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
+        const xkv_view *view = &d->views[d->g->planes[i]];
+        size_t width = xkv_plane_width(p);
+        if (view->dtype == p->dtype)
+            xkv_view_scatter_bytes(matrix + column, row_bytes, p, t0 - d->first, t1 - d->first, view);
+        for (uint32_t t = t0; view->dtype != p->dtype && t < t1; t++) {
+            d->kernels->to_f32(p->dtype, matrix + (t - t0) * row_bytes + column, w->rows, width);
+            xkv_view_scatter(d->kernels, w->rows, width, p, t - d->first, t - d->first + 1, view);
+        }
+        column += width * elem;
+    }
+    return XKV_OK;
+}
+
+/* Tokens [*t0, *t1) cut to those asked for; false when none is left. */
+static bool cut_range(const decoder *d, uint32_t *t0, uint32_t *t1)
+{
+    if (*t0 < d->first)
+        *t0 = d->first;
+    if (*t1 > d->end)
+        *t1 = d->end;
+    return *t0 < *t1;
+}
+
+/* Rows t0 .. t1-1 of a matrix whose first row is token `base`. */
+static xkv_status scatter_asked(decoder *d, worker *w, const uint8_t *matrix, uint32_t base, uint32_t t0, uint32_t t1)
+{
+    size_t row_bytes = d->g->width * xkv_dtype_size(d->c->geometry.planes[d->g->planes[0]].dtype);
+
+    if (!cut_range(d, &t0, &t1))
+        return XKV_OK;
+    return scatter_exact(d, w, matrix + (t0 - base) * row_bytes, t0, t1);
+}
+
+/* --- svd ---------------------------------------------------------------------------------------------------------- */
+
+static xkv_status corrupt_factor(const decoder *d, uint32_t part, const char *what)
+{
+    return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: %s [D3]", name_part(d, part).text, what);
+}
+
+static xkv_status load_components(decoder *d)
+{
+    size_t rank = d->g->rank, width = d->g->width;
+    const uint8_t *matrix, *scales;
+
+    XKV_TRY(XKV_NEW(d->ctx, rank * width, &d->components));
+    XKV_TRY(load_part(d, &d->workers[0], XKV_PART_COMPONENTS, &matrix));
+    if (!d->kernels->all_finite(XKV_F16, matrix, rank * width))
+        return corrupt_factor(d, XKV_PART_COMPONENTS, "a component is not finite");
+    d->kernels->to_f32(XKV_F16, matrix, d->components, rank * width);
+    scales = matrix + rank * width * 2;
+    for (size_t i = 0; i < rank; i++) {
+        float scale = xkv_loadf32(scales + 4 * i);
+        if (!isfinite(scale) || scale < 0)
+            return corrupt_factor(d, XKV_PART_COMPONENTS, "a scale is negative or not finite");
+        for (size_t k = 0; k < width; k++)
+            d->components[i * width + k] *= scale;
+    }
+    return XKV_OK;
+}
+
+static xkv_status load_exact_rows(decoder *d)
+{
+    const xkv_container *c = d->c;
+    const uint8_t *matrix;
+    size_t elem = xkv_dtype_size(c->geometry.planes[d->g->planes[0]].dtype);
+
+    if (c->sinks + c->window == 0)
+        return XKV_OK;
+    XKV_TRY(load_part(d, &d->workers[0], XKV_PART_EXACT, &matrix));
+    XKV_TRY(scatter_asked(d, &d->workers[0], matrix, 0, 0, c->sinks));
+    return scatter_asked(d, &d->workers[0], matrix + (size_t)c->sinks * d->g->width * elem,
+                         c->geometry.token_count - c->window, c->geometry.token_count - c->window,
+                         c->geometry.token_count);
+}
+
+/* One tile: coefficients times components, rotate, round, store. */
+static xkv_status restore_tile(decoder *d, worker *w, const uint8_t *coefficients, uint32_t t0, uint32_t t1)
+{
+    size_t width = d->g->width, rank = d->g->rank, rows = t1 - t0, column = 0;
+
+    d->kernels->to_f32(XKV_F16, coefficients, w->coefficients, rows * rank);
+    d->kernels->gemm_nn(rows, width, rank, w->coefficients, rank, d->components, width, 0, w->rows, width);
+    XKV_TRY(xkv_rotate_rows(d->ctx, &w->rotator, d->g, t0, t1 - t0, w->rows));
+    for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
+        const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
+        xkv_view_scatter(d->kernels, w->rows + column, width, p, t0 - d->first, t1 - d->first,
+                         &d->views[d->g->planes[i]]);
+        column += xkv_plane_width(p);
+    }
+    return XKV_OK;
+}
+
+static xkv_status restore_svd_chunk(decoder *d, worker *w, uint32_t chunk)
+{
+    uint32_t base, t0, t1, end, rank = d->g->rank;
+    const uint8_t *matrix;
+
+    xkv_chunk_coded(d->c, chunk, &base, &end);
+    if (base == end)
+        return XKV_OK;
+    XKV_TRY(load_part(d, w, XKV_PART_CHUNKS + chunk, &matrix));
+    if (!d->kernels->all_finite(XKV_F16, matrix, (size_t)(end - base) * rank))
+        return corrupt_factor(d, XKV_PART_CHUNKS + chunk, "a coefficient is not finite");
+    t0 = base;
+    if (!cut_range(d, &t0, &end))
+        return XKV_OK;
+    for (; t0 < end; t0 = t1) {
+        t1 = (uint32_t)xkv_min64(end, (uint64_t)t0 + XKV_TILE_ROWS);
+        XKV_TRY(restore_tile(d, w, matrix + (size_t)(t0 - base) * rank * 2, t0, t1));
+    }
+    return XKV_OK;
+}
+
+/* --- Groups ------------------------------------------------------------------------------------------------------- */
+
+static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
+{
+    decoder *d = user;
+    worker *w = &d->workers[index];
+    uint32_t chunk = d->first_chunk + (uint32_t)task, t0, t1;
+    const uint8_t *matrix;
+
+    if (d->g->codec == XKV_CODEC_SVD)
+        return restore_svd_chunk(d, w, chunk);
+    xkv_chunk_tokens(d->c, chunk, &t0, &t1);
+    XKV_TRY(load_part(d, w, XKV_PART_CHUNKS + chunk, &matrix));
+    return scatter_asked(d, w, matrix, t0, t0, t1);
+}
+
+/* Scratch for the group at hand, in every thread. */
+static xkv_status size_workers(decoder *d)
+{
+    uint64_t raw = 0, packed = 0;
+
+    for (uint32_t i = 0; i < d->g->part_count; i++) {
+        raw = xkv_max64(raw, xkv_shape_bytes(xkv_part_shape(d->c, d->g, i)));
+        packed = xkv_max64(packed, d->g->parts[i].size);
+    }
+    for (uint32_t i = 0; i < d->threads; i++) {
+        worker *w = &d->workers[i];
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)packed, &w->packed));
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)raw, &w->planes));
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)raw, &w->raw));
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->rank, &w->coefficients));
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->width, &w->rows));
+    }
+    return XKV_OK;
+}
+
+static void release_workers(decoder *d)
+{
+    for (uint32_t i = 0; i < d->threads; i++) {
+        worker *w = &d->workers[i];
+        xkv_release(d->ctx, w->packed);
+        xkv_release(d->ctx, w->planes);
+        xkv_release(d->ctx, w->raw);
+        xkv_release(d->ctx, w->coefficients);
+        xkv_release(d->ctx, w->rows);
+        w->packed = w->planes = w->raw = NULL;
+        w->coefficients = w->rows = NULL;
+    }
+    xkv_release(d->ctx, d->components);
+    d->components = NULL;
+}
+
+static xkv_status restore_group(decoder *d, uint32_t group)
+{
+    uint32_t last_chunk = (d->end - 1) / d->c->chunk_tokens;
+    xkv_status status = XKV_OK;
+
+    d->group = group;
+    d->g = &d->c->groups[group];
+    XKV_TRY_GOTO(size_workers(d), out);
+    if (d->g->codec == XKV_CODEC_SVD) {
+        XKV_TRY_GOTO(load_components(d), out);
+        XKV_TRY_GOTO(load_exact_rows(d), out);
+    }
+    XKV_TRY_GOTO(xkv_pool_run(d->ctx, d->pool, last_chunk - d->first_chunk + 1, restore_chunk, d), out);
+out:
+    release_workers(d);
+    return status;
+}
+
+/* --- Entry point -------------------------------------------------------------------------------------------------- */
+
+static xkv_status init(decoder *d)
+{
+    d->threads = xkv_ctx_threads(d->ctx);
+    XKV_TRY(xkv_pool_create(d->ctx, d->threads, &d->pool));
+    d->threads = xkv_pool_threads(d->pool);
+    XKV_TRY(XKV_NEW_ZERO(d->ctx, d->threads, &d->workers));
+    for (uint32_t i = 0; i < d->threads; i++) {
+        XKV_TRY(xkv_rotator_init(d->ctx, &d->c->geometry, d->kernels, false, &d->workers[i].rotator));
+        d->workers[i].zstd = ZSTD_createDCtx();
+        if (!d->workers[i].zstd)
+            return xkv_fail(d->ctx, XKV_ERROR_MEMORY, "zstd: no memory for a context");
+    }
+    return XKV_OK;
+}
+
+static void fini(decoder *d)
+{
+    for (uint32_t i = 0; d->workers && i < d->threads; i++) {
+        if (d->workers[i].rotator.geometry)
+            xkv_rotator_free(d->ctx, &d->workers[i].rotator);
+        ZSTD_freeDCtx(d->workers[i].zstd);
+    }
+    xkv_release(d->ctx, d->workers);
+    xkv_pool_free(d->ctx, d->pool);
+}
+
+static uint64_t asked_bytes(const decoder *d, const xkv_group *g)
+{
+    return (uint64_t)g->width * (d->end - d->first) * xkv_dtype_size(d->c->geometry.planes[g->planes[0]].dtype);
+}
+
+static xkv_status restore_groups(decoder *d, const xkv_read_options *o)
+{
+    uint64_t done = 0, total = 0;
+    uint32_t end = o->first_group + o->group_count;
+
+    for (uint32_t i = o->first_group; i < end; i++)
+        total += asked_bytes(d, &d->c->groups[i]);
+    for (uint32_t i = o->first_group; i < end; i++) {
+        XKV_TRY(xkv_check_cancel(d->ctx));
+        XKV_TRY(restore_group(d, i));
+        done += asked_bytes(d, &d->c->groups[i]);
+        if ((o->group_ready && o->group_ready(o->group_ready_user, i) != 0) ||
+            (o->progress && o->progress(o->progress_user, done, total) != 0))
+            return xkv_fail(d->ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
+    }
+    return XKV_OK;
+}
+
+/* Fill in what 0 stands for, and check the ranges. */
+static xkv_status resolve(xkv_ctx *ctx, const xkv_container *c, xkv_read_options *o)
+{
+    uint32_t tokens = c->geometry.token_count, groups = c->group_count;
+
+    if (o->first_token > tokens || o->token_count > tokens - o->first_token)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "tokens %u + %u are not within the %u of the entry", o->first_token,
+                        o->token_count, tokens);
+    if (o->first_group > groups || o->group_count > groups - o->first_group)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "groups %u + %u are not within the %u of the entry", o->first_group,
+                        o->group_count, groups);
+    if (o->token_count == 0)
+        o->token_count = tokens - o->first_token;
+    if (o->group_count == 0)
+        o->group_count = groups - o->first_group;
+    return XKV_OK;
+}
+
+xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
+                            const xkv_view *views)
+{
+    xkv_read_options o = xkv_read_options_default();
+    decoder d = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .entry = entry, .c = &entry->c, .views = views};
+    xkv_status status;
+
+    if (options)
+        XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
+    XKV_TRY(resolve(ctx, &entry->c, &o));
+    if (o.token_count == 0 || o.group_count == 0)
+        return XKV_OK;
+    d.first = o.first_token;
+    d.end = o.first_token + o.token_count;
+    d.first_chunk = d.first / entry->c.chunk_tokens;
+    XKV_TRY_GOTO(init(&d), out);
+    XKV_TRY_GOTO(restore_groups(&d, &o), out);
+out:
+    fini(&d);
+    return status;
+}
+
+xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options, const xkv_view *views)
+{
+    xkv_ctx_begin(ctx);
+    if (!views)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "no views to restore into");
+    return xkv_entry_decode(ctx, entry, options, views);
+}

@@ -1,1 +1,506 @@
-#include "base.h"
+#include "parts.h"
+#include "plan.h"
+#include "svd_group.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <xxhash.h>
+
+/* Chunks are encoded a batch at a time, one per slot, and written in order. */
+typedef struct slot {
+    ZSTD_CCtx *zstd;
+    uint8_t *raw, *planes, *packed;
+    const void *data; /* what to write: raw or packed */
+    uint64_t size;
+    uint32_t method;
+} slot;
+
+typedef struct encoder {
+    xkv_ctx *ctx;
+    const xkv_kernels *kernels;
+    xkv_pack_options o;
+    xkv_pool *pool;
+    uint32_t threads;
+    const xkv_view *views;
+    xkv_container c;
+    xkv_container_writer w;
+    xkv_rotator *rotators; /* [threads] */
+    slot *slots;           /* [threads] */
+    uint8_t *nonfinite;    /* [plane_count] */
+    uint64_t done, total;  /* raw bytes, for progress */
+    double kind_squares[4], kind_energy[4];
+    uint32_t fallbacks;
+} encoder;
+
+/* The group and batch at hand. */
+typedef struct batch {
+    encoder *e;
+    xkv_group *g;
+    const xkv_factors *f;
+    uint32_t first;
+    int level;
+} batch;
+
+static xkv_status report_progress(encoder *e, uint64_t bytes)
+{
+    e->done += bytes;
+    if (e->o.progress && e->o.progress(e->o.progress_user, e->done, e->total) != 0)
+        return xkv_fail(e->ctx, XKV_ERROR_CANCELLED, "stopped by the progress callback");
+    return xkv_check_cancel(e->ctx);
+}
+
+/* --- Parts -------------------------------------------------------------------------------------------------------- */
+
+/* Rows of tokens [t0, t1) as the engine holds them: spec/codec.md, section 1. */
+static void gather_exact(const encoder *e, const xkv_group *g, uint32_t t0, uint32_t t1, uint8_t *dst, size_t row_bytes)
+{
+    size_t column = 0;
+
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        const xkv_plane *p = &e->c.geometry.planes[g->planes[i]];
+        xkv_view_gather_bytes(&e->views[g->planes[i]], p, t0, t1, dst + column, row_bytes);
+        column += xkv_plane_width(p) * xkv_dtype_size(p->dtype);
+    }
+}
+
+/* The matrix of a part, at s->raw. */
+static const void *part_matrix(const batch *b, uint32_t part, xkv_shape shape, slot *s)
+{
+    const xkv_container *c = &b->e->c;
+    size_t row_bytes = (size_t)(shape.cols * shape.elem);
+    uint32_t t0, t1, n = c->geometry.token_count;
+
+    if (part == XKV_PART_COMPONENTS) {
+        size_t bytes = (size_t)b->g->rank * b->g->width * 2;
+        memcpy(s->raw, b->f->components, bytes);
+        for (uint32_t i = 0; i < b->g->rank; i++)
+            xkv_storef32(s->raw + bytes + 4ull * i, b->f->scales[i]);
+    } else if (part == XKV_PART_EXACT) {
+        gather_exact(b->e, b->g, 0, c->sinks, s->raw, row_bytes);
+        gather_exact(b->e, b->g, n - c->window, n, s->raw + c->sinks * row_bytes, row_bytes);
+    } else if (b->g->codec == XKV_CODEC_SVD) {
+        xkv_chunk_coded(c, part - XKV_PART_CHUNKS, &t0, &t1);
+        return b->f->coefficients + (size_t)(t0 - c->sinks) * b->g->rank;
+    } else {
+        xkv_chunk_tokens(c, part - XKV_PART_CHUNKS, &t0, &t1);
+        gather_exact(b->e, b->g, t0, t1, s->raw, row_bytes);
+    }
+    return s->raw;
+}
+
+static xkv_status encode_part(const batch *b, uint32_t part, slot *s)
+{
+    xkv_shape shape = xkv_part_shape(&b->e->c, b->g, part);
+    bool factors = b->g->codec == XKV_CODEC_SVD && part != XKV_PART_EXACT;
+
+    if (xkv_shape_bytes(shape) == 0) {
+        s->size = 0;
+        s->method = XKV_METHOD_STORED;
+        return XKV_OK;
+    }
+    return xkv_part_encode(b->e->ctx, b->e->kernels, s->zstd, factors && !b->e->o.zstd_factors ? 0 : b->e->o.zstd_level,
+                           shape, part_matrix(b, part, shape, s), s->planes, s->packed, &s->data, &s->size, &s->method);
+}
+
+static xkv_status encode_task(void *user, uint32_t worker, uint64_t index)
+{
+    batch *b = user;
+
+    (void)worker; /* slots belong to tasks, since their contents outlive the run */
+    return encode_part(b, b->first + (uint32_t)index, &b->e->slots[index]);
+}
+
+/* Encode all parts of a group in order, and write them; or, with `count_only`, add up their aligned sizes. */
+static xkv_status encode_parts(encoder *e, xkv_group *g, const xkv_factors *f, uint64_t *count_only)
+{
+    batch b = {.e = e, .g = g, .f = f};
+
+    for (; b.first < g->part_count; b.first += e->threads) {
+        uint32_t n = (uint32_t)xkv_min64(e->threads, g->part_count - b.first);
+        XKV_TRY(xkv_pool_run(e->ctx, e->pool, n, encode_task, &b));
+        for (uint32_t i = 0; i < n; i++) {
+            const slot *s = &e->slots[i];
+            if (count_only)
+                *count_only += xkv_align64(s->size, XKV_ALIGN);
+            else
+                XKV_TRY(xkv_container_add_part(e->ctx, &e->w, &g->parts[b.first + i], s->data, s->size, s->method));
+        }
+    }
+    return XKV_OK;
+}
+
+/* Scratch for the largest part of a group, in every slot. */
+static xkv_status size_slots(encoder *e, const xkv_group *g)
+{
+    uint64_t raw = 0, packed = 0;
+
+    for (uint32_t i = 0; i < g->part_count; i++) {
+        xkv_shape s = xkv_part_shape(&e->c, g, i);
+        raw = xkv_max64(raw, xkv_shape_bytes(s));
+        packed = xkv_max64(packed, xkv_part_bound(s));
+    }
+    for (uint32_t i = 0; i < e->threads; i++) {
+        slot *s = &e->slots[i];
+        XKV_TRY(XKV_NEW(e->ctx, (size_t)raw, &s->raw));
+        XKV_TRY(XKV_NEW(e->ctx, (size_t)raw, &s->planes));
+        XKV_TRY(XKV_NEW(e->ctx, (size_t)packed, &s->packed));
+    }
+    return XKV_OK;
+}
+
+static void release_slots(encoder *e)
+{
+    for (uint32_t i = 0; i < e->threads; i++) {
+        slot *s = &e->slots[i];
+        xkv_release(e->ctx, s->raw);
+        xkv_release(e->ctx, s->planes);
+        xkv_release(e->ctx, s->packed);
+        s->raw = s->planes = s->packed = NULL;
+    }
+}
+
+static xkv_status write_group(encoder *e, xkv_group *g, const xkv_factors *f, uint64_t *count_only)
+{
+    xkv_status status = XKV_OK;
+
+    XKV_TRY_GOTO(size_slots(e, g), out);
+    XKV_TRY_GOTO(encode_parts(e, g, f, count_only), out);
+out:
+    release_slots(e);
+    return status;
+}
+
+/* --- Groups ------------------------------------------------------------------------------------------------------- */
+
+static uint64_t group_bytes(const encoder *e, const xkv_group *g)
+{
+    return (uint64_t)g->width * e->c.geometry.token_count * xkv_dtype_size(e->c.geometry.planes[g->planes[0]].dtype);
+}
+
+static void make_lossless(xkv_group *g, uint32_t reason)
+{
+    g->codec = XKV_CODEC_LOSSLESS;
+    g->reason = reason;
+    g->rank = 0;
+    g->energy = g->error = 0;
+    memset(g->plane_errors, 0, g->plane_count * sizeof *g->plane_errors);
+}
+
+/* Bytes of the group when stored lossless. */
+static xkv_status lossless_bytes(encoder *e, const xkv_group *g, uint64_t *bytes)
+{
+    xkv_group trial = *g;
+
+    trial.codec = XKV_CODEC_LOSSLESS;
+    *bytes = 0;
+    return write_group(e, &trial, NULL, bytes);
+}
+
+/* Is rank `rank` larger than lossless? Only looked at closely when it is more than half of the raw bytes, since
+ * lossless never gets below that. */
+static xkv_status shrinks(encoder *e, const xkv_group *g, uint32_t rank, bool *yes)
+{
+    uint64_t svd = xkv_plan_svd_bytes(&e->c, g, rank), lossless = 0;
+
+    *yes = true;
+    if (svd <= group_bytes(e, g) / 2)
+        return XKV_OK;
+    XKV_TRY(lossless_bytes(e, g, &lossless));
+    *yes = svd < lossless;
+    return XKV_OK;
+}
+
+/* Largest rank whose factors are smaller than the raw group. */
+static uint32_t rank_limit(const encoder *e, const xkv_group *g)
+{
+    uint64_t tokens = xkv_plan_coded_tokens(&e->c), per_rank = 2 * (tokens + g->width + 2);
+
+    return (uint32_t)xkv_max64(1, xkv_min64(group_bytes(e, g) / per_rank, xkv_min64(tokens, g->width)));
+}
+
+static void count_error(encoder *e, const xkv_group *g)
+{
+    uint32_t kind = e->c.geometry.planes[g->planes[0]].kind;
+
+    e->kind_squares[kind] += g->error * g->error * g->energy;
+    e->kind_energy[kind] += g->energy;
+}
+
+static xkv_status pack_svd(encoder *e, xkv_group *g)
+{
+    xkv_svd_target target = {.rank = g->rank, .max_rank = rank_limit(e, g), .iterations = e->o.iterations};
+    uint32_t end = e->c.geometry.token_count - e->c.window;
+    xkv_factors f = {0};
+    bool good = true;
+    xkv_status status = XKV_OK;
+
+    target.error = e->o.energy > 0 ? sqrt(1 - e->o.energy) : e->o.error;
+    if (target.error == 0)
+        XKV_TRY(shrinks(e, g, g->rank, &good)); /* a fixed rank tells its size before the work is done */
+    if (good)
+        XKV_TRY_GOTO(xkv_factorize(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &target, &f, &good),
+                     out);
+    if (good && target.error > 0)
+        XKV_TRY_GOTO(shrinks(e, g, f.rank, &good), out);
+    if (good) {
+        count_error(e, g);
+    } else {
+        xkv_factors_free(e->ctx, &f);
+        make_lossless(g, XKV_REASON_NO_GAIN);
+        e->fallbacks++;
+    }
+    XKV_TRY_GOTO(write_group(e, g, &f, NULL), out);
+out:
+    xkv_factors_free(e->ctx, &f);
+    return status;
+}
+
+static xkv_status pack_groups(encoder *e)
+{
+    for (uint32_t i = 0; i < e->c.group_count; i++) {
+        xkv_group *g = &e->c.groups[i];
+        XKV_TRY(g->codec == XKV_CODEC_SVD ? pack_svd(e, g) : write_group(e, g, NULL, NULL));
+        XKV_TRY(report_progress(e, group_bytes(e, g)));
+    }
+    return XKV_OK;
+}
+
+/* --- Rate --------------------------------------------------------------------------------------------------------- */
+
+/* Payload bytes that do not depend on the ranks: lossless groups, and the exact rows of the others. */
+static xkv_status fixed_bytes(encoder *e, uint64_t *bytes)
+{
+    for (uint32_t i = 0; i < e->c.group_count; i++) {
+        xkv_group *g = &e->c.groups[i], exact = *g;
+        if (g->codec == XKV_CODEC_SVD) {
+            exact.part_count = XKV_PART_CHUNKS;
+            exact.rank = 0;
+        }
+        XKV_TRY(write_group(e, &exact, NULL, bytes));
+    }
+    return XKV_OK;
+}
+
+static uint64_t raw16_bytes(const xkv_geometry *geometry)
+{
+    uint64_t sum = 0;
+
+    for (uint32_t i = 0; i < geometry->plane_count; i++)
+        sum += 2ull * geometry->token_count * xkv_plane_width(&geometry->planes[i]);
+    return sum;
+}
+
+static xkv_status choose_ranks(encoder *e)
+{
+    uint64_t budget = (uint64_t)((double)raw16_bytes(&e->c.geometry) / e->o.ratio);
+    uint64_t fixed = xkv_container_head_size(&e->w);
+
+    XKV_TRY(fixed_bytes(e, &fixed));
+    if (fixed > budget || !xkv_plan_fill(&e->c, budget - fixed))
+        return xkv_fail(e->ctx, XKV_ERROR_TARGET,
+                        "a ratio of %g allows %llu bytes; tables, exact rows and rank 1 already take %llu", e->o.ratio,
+                        (unsigned long long)budget, (unsigned long long)fixed);
+    return XKV_OK;
+}
+
+/* --- Preparation -------------------------------------------------------------------------------------------------- */
+
+static xkv_status scan_plane(void *user, uint32_t worker, uint64_t index)
+{
+    encoder *e = user;
+    const xkv_plane *p = &e->c.geometry.planes[index];
+    size_t row_bytes = xkv_plane_width(p) * xkv_dtype_size(p->dtype);
+    uint32_t n = e->c.geometry.token_count, t1;
+    uint8_t *rows = e->slots[worker].raw;
+
+    for (uint32_t t = 0; t < n && !e->nonfinite[index]; t = t1) {
+        t1 = (uint32_t)xkv_min64(n, (uint64_t)t + XKV_TILE_ROWS);
+        xkv_view_gather_bytes(&e->views[index], p, t, t1, rows, row_bytes);
+        e->nonfinite[index] = !e->kernels->all_finite(p->dtype, rows, (size_t)(t1 - t) * xkv_plane_width(p));
+    }
+    return XKV_OK;
+}
+
+/* NaN and Inf have no SVD. */
+static xkv_status find_nonfinite(encoder *e)
+{
+    size_t row = 0;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.geometry.plane_count, &e->nonfinite));
+    for (uint32_t i = 0; i < e->c.geometry.plane_count; i++)
+        row = (size_t)xkv_max64(row, xkv_plane_width(&e->c.geometry.planes[i]) * 4ull);
+    for (uint32_t i = 0; i < e->threads; i++)
+        XKV_TRY_GOTO(XKV_NEW(e->ctx, row * XKV_TILE_ROWS, &e->slots[i].raw), out);
+    XKV_TRY_GOTO(xkv_pool_run(e->ctx, e->pool, e->c.geometry.plane_count, scan_plane, e), out);
+out:
+    release_slots(e);
+    return status;
+}
+
+static xkv_status check_planes(const encoder *e)
+{
+    const xkv_geometry *geometry = &e->c.geometry;
+
+    for (uint32_t i = 0; i < geometry->plane_count; i++) {
+        const xkv_plane *p = &geometry->planes[i];
+        if (p->heads == 0 || p->head_dim == 0 || (uint64_t)p->heads * p->head_dim > XKV_MAX_WIDTH ||
+            p->kind > XKV_PLANE_K_ROPE || xkv_dtype_size(p->dtype) == 0 || p->layer >= geometry->layer_count ||
+            (p->rope != XKV_NO_ROPE && p->rope >= geometry->rope_count))
+            return xkv_fail(e->ctx, XKV_ERROR_ARGUMENT, "plane %u: shape, kind, dtype, layer or rope out of range", i);
+        if (e->views[i].dtype != p->dtype)
+            return xkv_fail(e->ctx, XKV_ERROR_ARGUMENT, "plane %u: the view's dtype is not the plane's", i);
+    }
+    return XKV_OK;
+}
+
+static xkv_status init(encoder *e)
+{
+    e->threads = xkv_ctx_threads(e->ctx);
+    XKV_TRY(check_planes(e));
+    XKV_TRY(xkv_pool_create(e->ctx, e->threads, &e->pool));
+    e->threads = xkv_pool_threads(e->pool);
+    XKV_TRY(XKV_NEW_ZERO(e->ctx, e->threads, &e->slots));
+    XKV_TRY(XKV_NEW_ZERO(e->ctx, e->threads, &e->rotators));
+    for (uint32_t i = 0; i < e->threads; i++) {
+        XKV_TRY(xkv_rotator_init(e->ctx, &e->c.geometry, e->kernels, true, &e->rotators[i]));
+        e->slots[i].zstd = ZSTD_createCCtx();
+        if (!e->slots[i].zstd)
+            return xkv_fail(e->ctx, XKV_ERROR_MEMORY, "zstd: no memory for a context");
+    }
+    if (e->o.profile == XKV_PROFILE_SVD)
+        return find_nonfinite(e);
+    return XKV_NEW_ZERO(e->ctx, e->c.geometry.plane_count, &e->nonfinite);
+}
+
+static void fini(encoder *e)
+{
+    for (uint32_t i = 0; e->slots && i < e->threads; i++)
+        ZSTD_freeCCtx(e->slots[i].zstd);
+    for (uint32_t i = 0; e->rotators && i < e->threads; i++)
+        if (e->rotators[i].geometry)
+            xkv_rotator_free(e->ctx, &e->rotators[i]);
+    xkv_release(e->ctx, e->slots);
+    xkv_release(e->ctx, e->rotators);
+    xkv_release(e->ctx, e->nonfinite);
+    xkv_pool_free(e->ctx, e->pool);
+    xkv_container_writer_free(e->ctx, &e->w);
+    for (uint32_t i = 0; e->c.groups && i < e->c.group_count; i++) {
+        xkv_release(e->ctx, e->c.groups[i].planes);
+        xkv_release(e->ctx, e->c.groups[i].plane_errors);
+        xkv_release(e->ctx, e->c.groups[i].parts);
+    }
+    xkv_release(e->ctx, e->c.groups);
+}
+
+/* --- Metadata ----------------------------------------------------------------------------------------------------- */
+
+enum { MAX_VALUES = 8 };
+
+static void add_value(xkv_container *c, const char *key, uint32_t type, const void *bytes, size_t size)
+{
+    if (size > 0)
+        c->values[c->value_count++] = (xkv_meta_value){
+            .key = (char *)(uintptr_t)key, .type = type, .size = (uint32_t)size, .bytes = (uint8_t *)(uintptr_t)bytes};
+}
+
+/* In ascending order of the keys [M3]. The values point into the caller's memory and live as long as this call. */
+static void set_values(encoder *e, xkv_meta_value *values, uint8_t engine_version[8])
+{
+    const xkv_model *m = e->o.model;
+    const xkv_framing *f = &e->c.framing;
+    const char *writer = e->o.writer ? e->o.writer : "libxkv";
+
+    e->c.values = values;
+    if (e->c.has_framing && f->engine == XKV_ENGINE_LLAMA_SEQUENCE && f->literal_size >= 8) {
+        xkv_store64(engine_version, xkv_load32(f->literals + 4));
+        add_value(&e->c, "engine.version", XKV_VALUE_U64, engine_version, 8);
+    }
+    if (m) {
+        add_value(&e->c, "model.architecture", XKV_VALUE_STRING, m->architecture, strlen(m->architecture));
+        add_value(&e->c, "model.fingerprint", XKV_VALUE_BYTES, m->fingerprint, m->has_fingerprint ? 16 : 0);
+        add_value(&e->c, "model.name", XKV_VALUE_STRING, m->name, strlen(m->name));
+    }
+    add_value(&e->c, "writer", XKV_VALUE_STRING, writer, strlen(writer));
+}
+
+/* --- Report ------------------------------------------------------------------------------------------------------- */
+
+static void fill_report(const encoder *e, uint64_t file_size, xkv_pack_report *r)
+{
+    *r = (xkv_pack_report){0};
+    r->raw_bytes = xkv_geometry_raw_bytes(&e->c.geometry);
+    r->raw16_bytes = raw16_bytes(&e->c.geometry);
+    r->entry_bytes = file_size;
+    r->ratio = (double)r->raw16_bytes / (double)file_size;
+    for (int kind = 0; kind < 4; kind++)
+        r->error[kind] = e->kind_energy[kind] > 0 ? sqrt(e->kind_squares[kind] / e->kind_energy[kind]) : 0;
+    r->group_count = e->c.group_count;
+    r->fallback_groups = e->fallbacks;
+    for (uint32_t i = 0; i < e->c.group_count; i++)
+        r->lossless_groups += e->c.groups[i].codec == XKV_CODEC_LOSSLESS;
+    for (uint32_t i = 0; i < e->c.geometry.plane_count; i++)
+        r->nonfinite_planes += e->nonfinite[i];
+}
+
+/* --- Entry points ------------------------------------------------------------------------------------------------- */
+
+static void set_framing(encoder *e, const xkv_framing *framing, const void *source, uint64_t source_size)
+{
+    XXH128_canonical_t hash;
+
+    if (!framing)
+        return;
+    e->c.has_framing = true;
+    e->c.framing = *framing;
+    XXH128_canonicalFromHash(&hash, XXH3_128bits(source, (size_t)source_size));
+    memcpy(e->c.source_hash, hash.digest, 16);
+}
+
+static xkv_status pack(encoder *e, const xkv_output *output, xkv_pack_report *report)
+{
+    uint64_t file_size;
+
+    XKV_TRY(init(e));
+    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, e->nonfinite, &e->c));
+    XKV_TRY(xkv_container_begin(e->ctx, &e->c, output, e->o.zstd_level, &e->w));
+    if (e->o.ratio > 0)
+        XKV_TRY(choose_ranks(e));
+    XKV_TRY(pack_groups(e));
+    XKV_TRY(xkv_container_finish(e->ctx, &e->w, &file_size));
+    if (report)
+        fill_report(e, file_size, report);
+    return XKV_OK;
+}
+
+xkv_status xkv_pack(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *views, const xkv_framing *framing,
+                    const void *source, uint64_t source_size, const xkv_pack_options *options, const xkv_output *output,
+                    xkv_pack_report *report)
+{
+    encoder e = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .views = views};
+    xkv_meta_value values[MAX_VALUES];
+    uint8_t engine_version[8];
+    xkv_status status;
+
+    xkv_ctx_begin(ctx);
+    if (framing && (!source || source_size != framing->source_size))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a framing needs the engine's file it was made from");
+    XKV_TRY(xkv_plan_options(ctx, options, &e.o));
+    e.c.geometry = *geometry;
+    e.total = xkv_geometry_raw_bytes(geometry);
+    set_framing(&e, framing, source, source_size);
+    set_values(&e, values, engine_version);
+    status = pack(&e, output, report);
+    fini(&e);
+    return status;
+}
+
+xkv_status xkv_pack_cache(xkv_ctx *ctx, const xkv_cache *cache, const xkv_pack_options *options,
+                          const xkv_output *output, xkv_pack_report *report)
+{
+    uint64_t size;
+    const uint8_t *data = xkv_cache_data(cache, &size);
+
+    return xkv_pack(ctx, xkv_cache_geometry(cache), xkv_cache_views(cache), xkv_cache_framing(cache), data, size,
+                    options, output, report);
+}

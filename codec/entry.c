@@ -1,1 +1,214 @@
-#include "base.h"
+#include "entry_internal.h"
+#include "parts.h"
+#include "rows.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <xxhash.h>
+
+xkv_status xkv_entry_open(xkv_ctx *ctx, const xkv_input *input, xkv_entry **entry_p)
+{
+    xkv_entry *entry = NULL;
+    xkv_status status = XKV_OK;
+
+    xkv_ctx_begin(ctx);
+    XKV_TRY(XKV_NEW_ZERO(ctx, 1, &entry));
+    entry->input = *input;
+    XKV_TRY_GOTO(xkv_container_read(ctx, input, &entry->c), out);
+    *entry_p = entry;
+    entry = NULL;
+out:
+    xkv_entry_close(ctx, entry);
+    return status;
+}
+
+void xkv_entry_close(xkv_ctx *ctx, xkv_entry *entry)
+{
+    if (!entry)
+        return;
+    xkv_container_free(ctx, &entry->c);
+    xkv_release(ctx, entry);
+}
+
+/* --- Description -------------------------------------------------------------------------------------------------- */
+
+const xkv_geometry *xkv_entry_geometry(const xkv_entry *entry)
+{
+    return &entry->c.geometry;
+}
+
+const xkv_framing *xkv_entry_framing(const xkv_entry *entry)
+{
+    return entry->c.has_framing ? &entry->c.framing : NULL;
+}
+
+bool xkv_entry_is_lossless(const xkv_entry *entry)
+{
+    for (uint32_t i = 0; i < entry->c.group_count; i++)
+        if (entry->c.groups[i].codec != XKV_CODEC_LOSSLESS)
+            return false;
+    return true;
+}
+
+static uint64_t section_size(const xkv_container *c, uint32_t type)
+{
+    for (uint32_t i = 0; i < c->section_count; i++)
+        if (c->sections[i].type == type)
+            return c->sections[i].size;
+    return 0;
+}
+
+void xkv_entry_get_info(const xkv_entry *entry, xkv_entry_info *info)
+{
+    const xkv_container *c = &entry->c;
+
+    memset(info, 0, sizeof *info);
+    info->file_size = c->file_size;
+    info->raw_bytes = xkv_geometry_raw_bytes(&c->geometry);
+    for (uint32_t i = 0; i < c->geometry.plane_count; i++)
+        info->raw16_bytes += 2ull * c->geometry.token_count * xkv_plane_width(&c->geometry.planes[i]);
+    info->payload_bytes = c->payload_size;
+    info->framing_bytes = section_size(c, XKV_SECTION_FRAM);
+    info->token_bytes = section_size(c, XKV_SECTION_TOKN);
+    memcpy(info->content_id, c->content_id, 16);
+    memcpy(info->source_hash, c->source_hash, 16);
+    info->write_version = c->write_version;
+    info->read_version = c->read_version;
+    info->sinks = c->sinks;
+    info->window = c->window;
+    info->chunk_tokens = c->chunk_tokens;
+    info->chunk_count = c->chunk_count;
+    info->group_count = c->group_count;
+    info->lossless = xkv_entry_is_lossless(entry);
+}
+
+void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info *info)
+{
+    const xkv_container *c = &entry->c;
+    const xkv_group *g = &c->groups[group];
+
+    memset(info, 0, sizeof *info);
+    info->codec = g->codec;
+    info->reason = g->reason;
+    info->plane_count = g->plane_count;
+    info->planes = g->planes;
+    info->errors = g->plane_errors;
+    info->rank = g->rank;
+    info->width = g->width;
+    info->raw_bytes =
+        (uint64_t)g->width * c->geometry.token_count * xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
+    for (uint32_t i = 0; i < g->part_count; i++)
+        info->packed_bytes += g->parts[i].size;
+    info->energy = g->energy;
+    info->error = g->error;
+}
+
+uint32_t xkv_entry_value_count(const xkv_entry *entry)
+{
+    return entry->c.value_count;
+}
+
+void xkv_entry_get_value(const xkv_entry *entry, uint32_t index, xkv_value *value)
+{
+    const xkv_meta_value *v = &entry->c.values[index];
+
+    memset(value, 0, sizeof *value);
+    value->key = v->key;
+    value->type = v->type;
+    value->size = v->size;
+    value->bytes = v->bytes;
+    if (v->type == XKV_VALUE_U64)
+        value->u64 = xkv_load64(v->bytes);
+    if (v->type == XKV_VALUE_F64)
+        value->f64 = xkv_loadf64(v->bytes);
+}
+
+int xkv_entry_find_value(const xkv_entry *entry, const char *key, xkv_value *value)
+{
+    for (uint32_t i = 0; i < entry->c.value_count; i++)
+        if (strcmp(entry->c.values[i].key, key) == 0) {
+            xkv_entry_get_value(entry, i, value);
+            return 1;
+        }
+    return 0;
+}
+
+/* --- Model check -------------------------------------------------------------------------------------------------- */
+
+static void format_hex(const uint8_t *bytes, char hex[33])
+{
+    static const char digits[] = "0123456789abcdef";
+
+    for (int i = 0; i < 16; i++) {
+        hex[2 * i] = digits[bytes[i] >> 4];
+        hex[2 * i + 1] = digits[bytes[i] & 15];
+    }
+    hex[32] = 0;
+}
+
+static xkv_status check_widths(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_model *model)
+{
+    for (uint32_t i = 0; i < geometry->plane_count; i++) {
+        const xkv_plane *p = &geometry->planes[i];
+        const xkv_model_layer *l = &model->layers[p->layer];
+        uint32_t dim = p->kind == XKV_PLANE_V ? l->head_dim_v : l->head_dim_k;
+        if (p->kind <= XKV_PLANE_V && xkv_plane_width(p) != l->kv_heads * dim)
+            return xkv_fail(ctx, XKV_ERROR_MISMATCH,
+                            "layer %u, %s: %u elements wide in the entry, %u x %u in the model", p->layer,
+                            xkv_plane_kind_name(p->kind), xkv_plane_width(p), l->kv_heads, dim);
+    }
+    return XKV_OK;
+}
+
+xkv_status xkv_entry_check_model(xkv_ctx *ctx, const xkv_entry *entry, const xkv_model *model)
+{
+    const xkv_geometry *geometry = &entry->c.geometry;
+    xkv_value v;
+    char have[33], want[33];
+
+    xkv_ctx_begin(ctx);
+    if (model->has_fingerprint && xkv_entry_find_value(entry, "model.fingerprint", &v) && v.type == XKV_VALUE_BYTES &&
+        v.size == 16) {
+        format_hex(v.bytes, have);
+        format_hex(model->fingerprint, want);
+        if (memcmp(v.bytes, model->fingerprint, 16) != 0)
+            return xkv_fail(ctx, XKV_ERROR_MISMATCH, "model.fingerprint: the entry was made by %s, the model is %s",
+                            have, want);
+        return XKV_OK;
+    }
+    if (geometry->layer_count != model->layer_count)
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry has %u layers, the model %u", geometry->layer_count,
+                        model->layer_count);
+    return check_widths(ctx, geometry, model);
+}
+
+/* --- Verify ------------------------------------------------------------------------------------------------------- */
+
+/* An all-lossless entry gives back the very file: rebuild it in memory, whose hash the restore compares [F7]. */
+static xkv_status verify_source(xkv_ctx *ctx, const xkv_entry *entry, xkv_progress_fn progress, void *progress_user)
+{
+    uint64_t size = entry->c.framing.source_size;
+    uint8_t *image = NULL;
+    xkv_status status;
+
+    if (size > SIZE_MAX)
+        return xkv_fail(ctx, XKV_ERROR_LIMIT, "the engine's file of %llu bytes does not fit into memory",
+                        (unsigned long long)size);
+    XKV_TRY(XKV_NEW(ctx, (size_t)size, &image));
+    status = xkv_entry_restore(ctx, entry, 0, progress, progress_user, image, size);
+    xkv_release(ctx, image);
+    return status;
+}
+
+xkv_status xkv_entry_verify(xkv_ctx *ctx, const xkv_entry *entry, xkv_progress_fn progress, void *progress_user)
+{
+    xkv_read_options o = xkv_read_options_default();
+
+    xkv_ctx_begin(ctx);
+    XKV_TRY(xkv_container_check_gaps(ctx, &entry->input, &entry->c));
+    if (entry->c.has_framing && xkv_entry_is_lossless(entry))
+        return verify_source(ctx, entry, progress, progress_user);
+    o.progress = progress;
+    o.progress_user = progress_user;
+    return xkv_entry_decode(ctx, entry, &o, NULL);
+}

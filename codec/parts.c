@@ -1,1 +1,135 @@
-#include "base.h"
+#include "parts.h"
+
+#include <inttypes.h>
+
+void xkv_chunk_tokens(const xkv_container *c, uint32_t chunk, uint32_t *t0, uint32_t *t1)
+{
+    uint64_t first = (uint64_t)chunk * c->chunk_tokens;
+
+    *t0 = (uint32_t)first;
+    *t1 = (uint32_t)xkv_min64(first + c->chunk_tokens, c->geometry.token_count);
+}
+
+void xkv_chunk_coded(const xkv_container *c, uint32_t chunk, uint32_t *t0, uint32_t *t1)
+{
+    uint32_t end = c->geometry.token_count - c->window;
+
+    xkv_chunk_tokens(c, chunk, t0, t1);
+    if (*t0 < c->sinks)
+        *t0 = c->sinks;
+    if (*t1 > end)
+        *t1 = end;
+    if (*t0 > *t1)
+        *t0 = *t1;
+}
+
+static xkv_shape lossless_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
+{
+    uint32_t elem = (uint32_t)xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
+    xkv_shape s = {0, g->width, elem};
+    uint32_t t0, t1;
+
+    if (part >= XKV_PART_CHUNKS) {
+        xkv_chunk_tokens(c, part - XKV_PART_CHUNKS, &t0, &t1);
+        s.rows = t1 - t0;
+    }
+    return s;
+}
+
+static xkv_shape svd_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
+{
+    xkv_shape s = {0, g->rank, 2};
+    uint32_t t0, t1;
+
+    if (part == XKV_PART_COMPONENTS) {
+        s.rows = 1;
+        s.cols = (uint64_t)g->rank * (g->width + 2u); /* f16 components, then an f32 scale each */
+    } else if (part == XKV_PART_EXACT) {
+        s.rows = c->sinks + c->window;
+        s.cols = g->width;
+        s.elem = (uint32_t)xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
+    } else {
+        xkv_chunk_coded(c, part - XKV_PART_CHUNKS, &t0, &t1);
+        s.rows = t1 - t0;
+    }
+    return s;
+}
+
+xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
+{
+    return g->codec == 0 ? lossless_shape(c, g, part) : svd_shape(c, g, part);
+}
+
+uint64_t xkv_part_bound(xkv_shape s)
+{
+    return s.elem * (4 + (uint64_t)ZSTD_compressBound((size_t)(s.rows * s.cols)));
+}
+
+xkv_status xkv_part_encode(xkv_ctx *ctx, const xkv_kernels *k, ZSTD_CCtx *zstd, int level, xkv_shape s, const void *raw,
+                           uint8_t *planes, uint8_t *packed, const void **data, uint64_t *size, uint32_t *method)
+{
+    size_t plane_size = (size_t)(s.rows * s.cols);
+    uint64_t used = 4ull * s.elem, bound = xkv_part_bound(s);
+
+    *data = raw;
+    *size = xkv_shape_bytes(s);
+    *method = XKV_METHOD_STORED;
+    if (level == 0 || plane_size == 0)
+        return XKV_OK;
+    k->split_bytes(raw, (size_t)s.rows, (size_t)s.cols, s.elem, planes);
+    for (uint32_t b = 0; b < s.elem; b++) {
+        size_t n =
+            ZSTD_compressCCtx(zstd, packed + used, (size_t)(bound - used), planes + b * plane_size, plane_size, level);
+        if (ZSTD_isError(n))
+            return xkv_fail(ctx, XKV_ERROR_BACKEND, "zstd: %s", ZSTD_getErrorName(n));
+        xkv_store32(packed + 4ull * b, (uint32_t)n);
+        used += n;
+    }
+    if (used < *size) {
+        *data = packed;
+        *size = used;
+        *method = XKV_METHOD_ZSTD;
+    }
+    return XKV_OK;
+}
+
+/* One byte plane: exactly one frame, of exactly the expected content. */
+static xkv_status decode_plane(xkv_ctx *ctx, ZSTD_DCtx *zstd, const uint8_t *frame, size_t frame_size, uint8_t *plane,
+                               size_t plane_size, const char *where, uint32_t index)
+{
+    unsigned long long content = ZSTD_getFrameContentSize(frame, frame_size);
+    size_t n;
+
+    if (content != plane_size || ZSTD_findFrameCompressedSize(frame, frame_size) != frame_size)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: byte plane %u: not one zstd frame of %zu bytes [D2]", where, index,
+                        plane_size);
+    n = ZSTD_decompressDCtx(zstd, plane, plane_size, frame, frame_size);
+    if (ZSTD_isError(n) || n != plane_size)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: byte plane %u: zstd: %s [D2]", where, index,
+                        ZSTD_isError(n) ? ZSTD_getErrorName(n) : "wrong size");
+    return XKV_OK;
+}
+
+xkv_status xkv_part_decode(xkv_ctx *ctx, const xkv_kernels *k, ZSTD_DCtx *zstd, xkv_shape s, const uint8_t *packed,
+                           uint64_t size, uint8_t *planes, void *raw, const char *where)
+{
+    size_t plane_size = (size_t)(s.rows * s.cols);
+    uint64_t at = 4ull * s.elem;
+
+    if (size < at)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %" PRIu64 " bytes have no room for the frame sizes [D2]", where,
+                        size);
+    for (uint32_t b = 0; b < s.elem; b++) {
+        uint64_t n = xkv_load32(packed + 4ull * b);
+        if (n > size - at)
+            return xkv_fail(ctx, XKV_ERROR_CORRUPT,
+                            "%s: byte plane %u: %" PRIu64 " bytes, %" PRIu64 " left in the part [D2]", where, b, n,
+                            size - at);
+        XKV_TRY(decode_plane(ctx, zstd, packed + at, (size_t)n, planes + b * plane_size, plane_size, where, b));
+        at += n;
+    }
+    if (at != size)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %" PRIu64 " bytes behind the last frame [D2]", where, size - at);
+    k->join_bytes(planes, (size_t)s.rows, (size_t)s.cols, s.elem, raw);
+    return XKV_OK;
+}

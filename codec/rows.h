@@ -1,0 +1,34 @@
+/* rows.h - rows of a group in f32: the planes side by side, K before RoPE. */
+#ifndef XKV_ROWS_H
+#define XKV_ROWS_H
+
+#include "container.h"
+#include "kernels.h"
+
+/* Scratch of one thread for turning rows: angle tables of the geometry's RoPEs, made when first used. */
+typedef struct xkv_rotator {
+    const xkv_geometry *geometry;
+    const xkv_kernels *kernels;
+    bool inverse;
+    xkv_rope_table **tables; /* [rope_count] */
+    float *cos_sin;          /* of the row at hand */
+} xkv_rotator;
+
+XKV_MUST_CHECK xkv_status xkv_rotator_init(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_kernels *k,
+                                           bool inverse, xkv_rotator *r);
+void xkv_rotator_free(xkv_ctx *ctx, xkv_rotator *r);
+
+/* Rotate (or un-rotate) the planes of `g` that have a RoPE in rows [rows][g->width] of the tokens from t0 on. */
+XKV_MUST_CHECK xkv_status xkv_rotate_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, uint32_t t0, uint32_t rows,
+                                          float *x);
+
+/* Tokens [t0, t1) of g's planes from views (of which token 0 is row 0) into x [t1 - t0][g->width], un-rotated. */
+XKV_MUST_CHECK xkv_status xkv_gather_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, const xkv_view *views,
+                                          uint32_t t0, uint32_t t1, float *x);
+
+static inline uint32_t xkv_plane_width(const xkv_plane *p)
+{
+    return p->heads * p->head_dim;
+}
+
+#endif

@@ -1,0 +1,29 @@
+/* svd_group.h - one group by truncated SVD: factors at 16 bits, and the error they make. */
+#ifndef XKV_SVD_GROUP_H
+#define XKV_SVD_GROUP_H
+
+#include "rows.h"
+
+typedef struct xkv_factors {
+    uint32_t rank;
+    uint16_t *coefficients; /* f16 [tokens][rank], the largest of a column is 1 */
+    uint16_t *components;   /* f16 [rank][width] */
+    float *scales;          /* [rank] */
+} xkv_factors;
+
+/* What an svd group should become. Either `rank` > 0, or `error` > 0: the smallest rank up to max_rank whose measured
+ * error is at most that. */
+typedef struct xkv_svd_target {
+    uint32_t rank, max_rank, iterations;
+    double error;
+} xkv_svd_target;
+
+/* Decompose tokens [t0, t1) of g. Sets g->rank, energy, error and plane_errors (spec/codec.md, section 4).
+ * *reached is false, and the factors are empty, when the error cannot be had within max_rank.
+ * `rotators` has one entry per thread of the pool and un-rotates. */
+XKV_MUST_CHECK xkv_status xkv_factorize(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
+                                        const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_svd_target *target,
+                                        xkv_factors *f, bool *reached);
+void xkv_factors_free(xkv_ctx *ctx, xkv_factors *f);
+
+#endif
