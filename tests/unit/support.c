@@ -1,0 +1,262 @@
+#include "support.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* --- Memory output --- */
+
+static xkv_status memory_write(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
+{
+    memory *m = user;
+
+    (void)ctx;
+    if (++m->writes == m->fail_at)
+        return XKV_ERROR_IO;
+    if (offset + size > m->size) {
+        m->data = realloc(m->data, offset + size);
+        assert_non_null(m->data);
+        memset(m->data + m->size, 0, offset + size - m->size);
+        m->size = offset + size;
+    }
+    if (size > 0)
+        memcpy(m->data + offset, src, size);
+    return XKV_OK;
+}
+
+xkv_output memory_output(memory *m)
+{
+    xkv_output o = {m, memory_write};
+
+    return o;
+}
+
+void memory_free(memory *m)
+{
+    free(m->data);
+    memset(m, 0, sizeof *m);
+}
+
+/* --- Numbers --- */
+
+uint64_t test_random(uint64_t *state)
+{
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+double test_uniform(uint64_t *state)
+{
+    return (double)(test_random(state) >> 11) / 9007199254740992.0;
+}
+
+double test_normal(uint64_t *state)
+{
+    double u = 1 - test_uniform(state), v = test_uniform(state);
+
+    return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+}
+
+double test_from_half(uint16_t h)
+{
+    int e = h >> 10 & 31, m = h & 1023;
+    double s = h >> 15 ? -1 : 1;
+
+    if (e == 31)
+        return m ? (double)NAN : s * (double)INFINITY;
+    return s * (e ? ldexp(1024 + m, e - 25) : ldexp(m, -24));
+}
+
+double test_from_bf16(uint16_t h)
+{
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+
+    memcpy(&f, &u, 4);
+    return (double)f;
+}
+
+/* Nearest value of a grid of `bits` significant bits and smallest exponent `low`, ties to even (the rounding mode of
+ * nearbyint). */
+static double round_to_grid(double x, int bits, int low)
+{
+    int e;
+    double unit;
+
+    (void)frexp(x, &e);
+    unit = ldexp(1, (e - bits > low ? e - bits : low));
+    return nearbyint(x / unit) * unit;
+}
+
+uint16_t test_to_half(double x)
+{
+    double a = fmin(round_to_grid(fabs(x), 11, -24), 65504);
+    uint16_t s = signbit(x) ? 0x8000 : 0;
+    int e;
+
+    if (a < ldexp(1, -14))
+        return (uint16_t)(s | (uint16_t)ldexp(a, 24));
+    (void)frexp(a, &e);
+    return (uint16_t)(s | (uint16_t)(e + 14) << 10 | ((uint16_t)ldexp(a, 11 - e) & 1023));
+}
+
+uint16_t test_to_bf16(double x)
+{
+    float f = (float)round_to_grid(x, 8, -133);
+    uint32_t u;
+
+    memcpy(&u, &f, 4);
+    return (uint16_t)(u >> 16);
+}
+
+/* --- Synthetic caches --- */
+
+static void store(uint8_t *p, uint32_t dtype, double x)
+{
+    float f = (float)x;
+    uint16_t h = dtype == XKV_F16 ? test_to_half(x) : test_to_bf16(x);
+
+    if (dtype == XKV_F32)
+        memcpy(p, &f, 4);
+    else
+        memcpy(p, &h, 2);
+}
+
+double element(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, uint32_t i)
+{
+    const xkv_plane *p = &s->planes[plane];
+    size_t elem = p->dtype == XKV_F32 ? 4 : 2;
+    const uint8_t *at =
+        data + ((uint8_t *)s->views[plane].data - s->data) + ((size_t)t * p->heads * p->head_dim + i) * elem;
+    float f;
+    uint16_t h;
+
+    memcpy(&h, at, 2);
+    if (p->dtype == XKV_F16)
+        return test_from_half(h);
+    if (p->dtype == XKV_BF16)
+        return test_from_bf16(h);
+    memcpy(&f, at, 4);
+    return (double)f;
+}
+
+xkv_view *views_into(const synthetic *s, uint8_t *data)
+{
+    xkv_view *views = malloc((s->geometry.plane_count + 1) * sizeof *views);
+
+    assert_non_null(views);
+    for (uint32_t i = 0; i < s->geometry.plane_count; i++) {
+        views[i] = s->views[i];
+        views[i].data = data + ((uint8_t *)s->views[i].data - s->data);
+    }
+    return views;
+}
+
+static void make_planes(synthetic *s, const synthetic_options *o)
+{
+    size_t elem = o->dtype == XKV_F32 ? 4 : 2, offset = 0,
+           plane_size = (size_t)o->tokens * o->heads * o->head_dim * elem;
+
+    s->size = plane_size * o->layers * 2;
+    s->data = calloc(1, s->size + 1);
+    s->planes = calloc(o->layers * 2, sizeof *s->planes);
+    s->views = calloc(o->layers * 2, sizeof *s->views);
+    for (uint32_t i = 0; i < o->layers * 2; i++) {
+        uint32_t kind = (o->mla ? XKV_PLANE_LATENT : XKV_PLANE_K) + i % 2;
+        s->planes[i] = (xkv_plane){i / 2, kind, o->dtype, o->heads, o->head_dim, XKV_NO_ROPE};
+        if (o->rope && kind == XKV_PLANE_K)
+            s->planes[i].rope = 0;
+        s->views[i] = (xkv_view){s->data + offset,
+                                 (int64_t)(elem * o->heads * o->head_dim),
+                                 (int64_t)(elem * o->head_dim),
+                                 (int64_t)elem,
+                                 NULL,
+                                 o->dtype};
+        offset += plane_size;
+    }
+}
+
+/* Half-split pairs, base 10000. */
+static void make_rope(synthetic *s, const synthetic_options *o)
+{
+    s->ropes = calloc(1, sizeof *s->ropes);
+    s->ropes->n_rot = o->head_dim;
+    s->ropes->style = XKV_ROPE_HALF_SPLIT;
+    s->ropes->scale = 1;
+    for (uint32_t i = 0; i < o->head_dim / 2; i++)
+        s->ropes->inv_freq[i] = pow(10000, -2.0 * i / o->head_dim);
+}
+
+static void rotate(const synthetic *s, const xkv_plane *p, int32_t position, double *row)
+{
+    const xkv_rope *r = s->ropes;
+
+    for (uint32_t h = 0; h < p->heads; h++)
+        for (uint32_t i = 0; i < r->n_rot / 2; i++) {
+            double *a = row + h * p->head_dim + i, *b = a + r->n_rot / 2, t = position * r->inv_freq[i];
+            double x = *a * cos(t) - *b * sin(t), y = *a * sin(t) + *b * cos(t);
+            *a = x;
+            *b = y;
+        }
+}
+
+/* Row t of a plane: `rank` directions of the plane with coefficients that all planes of the group share, plus noise.
+ * Both come from generators seeded by what they belong to, so that rows can be made in any order. */
+static void make_row(const synthetic *s, const synthetic_options *o, uint32_t plane, uint32_t t, double *row)
+{
+    const xkv_plane *p = &s->planes[plane];
+    uint32_t width = p->heads * p->head_dim, group = o->group_layers ? p->layer / o->group_layers : p->layer;
+    uint64_t token = 1000003ull * (group * 4 + p->kind) + 7919ull * t + 1, noise = 31 + plane * 1000003ull + t;
+
+    memset(row, 0, width * sizeof *row);
+    for (uint32_t j = 0; j < o->rank; j++) {
+        uint64_t direction = 77 + plane * 65537ull + j * 4099ull;
+        double a = test_normal(&token) / (1 + j);
+        for (uint32_t i = 0; i < width; i++)
+            row[i] += a * test_normal(&direction);
+    }
+    for (uint32_t i = 0; i < width; i++)
+        row[i] += (o->rank ? o->noise : 1) * test_normal(&noise);
+}
+
+synthetic make_synthetic(const synthetic_options *o)
+{
+    synthetic s = {0};
+    size_t elem = o->dtype == XKV_F32 ? 4 : 2;
+    double *row = calloc(o->heads * o->head_dim, sizeof *row);
+
+    make_planes(&s, o);
+    make_rope(&s, o);
+    s.positions = calloc(o->tokens + 1, sizeof *s.positions);
+    for (uint32_t t = 0; t < o->tokens; t++)
+        s.positions[t] = o->first_position + (int32_t)t;
+    for (uint32_t p = 0; p < o->layers * 2; p++)
+        for (uint32_t t = 0; t < o->tokens; t++) {
+            make_row(&s, o, p, t, row);
+            if (s.planes[p].rope != XKV_NO_ROPE)
+                rotate(&s, &s.planes[p], s.positions[t], row);
+            for (uint32_t i = 0; i < o->heads * o->head_dim; i++)
+                store((uint8_t *)s.views[p].data + ((size_t)t * o->heads * o->head_dim + i) * elem, o->dtype, row[i]);
+        }
+    s.geometry = (xkv_geometry){.layer_count = o->layers,
+                                .plane_count = o->layers * 2,
+                                .rope_count = 1,
+                                .token_count = o->tokens,
+                                .planes = s.planes,
+                                .ropes = s.ropes,
+                                .positions = s.positions};
+    free(row);
+    return s;
+}
+
+void free_synthetic(synthetic *s)
+{
+    free(s->planes);
+    free(s->ropes);
+    free(s->positions);
+    free(s->views);
+    free(s->data);
+}

@@ -1,0 +1,71 @@
+/* support.h - what several unit tests need: a growing memory output, a deterministic generator, synthetic caches. */
+#ifndef XKV_TEST_SUPPORT_H
+#define XKV_TEST_SUPPORT_H
+
+/* cmocka wants these before its own header. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "xkv/codec.h"
+
+/* --- Memory output --- */
+
+typedef struct memory {
+    uint8_t *data;
+    size_t size;
+    int fail_at; /* the fail_at-th write fails (1 = the first); 0: never */
+    int writes;
+} memory;
+
+xkv_output memory_output(memory *m);
+void memory_free(memory *m);
+
+/* --- Numbers --- */
+
+/* A splitmix64 sequence: the same on every machine. */
+uint64_t test_random(uint64_t *state);
+double test_uniform(uint64_t *state); /* [0, 1) */
+double test_normal(uint64_t *state);
+
+/* f32 <-> f16 and bf16 written anew for the tests, slow and plain. */
+double test_from_half(uint16_t h);
+double test_from_bf16(uint16_t h);
+uint16_t test_to_half(double x);
+uint16_t test_to_bf16(double x);
+
+/* --- Synthetic caches: planes token-major, one behind the other --- */
+
+typedef struct synthetic {
+    xkv_geometry geometry;
+    xkv_plane *planes;
+    xkv_rope *ropes;
+    int32_t *positions;
+    xkv_view *views;
+    uint8_t *data;
+    size_t size;
+} synthetic;
+
+typedef struct synthetic_options {
+    uint32_t layers, tokens, heads, head_dim, dtype;
+    uint32_t rank; /* of each group of group_layers layers; 0: full-rank noise */
+    uint32_t group_layers;
+    double noise; /* added white noise relative to the signal */
+    int rope;     /* rotate K */
+    int mla;      /* latent and K-rope instead of K and V */
+    int32_t first_position;
+} synthetic_options;
+
+synthetic make_synthetic(const synthetic_options *o);
+void free_synthetic(synthetic *s);
+
+/* Views of the same planes in another buffer of s->size bytes. */
+xkv_view *views_into(const synthetic *s, uint8_t *data);
+
+/* Element (t, i) of plane p in `data`, whatever its dtype. */
+double element(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, uint32_t i);
+
+#endif
