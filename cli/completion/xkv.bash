@@ -1,0 +1,33 @@
+# bash completion for xkv-pack, xkv-unpack and xkv-info. The options come from --help, so that there is one list.
+
+_xkv_options() {
+    "$1" --help 2>/dev/null | grep -oE '(^|[ ,])--[a-z][a-z0-9-]*' | tr -d ' ,' | sort -u
+}
+
+_xkv_files() { # all files, or those that end in $2
+    local IFS=$'\n'
+    compopt -o filenames
+    mapfile -t COMPREPLY < <(compgen -d -- "$1"; compgen -f ${2:+-X "!*$2"} -- "$1")
+}
+
+_xkv() {
+    local tool=$1 current=$2 previous=$3
+    COMPREPLY=()
+    case $previous in
+    --profile) mapfile -t COMPREPLY < <(compgen -W 'auto lossless svd' -- "$current"); return ;;
+    --rope-style) mapfile -t COMPREPLY < <(compgen -W 'interleaved half-split' -- "$current"); return ;;
+    --model) _xkv_files "$current" .gguf; return ;;
+    -o | --output) _xkv_files "$current"; return ;;
+    -T | -M | --threads | --memory | --fingerprint | --group | --rank-[kv] | --ratio | --error | --energy | --sinks | \
+        --window | --iterations | --rope-base | --rope-dim | --rope-scale | --head-dim | --first) return ;;
+    esac
+    if [[ $current == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$(_xkv_options "$tool")" -- "$current")
+    elif [[ ${tool##*/} == xkv-pack ]]; then
+        _xkv_files "$current"
+    else
+        _xkv_files "$current" .xkv
+    fi
+}
+
+complete -F _xkv xkv-pack xkv-unpack xkv-info

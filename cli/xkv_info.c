@@ -1,0 +1,319 @@
+/* xkv_info.c - what entries hold. */
+#include "cli.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { OPT_VERIFY = CLI_OPT_TOOL };
+
+static const char letters[] = CLI_COMMON_LETTERS;
+static const struct option long_options[] = {
+    CLI_COMMON_OPTIONS,
+    {"verify", no_argument, NULL, OPT_VERIFY},
+    CLI_END_OPTIONS,
+};
+
+static const char help[] =
+    "List .xkv entries: one line each, with -v a table of groups, with -vv also metadata and sections.\n"
+    "\n"
+    "      --verify          check every checksum and rule, and decode everything\n"
+    "  -T, --threads N       worker threads, 0 for all cores [0]\n"
+    "  -M, --memory N        memory limit in bytes; suffixes K, M, G [none]\n"
+    "      --json            one JSON object per file on standard output, with everything\n"
+    "  -q, --quiet           no table; with --verify only the exit code and errors\n"
+    "  -v, --verbose         more\n"
+    "  -h, --help            this text\n"
+    "  -V, --version         version\n"
+    "\n"
+    "Columns: Raw are the bytes of the tensors as the engine holds them, Packed those of the whole entry,\n"
+    "Ratio is raw 16-bit bytes / packed; ErrK and ErrV are relative errors, measured while packing\n"
+    "(0: lossless, -: no such planes; latents count as K).\n"
+    "\n"
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 6 memory or limit, 130 interrupted.\n"
+    "See xkv-info(1).\n";
+
+typedef struct info_tool {
+    bool verify;
+    bool header_shown;
+} info_tool;
+
+static bool take_option(cli *c, int option, const char *value)
+{
+    info_tool *tool = c->user;
+    (void)option;
+    (void)value;
+    tool->verify = true;
+    return true;
+}
+
+/* --- Facts ----------------------------------------------------------------------------------------------------------
+ */
+
+static const char *group_kind(const xkv_geometry *g, const xkv_group_info *group)
+{
+    uint32_t kind = g->planes[group->planes[0]].kind;
+    for (uint32_t i = 1; i < group->plane_count; i++) {
+        if (g->planes[group->planes[i]].kind != kind)
+            return "mixed";
+    }
+    return xkv_plane_kind_name(kind);
+}
+
+static const char *group_codec(const xkv_group_info *group)
+{
+    static const char *const lossless[] = {"lossless", "lossless (no gain)", "lossless (NaN or Inf)",
+                                           "lossless (exact kind)", "lossless (no tokens)"};
+    if (group->codec == XKV_CODEC_SVD)
+        return "svd";
+    return lossless[group->reason <= XKV_REASON_NO_TOKENS ? group->reason : 0];
+}
+
+/* The relative error over all groups that hold planes of `kind`, weighted by their energy; -1 without such planes.
+ * Lossless groups have no energy on record, and no error. */
+static double kind_error(const xkv_entry *entry, uint32_t group_count, uint32_t kind)
+{
+    const xkv_geometry *g = xkv_entry_geometry(entry);
+    double squares = 0, energy = 0;
+    bool found = false;
+    for (uint32_t i = 0; i < group_count; i++) {
+        xkv_group_info group;
+        xkv_entry_get_group(entry, i, &group);
+        for (uint32_t j = 0; j < group.plane_count; j++) {
+            if (g->planes[group.planes[j]].kind != kind)
+                continue;
+            found = true;
+            squares += group.error * group.error * group.energy;
+            energy += group.energy;
+            break;
+        }
+    }
+    return found ? (energy > 0 ? sqrt(squares / energy) : 0) : -1;
+}
+
+static const char *engine_name(const xkv_entry *entry)
+{
+    const xkv_framing *framing = xkv_entry_framing(entry);
+    return framing == NULL ? "none" : xkv_engine_name(framing->engine);
+}
+
+static double ratio_of(const xkv_entry_info *info)
+{
+    return (double)info->raw16_bytes / (double)info->file_size;
+}
+
+/* --- Tables ---------------------------------------------------------------------------------------------------------
+ */
+
+static cli_text error_text(double error)
+{
+    cli_text t = {"-"};
+    if (error >= 0)
+        snprintf(t.text, sizeof t.text, error > 0 ? "%.4f" : "%.0f", error);
+    return t;
+}
+
+static void print_row(cli *c, const char *name, const xkv_entry *entry, const xkv_entry_info *info, const char *check)
+{
+    info_tool *tool = c->user;
+    const xkv_geometry *g = xkv_entry_geometry(entry);
+    double error_k =
+        fmax(kind_error(entry, info->group_count, XKV_PLANE_K), kind_error(entry, info->group_count, XKV_PLANE_LATENT));
+    double error_v = kind_error(entry, info->group_count, XKV_PLANE_V);
+    char visible[1024];
+    cli_printable(visible, sizeof visible, name);
+    if (!tool->header_shown)
+        printf("%10s %6s %6s %11s %11s %7s %7s %7s %s%-18s %s\n", "Tokens", "Layers", "Groups", "Raw", "Packed",
+               "Ratio", "ErrK", "ErrV", tool->verify ? "Check " : "", "Engine", "File");
+    tool->header_shown = c->verbosity < 2; /* again after the details of a file */
+    printf("%10u %6u %6u %11s %11s %7.2f %7s %7s %s%-18s %s\n", g->token_count, g->layer_count, info->group_count,
+           cli_size_text(info->raw_bytes).text, cli_size_text(info->file_size).text, ratio_of(info),
+           error_text(error_k).text, error_text(error_v).text, check, engine_name(entry), visible);
+}
+
+static void print_group(const xkv_geometry *g, uint32_t index, const xkv_group_info *group)
+{
+    char layers[32], rank[16] = "-";
+    uint32_t first = g->planes[group->planes[0]].layer;
+    uint32_t last = g->planes[group->planes[group->plane_count - 1]].layer;
+    snprintf(layers, sizeof layers, first == last ? "%u" : "%u-%u", first, last);
+    if (group->codec == XKV_CODEC_SVD)
+        snprintf(rank, sizeof rank, "%u", group->rank);
+    printf("  %5u %-6s %9s %6u %6s %7u %11s %11s %7.2f %7s  %s\n", index, group_kind(g, group), layers,
+           group->plane_count, rank, group->width, cli_size_text(group->raw_bytes).text,
+           cli_size_text(group->packed_bytes).text,
+           group->packed_bytes > 0 ? (double)group->raw_bytes / (double)group->packed_bytes : 0,
+           error_text(group->error).text, group_codec(group));
+}
+
+static void print_groups(const xkv_entry *entry, const xkv_entry_info *info)
+{
+    printf("  %5s %-6s %9s %6s %6s %7s %11s %11s %7s %7s  %s\n", "Group", "Kind", "Layers", "Planes", "Rank", "Width",
+           "Raw", "Packed", "Ratio", "Error", "Codec");
+    for (uint32_t i = 0; i < info->group_count; i++) {
+        xkv_group_info group;
+        xkv_entry_get_group(entry, i, &group);
+        print_group(xkv_entry_geometry(entry), i, &group);
+    }
+}
+
+static void print_value(const xkv_value *v)
+{
+    char visible[256];
+    switch (v->type) {
+    case XKV_VALUE_U64:
+        snprintf(visible, sizeof visible, "%" PRIu64, v->u64);
+        break;
+    case XKV_VALUE_F64:
+        snprintf(visible, sizeof visible, "%.9g", v->f64);
+        break;
+    case XKV_VALUE_STRING:
+        cli_printable(visible, sizeof visible, (const char *)v->bytes);
+        break;
+    default:
+        snprintf(visible, sizeof visible, "%s%s", cli_hex_text(v->bytes, v->size).text, v->size > 31 ? "..." : "");
+        break;
+    }
+    printf("  %-24s %s\n", v->key, visible);
+}
+
+static void print_details(const xkv_entry *entry, const xkv_entry_info *info)
+{
+    const xkv_geometry *g = xkv_entry_geometry(entry);
+    for (uint32_t i = 0; i < xkv_entry_value_count(entry); i++) {
+        xkv_value value;
+        xkv_entry_get_value(entry, i, &value);
+        print_value(&value);
+    }
+    printf("  %-24s %s\n", "content id", cli_hex_text(info->content_id, 16).text);
+    if (xkv_entry_framing(entry) != NULL)
+        printf("  %-24s %s, %" PRIu64 " bytes\n", "source", cli_hex_text(info->source_hash, 16).text,
+               xkv_entry_framing(entry)->source_size);
+    printf("  %-24s %u, readable since version %u\n", "format version", info->write_version, info->read_version);
+    printf("  %-24s %" PRIu64 " payload, %" PRIu64 " framing, %" PRIu64 " tokens\n", "bytes", info->payload_bytes,
+           info->framing_bytes, info->token_bytes);
+    printf("  %-24s %u of %u tokens\n", "chunks", info->chunk_count, info->chunk_tokens);
+    printf("  %-24s %u sinks, %u window\n", "exact tokens", info->sinks, info->window);
+    if (g->token_count > 0)
+        printf("  %-24s %d to %d\n", "positions", (int)g->positions[0], (int)g->positions[g->token_count - 1]);
+    printf("  %-24s %u\n", "token ids", g->token_id_count);
+    printf("  %-24s %u\n", "rotary embeddings", g->rope_count);
+}
+
+/* --- JSON -----------------------------------------------------------------------------------------------------------
+ */
+
+static json_t *json_hex(const uint8_t *bytes, size_t size)
+{
+    return json_string(cli_hex_text(bytes, size).text);
+}
+
+static json_t *groups_json(const xkv_entry *entry, const xkv_entry_info *info)
+{
+    const xkv_geometry *g = xkv_entry_geometry(entry);
+    json_t *groups = json_array();
+    for (uint32_t i = 0; i < info->group_count; i++) {
+        xkv_group_info group;
+        xkv_entry_get_group(entry, i, &group);
+        json_t *planes = json_array();
+        for (uint32_t j = 0; j < group.plane_count; j++) {
+            const xkv_plane *plane = &g->planes[group.planes[j]];
+            json_array_append_new(planes, json_pack("{s:i, s:s, s:f}", "layer", (int)plane->layer, "kind",
+                                                    xkv_plane_kind_name(plane->kind), "error", group.errors[j]));
+        }
+        json_array_append_new(groups,
+                              json_pack("{s:s, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", group_codec(&group),
+                                        "planes", planes, "rank", (int)group.rank, "width", (int)group.width,
+                                        "raw_bytes", (json_int_t)group.raw_bytes, "packed_bytes",
+                                        (json_int_t)group.packed_bytes, "energy", group.energy, "error", group.error));
+    }
+    return groups;
+}
+
+static json_t *metadata_json(const xkv_entry *entry)
+{
+    json_t *object = json_object();
+    for (uint32_t i = 0; i < xkv_entry_value_count(entry); i++) {
+        xkv_value v;
+        xkv_entry_get_value(entry, i, &v);
+        json_t *value = v.type == XKV_VALUE_U64      ? json_integer((json_int_t)v.u64)
+                        : v.type == XKV_VALUE_F64    ? json_real(v.f64) /* NULL for NaN */
+                        : v.type == XKV_VALUE_STRING ? cli_json_string((const char *)v.bytes)
+                                                     : json_hex(v.bytes, v.size);
+        json_object_set_new(object, v.key, value != NULL ? value : json_null());
+    }
+    return object;
+}
+
+static void print_json(const cli *c, const char *name, const xkv_entry *entry, const xkv_entry_info *info)
+{
+    const info_tool *tool = c->user;
+    const xkv_geometry *g = xkv_entry_geometry(entry);
+    json_t *errors = json_object();
+    for (uint32_t kind = 0; kind <= XKV_PLANE_K_ROPE; kind++) {
+        double error = kind_error(entry, info->group_count, kind);
+        if (error >= 0)
+            json_object_set_new(errors, xkv_plane_kind_name(kind), json_real(error));
+    }
+    json_t *object = json_pack(
+        "{s:o, s:b, s:i, s:i, s:I, s:I, s:I, s:f, s:o, s:s, s:i, s:i, s:i, s:i}", "file", cli_json_string(name), "ok",
+        1, "tokens", (int)g->token_count, "layers", (int)g->layer_count, "raw_bytes", (json_int_t)info->raw_bytes,
+        "raw16_bytes", (json_int_t)info->raw16_bytes, "entry_bytes", (json_int_t)info->file_size, "ratio",
+        ratio_of(info), "error", errors, "engine", engine_name(entry), "write_version", (int)info->write_version,
+        "read_version", (int)info->read_version, "sinks", (int)info->sinks, "window", (int)info->window);
+    json_object_set_new(object, "verified", json_boolean(tool->verify));
+    json_object_set_new(object, "lossless", json_boolean(info->lossless != 0));
+    json_object_set_new(object, "chunk_tokens", json_integer(info->chunk_tokens));
+    json_object_set_new(object, "token_ids", json_integer(g->token_id_count));
+    json_object_set_new(object, "content_id", json_hex(info->content_id, 16));
+    json_object_set_new(object, "source_hash", json_hex(info->source_hash, 16));
+    json_object_set_new(object, "metadata", metadata_json(entry));
+    json_object_set_new(object, "groups", groups_json(entry, info));
+    cli_json_print(object);
+}
+
+/* --- One file -------------------------------------------------------------------------------------------------------
+ */
+
+static cli_exit process_entry(cli *c, const cli_input *input, const xkv_entry *entry)
+{
+    const info_tool *tool = c->user;
+    xkv_entry_info info;
+    xkv_entry_get_info(entry, &info);
+    xkv_status status = tool->verify ? xkv_entry_verify(c->ctx, entry, cli_progress, c) : XKV_OK;
+    if (status != XKV_OK)
+        return cli_fail(c, input->name, status);
+    cli_progress_end(c);
+    if (c->json) {
+        print_json(c, input->name, entry, &info);
+        return CLI_OK;
+    }
+    if (c->verbosity >= 1)
+        print_row(c, input->name, entry, &info, tool->verify ? "OK    " : "");
+    if (c->verbosity >= 3)
+        print_details(entry, &info);
+    if (c->verbosity >= 2)
+        print_groups(entry, &info);
+    return CLI_OK;
+}
+
+static cli_exit process(cli *c, const char *path)
+{
+    return cli_process_entry(c, path, process_entry);
+}
+
+int main(int argc, char **argv)
+{
+    static const cli_tool tool = {
+        .name = "xkv-info",
+        .usage = "Usage: xkv-info [options] [FILE...]",
+        .help = help,
+        .letters = letters,
+        .options = long_options,
+        .option = take_option,
+        .process = process,
+    };
+    info_tool state = {0};
+    return cli_main(&tool, &state, argc, argv);
+}

@@ -1,0 +1,386 @@
+/* xkv_pack.c - engine files to entries. */
+#include "cli.h"
+
+#include <float.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum {
+    OPT_LOSSLESS = CLI_OPT_TOOL,
+    OPT_PROFILE,
+    OPT_GROUP,
+    OPT_RANK_K,
+    OPT_RANK_V,
+    OPT_RATIO,
+    OPT_ERROR,
+    OPT_ENERGY,
+    OPT_SINKS,
+    OPT_WINDOW,
+    OPT_ITERATIONS,
+    OPT_ZSTD_FACTORS,
+};
+
+static const char letters[] =
+    CLI_COMMON_LETTERS CLI_OUTPUT_LETTERS "1::2::3::4::5::6::7::8::9::"; /* -19: letter 1, value 9 */
+static const struct option long_options[] = {
+    CLI_COMMON_OPTIONS,
+    CLI_OUTPUT_OPTIONS,
+    CLI_MODEL_OPTIONS,
+    {"rope-base", required_argument, NULL, CLI_OPT_ROPE_BASE},
+    {"rope-dim", required_argument, NULL, CLI_OPT_ROPE_DIM},
+    {"rope-style", required_argument, NULL, CLI_OPT_ROPE_STYLE},
+    {"rope-scale", required_argument, NULL, CLI_OPT_ROPE_SCALE},
+    {"head-dim", required_argument, NULL, CLI_OPT_HEAD_DIM},
+    {"lossless", no_argument, NULL, OPT_LOSSLESS},
+    {"profile", required_argument, NULL, OPT_PROFILE},
+    {"group", required_argument, NULL, OPT_GROUP},
+    {"rank-k", required_argument, NULL, OPT_RANK_K},
+    {"rank-v", required_argument, NULL, OPT_RANK_V},
+    {"ratio", required_argument, NULL, OPT_RATIO},
+    {"error", required_argument, NULL, OPT_ERROR},
+    {"energy", required_argument, NULL, OPT_ENERGY},
+    {"sinks", required_argument, NULL, OPT_SINKS},
+    {"window", required_argument, NULL, OPT_WINDOW},
+    {"iterations", required_argument, NULL, OPT_ITERATIONS},
+    {"zstd-factors", no_argument, NULL, OPT_ZSTD_FACTORS},
+    CLI_END_OPTIONS,
+};
+
+static const char help[] =
+    "Pack KV caches saved by llama.cpp, or as safetensors, into .xkv entries.\n"
+    "Each FILE becomes FILE.xkv. Without FILE, or for -, standard input is packed to standard output.\n"
+    "\n"
+    "Codec:\n"
+    "      --lossless        exact (the default when no rank, ratio, error or energy is given)\n"
+    "      --profile NAME    auto, lossless or svd (grouped cross-layer SVD) [auto]\n"
+    "      --group N         layers in a group [4]\n"
+    "      --rank-k N        components of a full group of K planes (with --rank-v)\n"
+    "      --rank-v N        components of a full group of V planes (with --rank-k)\n"
+    "      --ratio R         raw 16-bit bytes / all bytes of the entry; finds the ranks\n"
+    "      --error E         largest relative error of each group, 0 to 1\n"
+    "      --energy E        share of each group's sum of squares to keep, 0 to 1\n"
+    "      --sinks N         exact tokens at the start [4]\n"
+    "      --window N        exact tokens at the end [0]\n"
+    "      --iterations N    power iterations of the SVD, 1 to 8 [2]\n"
+    "  -1 .. -19             zstd level [3]\n"
+    "      --zstd-factors    compress SVD factors with zstd too\n"
+    "\n"
+    "Model (lets svd undo RoPE before it codes K):\n"
+    "      --model FILE      GGUF file of the model; its header is enough\n"
+    "      --fingerprint HEX identity of the model, 32 digits, instead of the GGUF's\n"
+    "      --rope-base F     base of the RoPE frequencies\n"
+    "      --rope-dim N      rotated dims of a head [all]\n"
+    "      --rope-style NAME interleaved or half-split\n"
+    "      --rope-scale F    factor on positions [1]\n"
+    "      --head-dim N      dims of a head of K and V\n"
+    "\n"
+    "Files:\n"
+    "  -o, --output FILE     write FILE (- for standard output)\n"
+    "  -c, --stdout          write to standard output\n"
+    "  -f, --force           overwrite outputs; write even to a terminal\n"
+    "  -k, --keep            keep the inputs (default)\n"
+    "      --rm              remove each input when its output is safe on disk\n"
+    "\n"
+    "General:\n"
+    "  -T, --threads N       worker threads, 0 for all cores [0]\n"
+    "  -M, --memory N        memory limit in bytes; suffixes K, M, G [none]\n"
+    "      --json            one JSON object per file on standard output\n"
+    "  -q, --quiet           errors only\n"
+    "  -v, --verbose         more messages; twice: still more\n"
+    "  -h, --help            this text\n"
+    "  -V, --version         version\n"
+    "\n"
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 other model, 5 target out of reach,\n"
+    "6 memory or limit, 130 interrupted. See xkv-pack(1).\n";
+
+typedef struct pack_tool {
+    xkv_pack_options options;
+    xkv_rope_options rope;
+    bool rope_given;  /* any --rope-* or --head-dim */
+    xkv_model *model; /* of --model */
+} pack_tool;
+
+/* --- Options --------------------------------------------------------------------------------------------------------
+ */
+
+static bool take_rope_option(cli *c, xkv_rope_options *rope, int option, const char *value)
+{
+    static const char *const styles[] = {"interleaved", "half-split", NULL};
+    uint32_t style;
+    switch (option) {
+    case CLI_OPT_ROPE_BASE:
+        return cli_parse_double(c, "--rope-base", value, 0, DBL_MAX, &rope->base);
+    case CLI_OPT_ROPE_DIM:
+        return cli_parse_u32(c, "--rope-dim", value, 2, 2 * XKV_MAX_ROPE_PAIRS, &rope->dims);
+    case CLI_OPT_ROPE_SCALE:
+        return cli_parse_double(c, "--rope-scale", value, 0, DBL_MAX, &rope->linear_scale);
+    case CLI_OPT_HEAD_DIM:
+        return cli_parse_u32(c, "--head-dim", value, 1, XKV_MAX_WIDTH, &rope->head_dim);
+    default:
+        if (!cli_parse_choice(c, "--rope-style", value, styles, &style))
+            return false;
+        rope->style = (int32_t)style;
+        return true;
+    }
+}
+
+static bool take_level(cli *c, xkv_pack_options *options, int digit, const char *second)
+{
+    char text[16];
+    uint32_t level;
+    snprintf(text, sizeof text, "%c%s", digit, second == NULL ? "" : second);
+    if (!cli_parse_u32(c, "level", text, 1, 19, &level))
+        return false;
+    options->zstd_level = (int32_t)level;
+    return true;
+}
+
+static bool take_option(cli *c, int option, const char *value)
+{
+    static const char *const profiles[] = {"auto", "lossless", "svd", NULL};
+    pack_tool *tool = c->user;
+    xkv_pack_options *o = &tool->options;
+    switch (option) {
+    case CLI_OPT_ROPE_BASE:
+    case CLI_OPT_ROPE_DIM:
+    case CLI_OPT_ROPE_STYLE:
+    case CLI_OPT_ROPE_SCALE:
+    case CLI_OPT_HEAD_DIM:
+        tool->rope_given = true;
+        return take_rope_option(c, &tool->rope, option, value);
+    case OPT_LOSSLESS:
+        o->profile = XKV_PROFILE_LOSSLESS;
+        return true;
+    case OPT_PROFILE:
+        return cli_parse_choice(c, "--profile", value, profiles, &o->profile);
+    case OPT_GROUP:
+        return cli_parse_u32(c, "--group", value, 1, XKV_MAX_LAYERS, &o->group_layers);
+    case OPT_RANK_K:
+        return cli_parse_u32(c, "--rank-k", value, 1, XKV_MAX_WIDTH, &o->rank_k);
+    case OPT_RANK_V:
+        return cli_parse_u32(c, "--rank-v", value, 1, XKV_MAX_WIDTH, &o->rank_v);
+    case OPT_RATIO:
+        return cli_parse_double(c, "--ratio", value, 1, 1e6, &o->ratio);
+    case OPT_ERROR:
+        return cli_parse_double(c, "--error", value, 0, 1, &o->error);
+    case OPT_ENERGY:
+        return cli_parse_double(c, "--energy", value, 0, 1, &o->energy);
+    case OPT_SINKS:
+        return cli_parse_u32(c, "--sinks", value, 0, XKV_MAX_TOKENS, &o->sinks);
+    case OPT_WINDOW:
+        return cli_parse_u32(c, "--window", value, 0, XKV_MAX_TOKENS, &o->window);
+    case OPT_ITERATIONS:
+        return cli_parse_u32(c, "--iterations", value, 1, 8, &o->iterations);
+    case OPT_ZSTD_FACTORS:
+        o->zstd_factors = 1;
+        return true;
+    default:
+        return take_level(c, o, option, value);
+    }
+}
+
+static bool asks_for_svd(const xkv_pack_options *o)
+{
+    return o->profile == XKV_PROFILE_SVD ||
+           (o->profile == XKV_PROFILE_AUTO && (o->rank_k > 0 || o->ratio > 0 || o->error > 0 || o->energy > 0));
+}
+
+static bool check_options(cli *c)
+{
+    const pack_tool *tool = c->user;
+    const xkv_pack_options *o = &tool->options;
+    int targets = (o->rank_k > 0) + (o->ratio > 0) + (o->error > 0) + (o->energy > 0);
+    const char *problem = NULL;
+    if ((o->rank_k > 0) != (o->rank_v > 0))
+        problem = "--rank-k and --rank-v go together";
+    else if (targets > 1)
+        problem = "ranks, --ratio, --error and --energy exclude each other";
+    else if (targets > 0 && o->profile == XKV_PROFILE_LOSSLESS)
+        problem = "a lossless entry has no rank, ratio, error or energy";
+    else if (targets == 0 && o->profile == XKV_PROFILE_SVD)
+        problem = "--profile svd needs --rank-k and --rank-v, --ratio, --error or --energy";
+    else if (tool->rope_given && c->model_path == NULL &&
+             (tool->rope.base <= 0 || tool->rope.head_dim == 0 || tool->rope.style < 0))
+        problem = "a model without --model needs --rope-base, --rope-style and --head-dim";
+    if (problem != NULL)
+        cli_error(c, "%s", problem);
+    return problem == NULL;
+}
+
+static cli_exit begin(cli *c)
+{
+    pack_tool *tool = c->user;
+    if (tool->rope_given && c->model_path == NULL && tool->rope.dims == 0)
+        tool->rope.dims = tool->rope.head_dim;
+    tool->options.progress = cli_progress;
+    tool->options.progress_user = c;
+    return cli_model_load(c, tool->rope_given ? &tool->rope : NULL, &tool->model);
+}
+
+static void end(cli *c)
+{
+    pack_tool *tool = c->user;
+    xkv_model_free(c->ctx, tool->model);
+}
+
+/* --- Results --------------------------------------------------------------------------------------------------------
+ */
+
+static bool has_kind(const xkv_geometry *g, uint32_t kind)
+{
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        if (g->planes[i].kind == kind)
+            return true;
+    }
+    return false;
+}
+
+static void note_warnings(cli *c, const char *name, const xkv_cache *cache, const xkv_pack_report *r)
+{
+    const pack_tool *tool = c->user;
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    if (xkv_cache_framing(cache)->engine == XKV_ENGINE_OPAQUE)
+        cli_note(c, "%s: warning: not a known engine file; stored byte for byte", name);
+    if (asks_for_svd(&tool->options) && has_kind(g, XKV_PLANE_K) && g->rope_count == 0)
+        cli_note(c, "%s: warning: K is coded as rotated, at a worse ratio; give --model", name);
+    if (r->nonfinite_planes > 0)
+        cli_note(c, "%s: warning: %u planes hold NaN or Inf and are stored losslessly", name, r->nonfinite_planes);
+    if (r->fallback_groups > 0)
+        cli_note(c, "%s: warning: svd would not shrink %u of %u groups; they are stored losslessly", name,
+                 r->fallback_groups, r->group_count);
+}
+
+/* "error K 0.031 V 0.054", or "lossless". */
+static cli_text error_text(const xkv_geometry *g, const xkv_pack_report *r)
+{
+    cli_text t = {"lossless"};
+    if (r->lossless_groups == r->group_count)
+        return t;
+    size_t n = (size_t)snprintf(t.text, sizeof t.text, "error");
+    for (uint32_t kind = 0; kind <= XKV_PLANE_LATENT && n < sizeof t.text; kind++) {
+        if (has_kind(g, kind))
+            n += (size_t)snprintf(t.text + n, sizeof t.text - n, " %s %.4f", xkv_plane_kind_name(kind), r->error[kind]);
+    }
+    return t;
+}
+
+static void print_json(const cli_input *input, const cli_output *output, const xkv_geometry *g,
+                       const xkv_pack_report *r, double seconds)
+{
+    json_t *errors = json_object();
+    for (uint32_t kind = 0; kind <= XKV_PLANE_K_ROPE; kind++) {
+        if (has_kind(g, kind))
+            json_object_set_new(errors, xkv_plane_kind_name(kind), json_real(r->error[kind]));
+    }
+    cli_json_print(json_pack(
+        "{s:o, s:b, s:o, s:i, s:I, s:I, s:I, s:f, s:o, s:i, s:i, s:i, s:i, s:f}", "file", cli_json_string(input->name),
+        "ok", 1, "output", cli_json_string(output->name), "tokens", (int)g->token_count, "raw_bytes",
+        (json_int_t)r->raw_bytes, "raw16_bytes", (json_int_t)r->raw16_bytes, "entry_bytes", (json_int_t)r->entry_bytes,
+        "ratio", r->ratio, "error", errors, "groups", (int)r->group_count, "lossless_groups", (int)r->lossless_groups,
+        "fallback_groups", (int)r->fallback_groups, "nonfinite_planes", (int)r->nonfinite_planes, "seconds", seconds));
+}
+
+static void print_result(cli *c, const cli_input *input, const cli_output *output, const xkv_cache *cache,
+                         const xkv_pack_report *r, double seconds)
+{
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    uint64_t file_size;
+    xkv_cache_data(cache, &file_size);
+    note_warnings(c, input->name, cache, r);
+    /* A file without tensors has no ratio of its own. */
+    double ratio = r->raw16_bytes > 0 ? r->ratio : (double)file_size / (double)r->entry_bytes;
+    cli_note(c, "%s: %s -> %s (%.2fx), %s, %.2f s", input->name,
+             cli_size_text(r->raw_bytes > 0 ? r->raw_bytes : file_size).text, cli_size_text(r->entry_bytes).text, ratio,
+             error_text(g, r).text, seconds);
+    if (c->verbosity >= 2)
+        cli_note(c, "%s: %u tokens, %u layers, %u groups (%u lossless), %s, peak memory %s", input->name,
+                 g->token_count, g->layer_count, r->group_count, r->lossless_groups,
+                 xkv_engine_name(xkv_cache_framing(cache)->engine), cli_size_text(xkv_ctx_memory_peak(c->ctx)).text);
+    if (c->json)
+        print_json(input, output, g, r, seconds);
+}
+
+/* --- One file -------------------------------------------------------------------------------------------------------
+ */
+
+/* A model given by options has as many layers as the file, so the file is opened twice. */
+static xkv_status open_with_options(cli *c, const char *path, xkv_model **model_p, xkv_cache **cache_p)
+{
+    const pack_tool *tool = c->user;
+    xkv_status status = xkv_cache_open(c->ctx, path, NULL, cache_p);
+    if (status != XKV_OK || xkv_cache_geometry(*cache_p)->layer_count == 0)
+        return status;
+    status = xkv_model_from_options(c->ctx, xkv_cache_geometry(*cache_p)->layer_count, &tool->rope, model_p);
+    if (status != XKV_OK)
+        return status;
+    cli_model_mark(c, *model_p);
+    xkv_cache_free(c->ctx, *cache_p);
+    *cache_p = NULL;
+    return xkv_cache_open(c->ctx, path, *model_p, cache_p);
+}
+
+static cli_exit pack_cache(cli *c, const cli_input *input, const xkv_model *model, const xkv_cache *cache)
+{
+    pack_tool *tool = c->user;
+    xkv_model bare;
+    xkv_pack_report report;
+    cli_output output = {0};
+    double start = cli_seconds();
+    char path[4096 + 8];
+    if ((size_t)snprintf(path, sizeof path, "%s.xkv", input->name) >= sizeof path) {
+        cli_error(c, "%s: the name is too long", input->name);
+        return CLI_FAILED;
+    }
+    cli_exit code = cli_output_open(c, input, path, &output);
+    if (code == CLI_OK) {
+        xkv_output sink = xkv_file_output(output.file);
+        tool->options.model = model != NULL ? model : cli_model_bare(c, &bare);
+        xkv_status status = xkv_pack_cache(c->ctx, cache, &tool->options, &sink, &report);
+        code = status == XKV_OK ? cli_output_commit(c, input, &output) : cli_fail(c, input->name, status);
+    }
+    if (code == CLI_OK)
+        print_result(c, input, &output, cache, &report, cli_seconds() - start);
+    cli_output_abort(c, &output);
+    return code;
+}
+
+static cli_exit process(cli *c, const char *path)
+{
+    pack_tool *tool = c->user;
+    cli_input input;
+    xkv_model *model = NULL; /* of this file */
+    xkv_cache *cache = NULL;
+    cli_exit code = cli_input_open(c, path, &input);
+    if (code == CLI_OK) {
+        xkv_status status = tool->rope_given && tool->model == NULL
+                                ? open_with_options(c, input.path, &model, &cache)
+                                : xkv_cache_open(c->ctx, input.path, tool->model, &cache);
+        code = status == XKV_OK ? pack_cache(c, &input, model != NULL ? model : tool->model, cache)
+                                : cli_fail(c, input.name, status);
+    }
+    xkv_cache_free(c->ctx, cache);
+    xkv_model_free(c->ctx, model);
+    cli_input_close(&input);
+    return code;
+}
+
+int main(int argc, char **argv)
+{
+    static const cli_tool tool = {
+        .name = "xkv-pack",
+        .usage = "Usage: xkv-pack [options] [FILE...]",
+        .help = help,
+        .letters = letters,
+        .options = long_options,
+        .option = take_option,
+        .check = check_options,
+        .begin = begin,
+        .end = end,
+        .process = process,
+    };
+    pack_tool state = {.options = xkv_pack_options_default(), .rope = xkv_rope_options_default()};
+    char writer[64];
+    snprintf(writer, sizeof writer, "xkv-pack %s", xkv_version());
+    state.options.writer = writer;
+    return cli_main(&tool, &state, argc, argv);
+}

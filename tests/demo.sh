@@ -1,0 +1,50 @@
+#!/bin/bash
+# demo.sh - installs what is needed (Debian 12), builds, and packs, verifies and restores a genuine KV cache:
+# 160 tokens of SmolLM2-135M, saved by llama.cpp (tests/data/README.md).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tests/install-packages.sh build
+
+echo "building ..."
+cmake --preset release -G Ninja -DXKV_TESTS=OFF -DXKV_WERROR=OFF -B build-demo >build-demo.log || { cat build-demo.log; exit 1; }
+cmake --build build-demo -- --quiet
+export PATH=$PWD/build-demo/cli:$PATH
+
+cache=tests/data/smollm2-135m-jargon.ggsq
+model=tests/data/smollm2-135m.gguf
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+field() { sed -n "s/.*\"$1\":\([^,}]*\).*/\1/p" <<<"$2"; }
+
+row() { # NAME options...: pack, verify, restore
+    local name=$1 json start end verified=no restored
+    shift
+    json=$(xkv-pack --json -q -f "$@" --model "$model" -o "$work/entry.xkv" "$cache")
+    xkv-info --verify -q "$work/entry.xkv" && verified=yes
+    start=$(date +%s%N)
+    xkv-unpack -q -f --model "$model" -o "$work/restored" "$work/entry.xkv"
+    end=$(date +%s%N)
+    restored=approximate
+    if cmp -s "$cache" "$work/restored"; then
+        restored=identical
+    fi
+    printf '%-24s %10d %10d %6.2f %8.4f %8.4f %8.3f %10.3f  %-8s  %s\n' "$name" "$(field raw_bytes "$json")" \
+        "$(field entry_bytes "$json")" "$(field ratio "$json")" "$(field K "$json")" "$(field V "$json")" \
+        "$(field seconds "$json")" "$(awk "BEGIN{print ($end - $start) / 1e9}")" $verified $restored
+    [ $verified = yes ]
+}
+
+echo
+echo "SmolLM2-135M-Instruct, 160 tokens of the Jargon File, f16, saved by llama.cpp: $cache"
+echo "error: relative error of the restored tensors (Frobenius norm), measured while packing"
+echo
+printf '%-24s %10s %10s %6s %8s %8s %8s %10s  %-8s  %s\n' "setting" "raw bytes" "packed" "ratio" "error K" "error V" \
+    "pack s" "unpack s" "verified" "restored file"
+row "--lossless" --lossless
+row "--rank-k 76 --rank-v 115" --rank-k 76 --rank-v 115
+row "--error 0.2" --error 0.2
+row "--ratio 4" --ratio 4
+echo
+xkv-info -v "$work/entry.xkv" | head -n 8
+echo "  ... (xkv-info -v shows every group)"
