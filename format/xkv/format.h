@@ -150,8 +150,8 @@ XKV_API void xkv_file_abort(xkv_ctx *ctx, xkv_file *file);
 
 /* One layer of a model, as far as its cache is concerned. */
 typedef struct xkv_model_layer {
-    uint32_t kv_heads;
-    uint32_t head_dim_k, head_dim_v;
+    uint32_t kv_heads;               /* 0: not known, as many as a row holds */
+    uint32_t head_dim_k, head_dim_v; /* head_dim_k 0: the layer has no cache */
     uint32_t rope; /* index into xkv_model.ropes, or XKV_NO_ROPE */
 } xkv_model_layer;
 
@@ -168,7 +168,8 @@ typedef struct xkv_model {
     xkv_model_layer *layers; /* [layer_count] */
     xkv_rope *ropes;         /* [rope_count] */
     uint32_t latent_dim;     /* MLA: elements of the latent in a K row; 0 for other models */
-    uint32_t latent_first;   /* MLA: 1 when a row is [latent | rope part], 0 when it is [rope part | latent] */
+    uint32_t latent_first;   /* MLA: 1 when a row is [latent | rope part], 0 when it is [rope part | latent]; a cache
+                                that also holds V is of the second kind whatever this says */
 } xkv_model;
 
 /* RoPE choices that a GGUF does not settle, or that replace it. Zero or NULL means: as the model says. */
@@ -223,7 +224,8 @@ XKV_API const char *xkv_engine_name(uint32_t engine); /* "llama.cpp sequence", .
 typedef enum xkv_layout {
     XKV_LAYOUT_TOKEN_MAJOR = 0, /* [row][plane][dim]: llama.cpp, safetensors [tokens, heads, dim] */
     XKV_LAYOUT_DIM_MAJOR = 1,   /* [dim][row]: llama.cpp's transposed V */
-    XKV_LAYOUT_HEAD_MAJOR = 2   /* [head][row][dim]: safetensors [heads, tokens, dim] */
+    XKV_LAYOUT_HEAD_MAJOR = 2,  /* [head][row][dim]: safetensors [heads, tokens, dim] */
+    XKV_LAYOUT_REVERSED = 3     /* [row][plane][dim], planes from last to first: MLA rows [rope part | latent] */
 } xkv_layout;
 
 /* A piece of an engine file: literal bytes, or all rows of `plane_count` neighbouring planes. */
