@@ -329,16 +329,18 @@ static void on_signal(int number)
     xkv_ctx_cancel(interrupt_ctx);
 }
 
-/* Without SA_RESTART, so that a read from a pipe ends. */
+/* Without SA_RESTART, so that a read from a pipe ends. A signal that the caller ignores (nohup) stays ignored. */
 static void catch_signals(void (*handler)(int))
 {
-    struct sigaction action;
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action, old;
     memset(&action, 0, sizeof action);
     sigemptyset(&action.sa_mask);
     action.sa_handler = handler;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGHUP, &action, NULL);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
+            sigaction(numbers[i], &action, NULL);
+    }
 }
 
 static void print_help(const cli_tool *tool)

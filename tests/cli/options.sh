@@ -1,0 +1,66 @@
+# Options, help and usage errors.
+# shellcheck source=lib.sh
+. "$(dirname "$0")/lib.sh"
+
+for tool in xkv-pack xkv-unpack xkv-info; do
+    run 0 $tool --version
+    out_is "$tool VERSION"
+    err_is ''
+    run 0 $tool -h
+    out_has "^Usage: $tool \[options\] \[FILE\.\.\.\]$"
+    err_is ''
+    run 2 $tool --no-such-option
+    out_is ''
+    err_is "$tool: unrecognized option '--no-such-option'
+Usage: $tool [options] [FILE...]
+Try '$tool --help'."
+    run 2 $tool -T
+    err_has "^$tool: option requires an argument -- 'T'$"
+    run 2 $tool -T 4x file
+    err_has "^$tool: --threads: '4x' is not a number from 0 to 1024$"
+    run 2 $tool -M -1 file
+    err_has "^$tool: --memory: '-1' is not a number of bytes$"
+    run 2 $tool -M 99999999999G file
+    err_has "^$tool: --memory: '99999999999G' is not a number of bytes$"
+    run 1 $tool -q missing
+    err_is "$tool: missing: cannot open: No such file or directory"
+    run 1 $tool -M 64MiB -T2 -vv -- -missing
+    err_has "^$tool: -missing: cannot open: No such file or directory$"
+    run 1 $tool .
+    err_is "$tool: .: is a folder"
+done
+
+# Combinations that make no sense.
+usage() { # MESSAGE COMMAND...
+    local message=$1
+    shift
+    run 2 "$@"
+    err_is "$1: $message
+Usage: $1 [options] [FILE...]
+Try '$1 --help'."
+}
+usage '-o and -c take one input' xkv-pack -c a b
+usage '-o and -c take one input' xkv-unpack -o x a b
+usage '-c and -o exclude each other' xkv-pack -c -o x a
+usage '--json and -c both write to standard output' xkv-pack --json -c a
+usage '--json and -c both write to standard output' xkv-unpack --json -o - a
+usage '--rm does not go with standard output' xkv-pack --rm -c a
+usage '--rank-k and --rank-v go together' xkv-pack --rank-k 3 a
+usage 'ranks, --ratio, --error and --energy exclude each other' xkv-pack --ratio 4 --error 0.1 a
+usage 'a lossless entry has no rank, ratio, error or energy' xkv-pack --lossless --ratio 4 a
+usage '--profile svd needs --rank-k and --rank-v, --ratio, --error or --energy' xkv-pack --profile svd a
+usage 'a model without --model needs --rope-base, --rope-style and --head-dim' xkv-pack --rope-base 10000 a
+usage '-t writes nothing: it does not go with -o, -c, --rm, --first or --safetensors' xkv-unpack -t -c a
+
+# Values.
+usage "--group: '0' is not a number from 1 to 4096" xkv-pack --group 0 a
+usage "--ratio: '1' is not a number above 1 and below 1e+06" xkv-pack --ratio 1 a
+usage "--error: 'nan' is not a number above 0 and below 1" xkv-pack --error nan a
+usage "--profile: 'best' is not one of auto, lossless, svd" xkv-pack --profile best a
+usage "--rope-style: 'neox' is not one of interleaved, half-split" xkv-pack --rope-style neox a
+usage "--fingerprint: 'abc' is not 32 hexadecimal digits" xkv-pack --fingerprint abc a
+usage "--safetensors: 'rows' is not one of tokens, heads" xkv-unpack --safetensors=rows a
+usage "--first: '0' is not a number from 1 to 2147483647" xkv-unpack --first 0 a
+usage "level: '20' is not a number from 1 to 19" xkv-pack -20 a
+files_are ''
+finish
