@@ -120,9 +120,20 @@ static cli_exit exit_code(xkv_status status)
     return CLI_FAILED;
 }
 
+/* The library begins some details with the name of the file, which the message has already. */
+static const char *without_name(const char *detail, const char *name)
+{
+    size_t n = strlen(name);
+    if (strncmp(detail, name, n) == 0 && strncmp(detail + n, ": ", 2) == 0)
+        return detail + n + 2;
+    if (strncmp(detail, "/dev/fd/", 8) == 0 && strstr(detail, ": ") != NULL)
+        return strstr(detail, ": ") + 2;
+    return detail;
+}
+
 cli_exit cli_fail(cli *c, const char *name, xkv_status status)
 {
-    const char *detail = xkv_ctx_error(c->ctx);
+    const char *detail = without_name(xkv_ctx_error(c->ctx), name);
     if (status == XKV_ERROR_CANCELLED)
         cli_error(c, "%s: interrupted", name);
     else if (status == XKV_ERROR_EXISTS)
