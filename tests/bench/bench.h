@@ -1,0 +1,82 @@
+/* bench.h - what the files of the benchmark share: time, memory, threads, and the four kinds of measurement. */
+#ifndef XKV_BENCH_H
+#define XKV_BENCH_H
+
+#include "xkv/codec.h"
+
+#include <jansson.h>
+#include <stdbool.h>
+
+#define BENCH_ZSTD_LEVEL 3
+
+/* What the command line asked for. */
+typedef struct bench_plan {
+    bool quick;
+    uint32_t tokens; /* of the synthetic caches; 0: as each case says */
+    int repeats;     /* each time is the median of so many, each ceiling the best */
+    uint32_t threads[2];
+    int thread_counts; /* how many of `threads` to try: one, and all */
+    json_t *goals;     /* array, grows with the measurements */
+} bench_plan;
+
+/* --- Helpers; they end the program when something fails ----------------------------------------------------------- */
+
+_Noreturn void bench_die(const char *fmt, ...) XKV_PRINTF(1, 2);
+void *bench_alloc(size_t count, size_t size); /* zeroed, free() */
+json_t *bench_json(json_t *value);            /* `value`, unless it is NULL */
+xkv_ctx *bench_context(uint32_t threads);
+void bench_try(const xkv_ctx *ctx, xkv_status status, const char *what);
+
+double bench_now(void); /* seconds of the monotonic clock */
+double bench_median(double *x, int n);
+
+/* Note whether a goal was met: `found` on the right side of `limit`. */
+void bench_goal(bench_plan *plan, const char *what, uint32_t threads, double limit, bool at_least, double found);
+
+/* Run `task` for worker = 0 .. threads-1, all at once. */
+typedef void (*bench_task_fn)(void *user, uint32_t worker);
+void bench_parallel(uint32_t threads, bench_task_fn task, void *user);
+
+/* --- ceilings.c: what the machine gives at best ------------------------------------------------------------------- */
+
+/* GFLOP/s of one C[m,n] = A[m,k] B[k,n] (or A[k,m]^T B), after a warm-up; the best of `repeats`. */
+double bench_sgemm(uint32_t threads, bool transposed, size_t m, size_t n, size_t k, int repeats);
+/* The same for the square that ceilings refer to. */
+double bench_sgemm_square(const bench_plan *plan, uint32_t threads, int repeats);
+/* GB/s of copied bytes between two buffers larger than the caches. */
+double bench_memcpy(const bench_plan *plan, uint32_t threads);
+json_t *bench_ceilings(const bench_plan *plan);
+
+/* The byte planes of a lossless entry's parts, for zstd alone. `entry` says how planes are grouped and cut. */
+typedef struct bench_frames bench_frames;
+bench_frames *bench_frames_create(const xkv_entry *entry, const xkv_view *views);
+void bench_frames_free(bench_frames *f);
+double bench_frames_compress(bench_frames *f, uint32_t threads); /* seconds */
+double bench_frames_decompress(bench_frames *f, uint32_t threads);
+
+/* --- measure.c: pack and unpack in memory ------------------------------------------------------------------------- */
+
+/* A cache to measure on, with room for its entry and for what comes back. */
+typedef struct bench_subject {
+    const char *name;
+    const xkv_geometry *geometry;
+    const xkv_view *views;
+    xkv_view *restored;
+    uint8_t *restored_data, *entry;
+    size_t entry_size, entry_capacity;
+} bench_subject;
+
+bench_subject bench_subject_create(const char *name, const xkv_geometry *geometry, const xkv_view *views);
+void bench_subject_free(bench_subject *s);
+/* views[plane_count] of planes one behind the other, token-major, in `data`. */
+void bench_contiguous_views(const xkv_geometry *geometry, uint8_t *data, xkv_view *views);
+
+json_t *bench_lossless(bench_plan *plan, bench_subject *s, uint32_t threads);
+json_t *bench_svd(bench_plan *plan, bench_subject *s, uint32_t rank_k, uint32_t rank_v, uint32_t iterations,
+                  uint32_t threads);
+
+/* --- scaling.c: time and memory over the number of tokens, from file to file -------------------------------------- */
+
+json_t *bench_scaling(bench_plan *plan);
+
+#endif
