@@ -119,20 +119,24 @@ typedef struct xkv_svd_result {
 } xkv_svd_result;
 
 /* X [rows, cols] ~= coefficients components: subspace iteration on the column side with Rayleigh-Ritz (Halko,
- * Martinsson, Tropp 2011, algorithms 4.4 and 5.3 in N-side form): V = cholqr(gaussian, fixed seed); q times { Y = X V,
- * Z = X^T Y, V = cholqr2_f64(Z) }; Y = X V; eig(Y^T Y). The block has p = r + max(8, r/8) columns, at most min(rows,
- * cols) (then the decomposition is complete). Cholesky-QR runs twice in f64, shifted (Fukaya et al. 2020, arXiv
- * 1809.11085) when the first Cholesky fails; null columns are dropped, so that the rank may come out smaller than
- * asked. Scratch: rows*p + 3*cols*p f32 and cols*p f64. X must be finite. Errors: MEMORY, LIMIT, BACKEND, CANCELLED,
- * ARGUMENT. */
+ * Martinsson, Tropp 2011, algorithms 4.4 and 5.3 in N-side form): V = random, fixed seed; q times { Y = X V, Z = X^T Y,
+ * V = cholqr(Z) }; Y = X V; eig(Y^T Y). The block has p = r + max(8, r/8) columns, at most min(rows, cols) (then it holds
+ * the whole row space and nothing is iterated). Cholesky-QR, the Gram matrices and the eigenproblem are in f64.
+ * Cholesky-QR is repeated unless the first factor shows that one pass gives orthonormal columns, and shifted (Fukaya et
+ * al. 2020, arXiv 1809.11085) when the first Cholesky fails. With `energy` the block doubles, starting from the columns
+ * it has, until it holds the wanted rank.
+ * Null columns and components below 1e-6 of the largest singular value are dropped, so that the rank may come out
+ * smaller than asked. A zero matrix gives rank 1: the first unit vector with singular value 0.
+ * Scratch: rows*p + 2*cols*p f32, 4*p*p f64, and threads*256*p f64. Errors: MEMORY, LIMIT, BACKEND, CANCELLED, ARGUMENT
+ * (X must be finite with a norm below 2^120). */
 XKV_MUST_CHECK xkv_status xkv_svd(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const float *x, size_t rows,
                                   size_t cols, const xkv_svd_options *options, xkv_svd_result *result);
 void xkv_svd_result_free(xkv_ctx *ctx, xkv_svd_result *result);
 
-/* Eigenvalues (ascending) and eigenvectors (columns, column-major, replacing a[n*n]) of a symmetric matrix: ssyevd_
- * with its own workspace sizes (LAPACKE's are wrong from n of about 2900 on), dsyevd_ in f64 when f32 does not
- * converge. */
-XKV_MUST_CHECK xkv_status xkv_syevd(xkv_ctx *ctx, uint32_t n, float *a, float *w);
+/* Eigenvalues (ascending) and eigenvectors (columns, column-major, replacing a[n*n]) of a symmetric matrix, of which the
+ * upper triangle (column-major) is read: dsyevd_ with workspace sizes of our own. In f64, since f32 eigenvectors are not
+ * orthonormal to 1e-6 from n of about 100 on. Errors: LIMIT (n = 0, n > 32764), MEMORY, BACKEND. */
+XKV_MUST_CHECK xkv_status xkv_syevd(xkv_ctx *ctx, uint32_t n, double *a, double *w);
 
 /* Rows of one GEMM tile. */
 #define XKV_TILE_ROWS 256u

@@ -1,1 +1,42 @@
-#include "base.h"
+/* dispatch.c - which operation table this process uses. Chosen once. */
+#include "ops.h"
+
+#include <cblas.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static const xkv_kernels *chosen;
+static bool choice_ignored;
+
+static void choose(void)
+{
+    const xkv_kernels *generic = xkv_kernels_cpu_generic(), *avx2 = xkv_kernels_cpu_avx2();
+    const char *wanted = getenv("XKV_CPU");
+    chosen = avx2 != NULL ? avx2 : generic;
+    if (wanted != NULL && strcmp(wanted, generic->name) == 0)
+        chosen = generic;
+    choice_ignored = wanted != NULL && strcmp(wanted, chosen->name) != 0;
+}
+
+const xkv_kernels *xkv_kernels_cpu(void)
+{
+    pthread_once(&once, choose);
+    return chosen;
+}
+
+bool xkv_kernels_cpu_choice_ignored(void)
+{
+    pthread_once(&once, choose);
+    return choice_ignored;
+}
+
+const char *xkv_kernels_cpu_name(void)
+{
+    return xkv_kernels_cpu()->name;
+}
+
+const char *xkv_kernels_blas_name(void)
+{
+    return openblas_get_config();
+}

@@ -1,8 +1,8 @@
 /*
  * xkv/kernels.h - which backend does the arithmetic.
  *
- * The CPU backend is complete and always there. Its inner loops come in plain C and, on x86-64, in an AVX2+F16C+FMA
- * build chosen once at run time. Results of both agree: conversions bit for bit, RoPE within 1 ulp of f32.
+ * The CPU backend is complete and always there. Its inner loops come in plain C and, on x86-64, in an AVX2+F16C build
+ * chosen once at run time. Results of both agree bit for bit.
  * The environment variable XKV_CPU ("generic", "avx2") lowers the choice for tests; an unknown value is ignored with a
  * warning through the context's log.
  */
