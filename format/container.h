@@ -30,7 +30,7 @@ typedef struct xkv_group {
     uint32_t plane_count;
     uint32_t rank;
     uint32_t part_count; /* chunk_count + 2 for every codec: components, exact rows, chunks */
-    uint32_t width; /* N; derived on reading */
+    uint32_t width;      /* N; derived on reading */
     double energy, error;
     uint32_t *planes;     /* [plane_count] */
     double *plane_errors; /* [plane_count] */
@@ -77,6 +77,13 @@ typedef struct xkv_container {
 XKV_MUST_CHECK xkv_status xkv_container_read(xkv_ctx *ctx, const xkv_input *input, xkv_container *c);
 void xkv_container_free(xkv_ctx *ctx, xkv_container *c);
 
+/* Bytes of part `part` of a group after decoding (spec/codec.md); 0: an empty part. Needs the geometry, chunks, sinks
+ * and window of `c`, and codec, planes, rank and width of `g`. */
+uint64_t xkv_container_part_size(const xkv_container *c, const xkv_group *g, uint32_t part);
+
+/* Bytes of the longest prefix of `text` that is valid UTF-8 without NUL: what a string value may hold [M6]. */
+size_t xkv_utf8_prefix(const void *text, size_t size);
+
 /* Read part `p` of the payload into dst (p->size bytes) and check its checksum [P3]. Thread-safe. */
 XKV_MUST_CHECK xkv_status xkv_container_read_part(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c,
                                                   const xkv_part *p, void *dst);
@@ -92,8 +99,8 @@ XKV_MUST_CHECK xkv_status xkv_container_check_gaps(xkv_ctx *ctx, const xkv_input
 typedef struct xkv_container_writer {
     xkv_container *c;
     const xkv_output *output;
-    uint64_t payload_end; /* bytes of PAYL written so far */
-    void *sections;       /* encoded GEOM, TOKN, FRAM, META */
+    uint64_t payload_end;           /* bytes of PAYL written so far */
+    struct xkv_writer_state *state; /* section table and sizes */
 } xkv_container_writer;
 
 /* Encodes and writes the small sections. c->source_hash must be set when has_framing. */

@@ -1,0 +1,221 @@
+/* container_groups.c - section GRPS and the extents of the parts: spec/container.md, section 10. */
+#include "container_parse.h"
+
+#include <math.h>
+
+/* Tokens of [first, end) that lie in chunk `chunk`. */
+static uint64_t tokens_in_chunk(const xkv_container *c, uint32_t chunk, uint64_t first, uint64_t end)
+{
+    uint64_t from = xkv_max64(first, (uint64_t)chunk * c->chunk_tokens);
+    uint64_t to = xkv_min64(end, ((uint64_t)chunk + 1) * c->chunk_tokens);
+    return to > from ? to - from : 0;
+}
+
+static uint64_t row_size(const xkv_container *c, const xkv_group *g)
+{
+    uint64_t size = 0;
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        const xkv_plane *plane = &c->geometry.planes[g->planes[i]];
+        size += (uint64_t)plane->heads * plane->head_dim * xkv_dtype_size(plane->dtype);
+    }
+    return size;
+}
+
+/* No product here can overflow: a row has at most 2^20 bytes, a rank is at most 2^18, tokens are less than 2^31. */
+uint64_t xkv_container_part_size(const xkv_container *c, const xkv_group *g, uint32_t part)
+{
+    uint64_t tokens = c->geometry.token_count, coded_end = tokens - c->window;
+    if (g->codec == 0)
+        return part < 2 ? 0 : tokens_in_chunk(c, part - 2, 0, tokens) * row_size(c, g);
+    if (part == 0)
+        return (uint64_t)g->rank * g->width * 2 + (uint64_t)g->rank * 4;
+    if (part == 1)
+        return ((uint64_t)c->sinks + c->window) * row_size(c, g);
+    return tokens_in_chunk(c, part - 2, c->sinks, coded_end) * g->rank * 2;
+}
+
+/* --- Groups ----------------------------------------------------------------------------------------------------- */
+
+static xkv_status check_group(const xkv_cursor *cur, const uint8_t *p, const xkv_container *c, const xkv_group *g)
+{
+    bool svd = g->codec == 1;
+    if (g->codec > 1)
+        return xkv_cursor_fail_as(cur, XKV_ERROR_FEATURE, p, "R2", "codec is %u, which this reader does not know",
+                                  g->codec);
+    XKV_REQUIRE(cur, g->reason <= (svd ? 0 : 4), p + 4, "R2", "reason is %u, expected %s", g->reason,
+                svd ? "0 with codec svd" : "0 .. 4");
+    XKV_REQUIRE(cur, g->plane_count >= 1, p + 8, "R3", "plane_count is 0, expected at least 1");
+    XKV_REQUIRE(cur, g->part_count == c->chunk_count + 2, p + 16, "R5",
+                "part_count is %u, expected 2 + %u, the number of chunks", g->part_count, c->chunk_count);
+    XKV_REQUIRE(cur, xkv_load32(p + 20) == 0, p + 20, "R1", "reserved field is not 0");
+    XKV_REQUIRE(cur, isfinite(g->energy) && g->energy >= 0 && (svd || g->energy == 0), p + 24, "R6",
+                "energy is %g, expected finite and >= 0, and 0 in a lossless group", g->energy);
+    XKV_REQUIRE(cur, isfinite(g->error) && g->error >= 0 && (svd || g->error == 0), p + 32, "R6",
+                "error is %g, expected finite and >= 0, and 0 in a lossless group", g->error);
+    XKV_REQUIRE(cur, xkv_load64(p + 40) == 0, p + 40, "R1", "reserved field is not 0");
+    return XKV_OK;
+}
+
+static xkv_status parse_group_planes(xkv_cursor *cur, const xkv_geometry *geometry, uint8_t *seen, xkv_group *g)
+{
+    const uint8_t *p;
+    XKV_TRY(xkv_cursor_take(cur, (uint64_t)g->plane_count * XKV_GROUP_PLANE_SIZE, &p));
+    XKV_TRY(XKV_NEW(cur->ctx, g->plane_count, &g->planes));
+    XKV_TRY(XKV_NEW(cur->ctx, g->plane_count, &g->plane_errors));
+    for (uint32_t i = 0; i < g->plane_count; i++, p += XKV_GROUP_PLANE_SIZE) {
+        uint32_t plane = g->planes[i] = xkv_load32(p);
+        double error = g->plane_errors[i] = xkv_loadf64(p + 8);
+        XKV_REQUIRE(cur, plane < geometry->plane_count, p, "R3", "plane is %u, expected less than %u", plane,
+                    geometry->plane_count);
+        XKV_REQUIRE(
+            cur, i == 0 || g->planes[i - 1]<plane, p, "R3", "plane %u after %u, expected ascending order", plane, i> 0
+                     ? g->planes[i - 1]
+                     : 0);
+        XKV_REQUIRE(cur, !seen[plane], p, "R3", "plane %u belongs to two groups, expected one", plane);
+        XKV_REQUIRE(cur, xkv_load32(p + 4) == 0, p + 4, "R6", "reserved field is not 0");
+        XKV_REQUIRE(cur, isfinite(error) && error >= 0 && (g->codec == 1 || error == 0), p + 8, "R6",
+                    "error of plane %u is %g, expected finite and >= 0, and 0 in a lossless group", plane, error);
+        seen[plane] = 1;
+        g->width += geometry->planes[plane].heads * geometry->planes[plane].head_dim;
+        XKV_REQUIRE(cur, g->width <= XKV_MAX_WIDTH, p, "R4", "width of the group is at least %u, expected at most %u",
+                    g->width, XKV_MAX_WIDTH);
+    }
+    return XKV_OK;
+}
+
+static xkv_status check_rank(const xkv_cursor *cur, const uint8_t *p, const xkv_group *g)
+{
+    bool svd = g->codec == 1;
+    XKV_REQUIRE(cur, svd ? g->rank >= 1 && g->rank <= g->width : g->rank == 0, p + 12, "R4",
+                "rank is %u, expected %s (%u)", g->rank, svd ? "1 .. width of the group" : "0 in a lossless group",
+                g->width);
+    return XKV_OK;
+}
+
+/* --- Parts ------------------------------------------------------------------------------------------------------ */
+
+static xkv_status check_part_size(const xkv_cursor *cur, const uint8_t *p, const xkv_container *c, const xkv_group *g,
+                                  uint32_t index)
+{
+    const xkv_part *part = &g->parts[index];
+    uint64_t decoded = xkv_container_part_size(c, g, index);
+    XKV_REQUIRE(cur, (part->size == 0) == (decoded == 0), p + 8, "P2",
+                "size of part %u is %llu, expected 0 exactly when it holds nothing (%llu bytes decoded)", index,
+                (unsigned long long)part->size, (unsigned long long)decoded);
+    XKV_REQUIRE(cur, part->method <= (part->size ? XKV_METHOD_ZSTD : XKV_METHOD_STORED), p + 24, "P2",
+                "method of part %u is %u, expected 0 or 1, and 0 for an empty part", index, part->method);
+    if (part->method == XKV_METHOD_STORED) {
+        XKV_REQUIRE(cur, part->size == decoded, p + 8, "P2", "size of part %u is %llu, expected %llu", index,
+                    (unsigned long long)part->size, (unsigned long long)decoded);
+        return XKV_OK;
+    }
+    bool rows = g->codec == 0 || index == 1;
+    uint64_t least = 4 + 4 * (rows ? xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype) : 2);
+    XKV_REQUIRE(cur, part->size >= least && xkv_ceil_div(decoded, XKV_MAX_ZSTD_RATIO) <= part->size, p + 8, "P2",
+                "size of part %u is %llu, which is too small for zstd frames of %llu bytes", index,
+                (unsigned long long)part->size, (unsigned long long)decoded);
+    return XKV_OK;
+}
+
+/* *end is where the last part that is not empty ended. */
+static xkv_status check_part_place(const xkv_cursor *cur, const uint8_t *p, const xkv_container *c, uint32_t index,
+                                   const xkv_part *part, uint64_t *end)
+{
+    uint64_t expected = part->size ? xkv_align64(*end, XKV_ALIGN) : 0;
+    XKV_REQUIRE(cur, part->offset == expected, p, "P1", "offset of part %u is %llu, expected %llu", index,
+                (unsigned long long)part->offset, (unsigned long long)expected);
+    if (part->size == 0) {
+        XKV_REQUIRE(cur, part->checksum == 0, p + 16, "P3", "checksum of the empty part %u is not 0", index);
+        return XKV_OK;
+    }
+    XKV_REQUIRE(cur, expected <= c->payload_size && part->size <= c->payload_size - expected, p + 8, "P1",
+                "part %u of %llu bytes at offset %llu, expected to end inside PAYL (%llu bytes)", index,
+                (unsigned long long)part->size, (unsigned long long)expected, (unsigned long long)c->payload_size);
+    *end = expected + part->size;
+    return XKV_OK;
+}
+
+static xkv_status parse_parts(xkv_cursor *cur, const xkv_container *c, xkv_group *g, uint64_t *end)
+{
+    const uint8_t *p;
+    XKV_TRY(xkv_cursor_take(cur, (uint64_t)g->part_count * XKV_PART_SIZE, &p));
+    XKV_TRY(XKV_NEW(cur->ctx, g->part_count, &g->parts));
+    for (uint32_t i = 0; i < g->part_count; i++, p += XKV_PART_SIZE) {
+        g->parts[i] = (xkv_part){.offset = xkv_load64(p),
+                                 .size = xkv_load64(p + 8),
+                                 .checksum = xkv_load64(p + 16),
+                                 .method = xkv_load32(p + 24)};
+        XKV_REQUIRE(cur, xkv_load32(p + 28) == 0, p + 28, "R1", "reserved field is not 0");
+        XKV_TRY(check_part_size(cur, p, c, g, i));
+        XKV_TRY(check_part_place(cur, p, c, i, &g->parts[i], end));
+    }
+    return XKV_OK;
+}
+
+/* --- Section ---------------------------------------------------------------------------------------------------- */
+
+static xkv_status parse_group(xkv_cursor *cur, const xkv_container *c, uint8_t *seen, uint64_t *end, xkv_group *g)
+{
+    const uint8_t *p;
+    XKV_TRY(xkv_cursor_take(cur, XKV_GROUP_SIZE, &p));
+    g->codec = xkv_load32(p);
+    g->reason = xkv_load32(p + 4);
+    g->plane_count = xkv_load32(p + 8);
+    g->rank = xkv_load32(p + 12);
+    g->part_count = xkv_load32(p + 16);
+    g->energy = xkv_loadf64(p + 24);
+    g->error = xkv_loadf64(p + 32);
+    XKV_TRY(check_group(cur, p, c, g));
+    XKV_TRY(parse_group_planes(cur, &c->geometry, seen, g));
+    XKV_TRY(check_rank(cur, p, g));
+    return parse_parts(cur, c, g, end);
+}
+
+static xkv_status parse_all_groups(xkv_cursor *cur, xkv_container *c, uint8_t *seen)
+{
+    uint64_t end = 0;
+    for (uint32_t i = 0; i < c->group_count; i++) {
+        const uint8_t *at = cur->data + cur->pos;
+        XKV_TRY(parse_group(cur, c, seen, &end, &c->groups[i]));
+        XKV_REQUIRE(cur, i == 0 || c->groups[i - 1].planes[0] < c->groups[i].planes[0], at, "R3",
+                    "group %u starts with plane %u, expected groups sorted by their lowest plane", i,
+                    c->groups[i].planes[0]);
+    }
+    for (uint32_t i = 0; i < c->geometry.plane_count; i++)
+        XKV_REQUIRE(cur, seen[i], cur->data, "R3", "plane %u belongs to no group, expected one", i);
+    XKV_TRY(xkv_cursor_end(cur));
+    XKV_REQUIRE(cur, end == c->payload_size, cur->data, "P1",
+                "the parts end at %llu, expected at the end of PAYL, %llu", (unsigned long long)end,
+                (unsigned long long)c->payload_size);
+    return XKV_OK;
+}
+
+xkv_status xkv_parse_groups(xkv_cursor *cur, xkv_container *c)
+{
+    const uint8_t *p;
+    uint8_t *seen = NULL;
+    XKV_TRY(xkv_cursor_take(cur, XKV_GRPS_SIZE, &p));
+    uint32_t count = xkv_load32(p);
+    XKV_REQUIRE(cur, count <= c->geometry.plane_count, p, "R1", "group_count is %u, expected at most plane_count (%u)",
+                count, c->geometry.plane_count);
+    XKV_REQUIRE(cur, xkv_load32(p + 4) == 0, p + 4, "R1", "reserved field is not 0");
+    XKV_TRY(XKV_NEW_ZERO(cur->ctx, count, &c->groups));
+    c->group_count = count;
+
+    XKV_TRY(XKV_NEW_ZERO(cur->ctx, c->geometry.plane_count, &seen));
+    xkv_status status = parse_all_groups(cur, c, seen);
+    xkv_release(cur->ctx, seen);
+    return status;
+}
+
+void xkv_free_groups(xkv_ctx *ctx, xkv_container *c)
+{
+    for (uint32_t i = 0; i < c->group_count; i++) {
+        xkv_release(ctx, c->groups[i].planes);
+        xkv_release(ctx, c->groups[i].plane_errors);
+        xkv_release(ctx, c->groups[i].parts);
+    }
+    xkv_release(ctx, c->groups);
+    c->groups = NULL;
+    c->group_count = 0;
+}
