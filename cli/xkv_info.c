@@ -61,13 +61,16 @@ static const char *group_kind(const xkv_geometry *g, const xkv_group_info *group
     return xkv_plane_kind_name(kind);
 }
 
-static const char *group_codec(const xkv_group_info *group)
+static const char *codec_name(const xkv_group_info *group)
 {
-    static const char *const lossless[] = {"lossless", "lossless (no gain)", "lossless (NaN or Inf)",
-                                           "lossless (exact kind)", "lossless (no tokens)"};
-    if (group->codec == XKV_CODEC_SVD)
-        return "svd";
-    return lossless[group->reason <= XKV_REASON_NO_TOKENS ? group->reason : 0];
+    return group->codec == XKV_CODEC_SVD ? "svd" : "lossless";
+}
+
+/* Why a group is lossless; NULL when that was asked for. */
+static const char *lossless_reason(const xkv_group_info *group)
+{
+    static const char *const reasons[] = {NULL, "no gain", "NaN or Inf", "exact kind", "no tokens"};
+    return group->codec == XKV_CODEC_LOSSLESS && group->reason <= XKV_REASON_NO_TOKENS ? reasons[group->reason] : NULL;
 }
 
 /* The relative error over all groups that hold planes of `kind`, weighted by their energy; -1 without such planes.
@@ -134,17 +137,19 @@ static void print_row(cli *c, const char *name, const xkv_entry *entry, const xk
 
 static void print_group(const xkv_geometry *g, uint32_t index, const xkv_group_info *group)
 {
+    const char *reason = lossless_reason(group);
     char layers[32], rank[16] = "-";
     uint32_t first = g->planes[group->planes[0]].layer;
     uint32_t last = g->planes[group->planes[group->plane_count - 1]].layer;
     snprintf(layers, sizeof layers, first == last ? "%u" : "%u-%u", first, last);
     if (group->codec == XKV_CODEC_SVD)
         snprintf(rank, sizeof rank, "%u", group->rank);
-    printf("  %5u %-6s %9s %6u %6s %7u %11s %11s %7.2f %7s  %s\n", index, group_kind(g, group), layers,
+    printf("  %5u %-6s %9s %6u %6s %7u %11s %11s %7.2f %7s  %s%s%s%s\n", index, group_kind(g, group), layers,
            group->plane_count, rank, group->width, cli_size_text(group->raw_bytes).text,
            cli_size_text(group->packed_bytes).text,
            group->packed_bytes > 0 ? (double)group->raw_bytes / (double)group->packed_bytes : 0,
-           error_text(group->error).text, group_codec(group));
+           error_text(group->error).text, codec_name(group), reason ? " (" : "", reason ? reason : "",
+           reason ? ")" : "");
 }
 
 static void print_groups(const xkv_entry *entry, const xkv_entry_info *info)
@@ -222,11 +227,11 @@ static json_t *groups_json(const xkv_entry *entry, const xkv_entry_info *info)
             json_array_append_new(planes, json_pack("{s:i, s:s, s:f}", "layer", (int)plane->layer, "kind",
                                                     xkv_plane_kind_name(plane->kind), "error", group.errors[j]));
         }
-        json_array_append_new(groups,
-                              json_pack("{s:s, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", group_codec(&group),
-                                        "planes", planes, "rank", (int)group.rank, "width", (int)group.width,
-                                        "raw_bytes", (json_int_t)group.raw_bytes, "packed_bytes",
-                                        (json_int_t)group.packed_bytes, "energy", group.energy, "error", group.error));
+        json_array_append_new(
+            groups, json_pack("{s:s, s:s?, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", codec_name(&group), "reason",
+                              lossless_reason(&group), "planes", planes, "rank", (int)group.rank, "width",
+                              (int)group.width, "raw_bytes", (json_int_t)group.raw_bytes, "packed_bytes",
+                              (json_int_t)group.packed_bytes, "energy", group.energy, "error", group.error));
     }
     return groups;
 }

@@ -2,7 +2,7 @@
 # shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
-make_ggsq layers=16 tokens=3000 width=256 >a
+make_ggsq layers=16 tokens=1500 width=256 >a
 echo precious >out
 
 interrupted() { # SIGNAL: while the library works; a hidden file tells that it does

@@ -42,7 +42,8 @@ run 0 sh -c 'cat a | xkv-pack -q | cat >out'
 same out good
 run 0 sh -c 'cat a | xkv-pack -q - -o - >out'
 same out good
-run 0 xkv-pack -q -f -o out - <a
+run 0 sh -c 'xkv-pack -q -f -o out - <a'
+same out good
 run 0 sh -c 'xkv-pack -q -c a | xkv-unpack -q >back'
 same a back
 run 0 bash -c 'xkv-pack -q -c <(cat a) >out'
