@@ -20,7 +20,10 @@ exec 9>"$cache/engine.lock" # one run at a time installs, converts and uses the 
 flock 9
 
 # pip decides what is missing, so that an interrupted installation is completed by the next run.
-"$venv/bin/python" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "installing the engine and the models in $venv; this takes minutes"
+    python3 -m venv --clear "$venv"
+fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$here/requirements.txt"
 
 PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "$here/test_engine.py" --cache "$cache" "$@"
