@@ -94,10 +94,10 @@ static xkv_status take_text(gguf *g, const char *field, text *t)
     return take(g, t->size, field, &t->bytes);
 }
 
-static xkv_status corrupt(const gguf *g, const char *what, uint64_t found)
+static xkv_status corrupt(const gguf *g, const char *what, uint64_t found, const char *rule)
 {
-    return xkv_fail(g->ctx, XKV_ERROR_CORRUPT, "%s: offset %llu: %s %llu", g->name, (unsigned long long)g->offset, what,
-                    (unsigned long long)found);
+    return xkv_fail(g->ctx, XKV_ERROR_CORRUPT, "%s: offset %llu: %s %llu [%s]", g->name, (unsigned long long)g->offset,
+                    what, (unsigned long long)found, rule);
 }
 
 /* Bytes of a value of a type of fixed size; 0 for strings, arrays and unknown types. */
@@ -120,7 +120,7 @@ static xkv_status skip_value(gguf *g, uint32_t type, uint32_t depth)
     if (type == TYPE_ARRAY)
         return skip_array(g, depth + 1, &element, &count);
     if (fixed_size(type) == 0)
-        return corrupt(g, "value type [GU4]", type);
+        return corrupt(g, "value type", type, "GU4");
     return take(g, fixed_size(type), "value", &bytes);
 }
 
@@ -142,7 +142,7 @@ static xkv_status skip_elements(gguf *g, uint32_t element, uint64_t count, uint3
 static xkv_status skip_array(gguf *g, uint32_t depth, uint32_t *element, uint64_t *count)
 {
     if (depth > MAX_NESTING)
-        return corrupt(g, "arrays nested deeper than [GU4]", MAX_NESTING);
+        return corrupt(g, "arrays nested deeper than", MAX_NESTING, "GU4");
     XKV_TRY(take_u32(g, "array type", element));
     XKV_TRY(take_u64(g, "array count", count));
     return skip_elements(g, *element, *count, depth);
@@ -179,11 +179,11 @@ static xkv_status read_tensor(gguf *g)
     XKV_TRY(take_text(g, "tensor name", &name));
     XKV_TRY(take_u32(g, "tensor dims", &dims));
     if (dims > 8)
-        return corrupt(g, "tensor dimensions [GU5]", dims);
+        return corrupt(g, "tensor dimensions:", dims, "GU5");
     for (uint32_t i = 0; i < dims; i++) {
         XKV_TRY(take_u64(g, "tensor shape", &dim));
         if (!xkv_mul64(count, dim, &count))
-            return corrupt(g, "tensor dimension [GU5]", dim);
+            return corrupt(g, "tensor dimension", dim, "GU5");
     }
     XKV_TRY(take_u32(g, "tensor type", &type));
     XKV_TRY(take_u64(g, "tensor offset", &offset));
@@ -194,7 +194,7 @@ static xkv_status read_tensor(gguf *g)
     if (!f)
         return XKV_OK;
     if (type != 0 || count == 0 || count > MAX_FACTORS)
-        return corrupt(g, "a tensor of frequency factors is not 1 to 512 f32; its elements: [GU6]", count);
+        return corrupt(g, "a tensor of frequency factors is not 1 to 512 f32; its elements:", count, "GU6");
     *f = (factors){.listed = true, .offset = offset, .count = count};
     return XKV_OK;
 }

@@ -358,14 +358,18 @@ static void state_free(xkv_ctx *ctx, state *s)
 }
 
 /* Whether outcome a is better than b: a walk that ends exactly, then one before checkpoints, then one before bytes that
- * are not understood, then the one that came farthest. */
+ * are not understood, then the one that came farthest, running out of bytes being farther than a contradiction. */
 static bool better(const walk *a, const state *sa, const walk *b, const state *sb)
 {
     if ((a->status == XKV_OK) != (b->status == XKV_OK))
         return a->status == XKV_OK;
     if (a->status == XKV_OK)
         return sa->tail < sb->tail;
-    return a->stage != b->stage ? a->stage > b->stage : a->failed_at > b->failed_at;
+    if (a->stage != b->stage)
+        return a->stage > b->stage;
+    uint64_t end_a = a->status == XKV_ERROR_TRUNCATED ? UINT64_MAX : a->failed_at;
+    uint64_t end_b = b->status == XKV_ERROR_TRUNCATED ? UINT64_MAX : b->failed_at;
+    return end_a > end_b;
 }
 
 /* Walk from `start` in every form; *best and *found are those of the best one. */

@@ -1,0 +1,171 @@
+/* engine_support.h - what the tests of engine files share: synthetic llama.cpp sequence files and ways to look at
+ * caches. Offsets and layouts are those of spec/engines.md, written down here a second time. */
+#ifndef XKV_TEST_ENGINE_SUPPORT_H
+#define XKV_TEST_ENGINE_SUPPORT_H
+
+#include "bytes.h"
+#include "xkv/format.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 };
+
+typedef struct sequence {
+    uint32_t version;
+    int streams;       /* 0: the form without n_stream */
+    int used;          /* the stream that has the cells */
+    uint32_t ids;      /* token ids 100, 101, ... */
+    uint32_t cells;    /* cells */
+    const int32_t *at; /* their positions; NULL: 0, 1, ... */
+    uint32_t extension;
+    uint32_t v_trans, layers, k_type, k_row, v_type, v_row; /* v_row 0: K only; rows in bytes */
+    uint32_t rot_k;
+} sequence;
+
+/* The case most tests vary: offsets 20 n_stream, 28 cells, 64 v_trans, 84 K0, 120 K1, 156 V0, 180 V1, 192 end. */
+static inline sequence plain_sequence(void)
+{
+    return (sequence){.version = 3,
+                      .streams = 1,
+                      .ids = 2,
+                      .cells = 3,
+                      .layers = 2,
+                      .k_type = TYPE_F16,
+                      .k_row = 8,
+                      .v_type = TYPE_F16,
+                      .v_row = 4};
+}
+
+static inline void put_memory(bytes *b, const sequence *s)
+{
+    for (int stream = 0; stream < (s->streams ? s->streams : 1); stream++) {
+        if (stream == 0 && s->streams)
+            put32(b, (uint32_t)s->streams);
+        bool used = stream == s->used && s->cells > 0;
+        put32(b, used ? s->cells : 0);
+        if (!used && (s->streams || s->layers == 0))
+            continue;
+        for (uint32_t i = 0; i < s->cells; i++) {
+            put32(b, (uint32_t)(s->at ? s->at[i] : (int32_t)i));
+            put32(b, 1);
+            put_noise(b, s->extension, 77 + i);
+            put32(b, 5); /* seq_id: read and discarded by the engine */
+        }
+        put32(b, s->v_trans);
+        put32(b, s->layers);
+        if (s->version == 4) {
+            put32(b, s->rot_k);
+            put32(b, s->rot_k);
+        }
+        for (uint32_t i = 0; i < s->layers; i++) {
+            put32(b, s->k_type);
+            put64(b, s->k_row);
+            put_noise(b, (size_t)s->cells * s->k_row, 1000 + i);
+        }
+        for (uint32_t i = 0; s->v_row && i < s->layers; i++) {
+            uint32_t element = s->v_type == TYPE_F32 ? 4 : 2;
+            put32(b, s->v_type);
+            if (s->v_trans) {
+                put32(b, element);
+                put32(b, s->v_row / element);
+            } else {
+                put64(b, s->v_row);
+            }
+            put_noise(b, (size_t)s->cells * s->v_row, 2000 + i);
+        }
+    }
+}
+
+static inline void put_sequence(bytes *b, const sequence *s)
+{
+    b->size = 0;
+    put32(b, 0x67677371);
+    put32(b, s->version);
+    put32(b, s->ids);
+    for (uint32_t i = 0; i < s->ids; i++)
+        put32(b, 100 + i);
+    put_memory(b, s);
+}
+
+/* A server's checkpoints: two of them. */
+static inline void put_checkpoints(bytes *b)
+{
+    put32(b, 0x504b4353);
+    put32(b, 1);
+    put32(b, 2);
+    for (int i = 0; i < 2; i++) {
+        put64(b, 7);
+        put32(b, 0);
+        put32(b, 6);
+        for (uint32_t part = 0; part < 3; part++) {
+            put64(b, part * 5);
+            put_noise(b, part * 5, part);
+        }
+    }
+}
+
+/* Address of element (t, h, d) of a view, as xkv/format.h defines it. */
+static inline uint8_t *element(const xkv_view *v, uint32_t t, uint32_t h, uint32_t d)
+{
+    return (uint8_t *)v->data + (v->rows ? v->rows[t] : t) * v->token_stride + h * v->head_stride + d * v->dim_stride;
+}
+
+/* Fails unless the planes of both caches hold the same first `tokens` rows. */
+static inline void assert_equal_rows(const xkv_geometry *g, const xkv_view *a, const xkv_view *b, uint32_t tokens)
+{
+    for (uint32_t i = 0; i < g->plane_count; i++)
+        for (uint32_t t = 0; t < tokens; t++)
+            for (uint32_t h = 0; h < g->planes[i].heads; h++)
+                for (uint32_t d = 0; d < g->planes[i].head_dim; d++)
+                    assert_memory_equal(element(&a[i], t, h, d), element(&b[i], t, h, d),
+                                        xkv_dtype_size(g->planes[i].dtype));
+}
+
+static inline void copy_rows(const xkv_geometry *g, const xkv_view *to, const xkv_view *from, uint32_t tokens)
+{
+    for (uint32_t i = 0; i < g->plane_count; i++)
+        for (uint32_t t = 0; t < tokens; t++)
+            for (uint32_t h = 0; h < g->planes[i].heads; h++)
+                for (uint32_t d = 0; d < g->planes[i].head_dim; d++)
+                    memcpy(element(&to[i], t, h, d), element(&from[i], t, h, d), xkv_dtype_size(g->planes[i].dtype));
+}
+
+/* The literal bytes of a framing in an image whose tensors are zero; free() it. */
+static inline uint8_t *literal_image(const xkv_framing *f)
+{
+    uint8_t *image = calloc(1, (size_t)f->source_size);
+    const uint8_t *literals = f->literals;
+    uint64_t offset = 0;
+    assert_non_null(image);
+    for (uint32_t i = 0; i < f->segment_count; i++) {
+        if (f->segments[i].plane_count == 0) {
+            memcpy(image + offset, literals, (size_t)f->segments[i].size);
+            literals += f->segments[i].size;
+        }
+        offset += f->segments[i].size;
+    }
+    assert_int_equal(offset, f->source_size);
+    assert_int_equal(literals - f->literals, f->literal_size);
+    return image;
+}
+
+/* Fails unless literals and views together give back the file. */
+static inline void assert_framing_is_file(xkv_ctx *ctx, const xkv_cache *cache, const void *file, size_t size)
+{
+    const xkv_framing *f = xkv_cache_framing(cache);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_int_equal(f->source_size, size);
+    uint8_t *image = literal_image(f);
+    xkv_view *views = calloc(g->plane_count + 1, sizeof *views);
+    assert_int_equal(xkv_framing_views(ctx, f, g, image, views), XKV_OK);
+    copy_rows(g, views, xkv_cache_views(cache), g->token_count);
+    assert_memory_equal(image, file, size);
+    free(views);
+    free(image);
+}
+
+#endif

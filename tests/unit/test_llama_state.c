@@ -1,0 +1,588 @@
+/* test_llama_state.c - llama.cpp sequence files: every form of the layout, damage, and what is not understood. */
+#include "engine_support.h"
+
+#include <dirent.h>
+#include <stdio.h>
+
+static xkv_ctx *ctx;
+static bytes file;
+
+static int setup(void **state)
+{
+    (void)state;
+    return xkv_ctx_create(NULL, &ctx);
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    int leak = xkv_ctx_memory_used(ctx) != 0;
+    xkv_ctx_free(ctx);
+    return leak;
+}
+
+/* Open an exact copy, so that a sanitizer sees reads behind the end. */
+static xkv_status open_size(size_t size, const xkv_model *model, xkv_cache **cache)
+{
+    static uint8_t *copy;
+    free(copy);
+    copy = malloc(size ? size : 1);
+    memcpy(copy, file.data, size);
+    xkv_status status = xkv_cache_from_memory(ctx, copy, size, "test", model, cache);
+    if (status != XKV_OK) {
+        free(copy);
+        copy = NULL;
+    }
+    return status;
+}
+
+static xkv_cache *open_file(const xkv_model *model)
+{
+    xkv_cache *cache = NULL;
+    xkv_status status = open_size(file.size, model, &cache);
+    if (status != XKV_OK)
+        print_message("%s\n", xkv_ctx_error(ctx));
+    assert_int_equal(status, XKV_OK);
+    return cache;
+}
+
+static void assert_engine(const xkv_cache *cache, uint32_t engine)
+{
+    assert_string_equal(xkv_engine_name(xkv_cache_framing(cache)->engine), xkv_engine_name(engine));
+}
+
+/* The file opens as a sequence with all its planes, and comes back byte for byte. */
+static void assert_opens(const sequence *s)
+{
+    xkv_cache *cache = open_file(NULL);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+    assert_int_equal(g->token_count, s->cells);
+    assert_int_equal(g->layer_count, s->layers);
+    assert_int_equal(g->plane_count, s->layers * (s->v_row ? 2 : 1));
+    assert_int_equal(g->token_id_count, s->ids);
+    for (uint32_t i = 0; i < g->token_id_count; i++)
+        assert_int_equal(g->token_ids[i], 100 + i);
+    for (uint32_t i = 1; i < g->token_count; i++)
+        assert_true(g->positions[i - 1] <= g->positions[i]);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+}
+
+/* Offsets counted by hand from the layout, not by code. */
+static void test_offsets(void **state)
+{
+    (void)state;
+    static const uint64_t sizes[] = {84, 24, 12, 24, 12, 12, 12, 12};
+    static const uint32_t planes[] = {0, 0, 0, 2, 0, 1, 0, 3}; /* planes are in order of layer, then K before V */
+    sequence s = plain_sequence();
+    put_sequence(&file, &s);
+    assert_int_equal(file.size, 192);
+    xkv_cache *cache = open_file(NULL);
+    const xkv_framing *f = xkv_cache_framing(cache);
+    assert_int_equal(f->segment_count, 8);
+    for (uint32_t i = 0; i < 8; i++) {
+        assert_int_equal(f->segments[i].size, sizes[i]);
+        assert_int_equal(f->segments[i].plane_count, i % 2);
+        assert_int_equal(f->segments[i].first_plane, planes[i]);
+        assert_int_equal(f->segments[i].layout, XKV_LAYOUT_TOKEN_MAJOR);
+    }
+    assert_null(f->rows);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    const xkv_plane *v1 = &g->planes[3];
+    assert_int_equal(v1->layer, 1);
+    assert_int_equal(v1->kind, XKV_PLANE_V);
+    assert_int_equal(v1->heads * v1->head_dim, 2);
+    uint64_t size;
+    const uint8_t *data = xkv_cache_data(cache, &size);
+    assert_ptr_equal(element(&xkv_cache_views(cache)[3], 2, 0, 1), data + 180 + 2 * 4 + 2);
+    assert_ptr_equal(element(&xkv_cache_views(cache)[2], 1, 0, 3), data + 120 + 8 + 6);
+    assert_int_equal(xkv_geometry_raw_bytes(g), 24 + 24 + 12 + 12);
+    xkv_cache_free(ctx, cache);
+}
+
+static void test_forms(void **state)
+{
+    (void)state;
+    static const uint32_t versions[] = {2, 2, 3, 4};
+    static const int streams[] = {0, 1, 1, 1};
+    for (size_t form = 0; form < 4; form++)
+        for (uint32_t cells = 1; cells <= 9; cells += 4)
+            for (uint32_t extended = 0; extended < 2; extended++)
+                for (uint32_t v_trans = 0; v_trans < 2; v_trans++) {
+                    sequence s = plain_sequence();
+                    s.version = versions[form];
+                    s.streams = streams[form];
+                    s.cells = cells;
+                    s.extension = extended ? (s.version == 2 ? 8 : 12) : 0;
+                    s.v_trans = v_trans;
+                    put_sequence(&file, &s);
+                    assert_opens(&s);
+                }
+}
+
+static void test_streams(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    s.streams = 4;
+    for (s.used = 0; s.used < 4; s.used++) {
+        put_sequence(&file, &s);
+        assert_opens(&s);
+    }
+}
+
+static void test_types(void **state)
+{
+    (void)state;
+    static const uint32_t types[] = {TYPE_F32, TYPE_F16, TYPE_BF16}, dtypes[] = {XKV_F32, XKV_F16, XKV_BF16};
+    for (size_t i = 0; i < 3; i++) {
+        sequence s = plain_sequence();
+        s.k_type = s.v_type = types[i];
+        put_sequence(&file, &s);
+        assert_opens(&s);
+        xkv_cache *cache = open_file(NULL);
+        assert_int_equal(xkv_cache_geometry(cache)->planes[0].dtype, dtypes[i]);
+        assert_int_equal(xkv_cache_geometry(cache)->planes[0].head_dim, types[i] == TYPE_F32 ? 2 : 4);
+        xkv_cache_free(ctx, cache);
+    }
+}
+
+/* Transposed V: dimension after dimension, each with all rows; V0 begins at 156 as in the plain file. */
+static void test_transposed(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    s.v_trans = 1;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(NULL);
+    uint64_t size;
+    const uint8_t *data = xkv_cache_data(cache, &size);
+    const xkv_view *v0 = &xkv_cache_views(cache)[1];
+    assert_ptr_equal(element(v0, 0, 0, 0), data + 156);
+    assert_ptr_equal(element(v0, 1, 0, 0), data + 156 + 2);
+    assert_ptr_equal(element(v0, 1, 0, 1), data + 156 + 3 * 2 + 2);
+    xkv_cache_free(ctx, cache);
+}
+
+static void test_cells_out_of_order(void **state)
+{
+    (void)state;
+    static const int32_t at[] = {7, 3, 9, 3, 4};
+    static const int32_t sorted[] = {3, 3, 4, 7, 9};
+    static const uint32_t rows[] = {1, 3, 4, 0, 2}; /* the two cells at 3 keep their order */
+    sequence s = plain_sequence();
+    s.cells = 5;
+    s.at = at;
+    put_sequence(&file, &s);
+    assert_opens(&s);
+    xkv_cache *cache = open_file(NULL);
+    assert_memory_equal(xkv_cache_geometry(cache)->positions, sorted, sizeof sorted);
+    assert_memory_equal(xkv_cache_framing(cache)->rows, rows, sizeof rows);
+    uint64_t size;
+    const uint8_t *data = xkv_cache_data(cache, &size);
+    const uint64_t k0 = 28 + 5 * 12 + 8 + 12;
+    assert_ptr_equal(element(xkv_cache_views(cache), 2, 0, 0), data + k0 + 4 * 8);
+    xkv_cache_free(ctx, cache);
+}
+
+static void test_checkpoints(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    put_sequence(&file, &s);
+    size_t end = file.size;
+    put_checkpoints(&file);
+    assert_opens(&s);
+    for (size_t size = end + 1; size < file.size; size++) {
+        xkv_cache *cache;
+        assert_int_equal(open_size(size, NULL, &cache), XKV_ERROR_TRUNCATED);
+    }
+    s.v_row = 0; /* MLA: the tail follows K */
+    put_sequence(&file, &s);
+    put_checkpoints(&file);
+    assert_opens(&s);
+}
+
+static void test_packed_token_field(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 12, UINT32_MAX);
+    xkv_cache *cache = open_file(NULL);
+    assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+    assert_int_equal(xkv_cache_geometry(cache)->token_id_count, 0);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 4);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_framing *cut;
+    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), xkv_cache_geometry(cache), 1, &cut),
+                     XKV_ERROR_UNSUPPORTED);
+    xkv_cache_free(ctx, cache);
+}
+
+/* --- MLA ---------------------------------------------------------------------------------------------------------- */
+
+/* Two layers whose K row of 4 elements is a latent of 3 and a rotated part of 1. */
+static xkv_model latent_model(void)
+{
+    static xkv_model_layer layers[] = {{1, 4, 3, XKV_NO_ROPE}, {1, 4, 3, XKV_NO_ROPE}};
+    return (xkv_model){.layer_count = 2, .layers = layers, .latent_dim = 3, .latent_first = 1};
+}
+
+static void assert_latent_planes(const xkv_model *model, bool latent_first, bool has_v)
+{
+    xkv_cache *cache = open_file(model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    uint32_t n = has_v ? 3 : 2, latent = has_v ? 1 : 0;
+    assert_int_equal(g->plane_count, 2 * n);
+    assert_int_equal(g->planes[n + latent].kind, XKV_PLANE_LATENT);
+    assert_int_equal(g->planes[n + latent].head_dim, 3);
+    assert_int_equal(g->planes[n + latent + 1].kind, XKV_PLANE_K_ROPE);
+    assert_int_equal(g->planes[n + latent + 1].head_dim, 1);
+    assert_int_equal(g->planes[n + latent + 1].layer, 1);
+    uint64_t size;
+    const uint8_t *k1 = xkv_cache_data(cache, &size) + 120;
+    const xkv_view *views = xkv_cache_views(cache);
+    assert_ptr_equal(element(&views[n + latent], 2, 0, 0), k1 + 2 * 8 + (latent_first ? 0 : 2));
+    assert_ptr_equal(element(&views[n + latent + 1], 2, 0, 0), k1 + 2 * 8 + (latent_first ? 6 : 0));
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+}
+
+static void test_latent(void **state)
+{
+    (void)state;
+    xkv_model model = latent_model();
+    sequence s = plain_sequence();
+    s.v_row = 0;
+    put_sequence(&file, &s);
+    assert_opens(&s); /* without a model: rows of K */
+    assert_latent_planes(&model, true, false);
+    model.latent_first = 0;
+    assert_latent_planes(&model, false, false);
+    model.latent_first = 1; /* engines that also cached V had the rotated part first */
+    s.v_row = 6;
+    put_sequence(&file, &s);
+    assert_latent_planes(&model, false, true);
+}
+
+/* --- What is understood in part ----------------------------------------------------------------------------------- */
+
+static void test_quantized_rows(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    s.k_type = TYPE_Q8_0;
+    s.k_row = 34;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(NULL);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+    assert_int_equal(g->plane_count, 2);
+    assert_int_equal(g->planes[0].kind, XKV_PLANE_V);
+    assert_int_equal(g->token_count, 3);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_framing *cut;
+    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), g, 1, &cut), XKV_ERROR_UNSUPPORTED);
+    xkv_cache_free(ctx, cache);
+}
+
+/* Two memories one behind the other: the first is packed, the second is carried. */
+static void test_second_memory(void **state)
+{
+    (void)state;
+    sequence first = plain_sequence(), second = plain_sequence();
+    for (int k_only = 0; k_only < 2; k_only++) {
+        first.v_row = k_only ? 0 : 4;
+        put_sequence(&file, &first);
+        size_t end = file.size;
+        second.layers = 3;
+        put_memory(&file, &second);
+        xkv_cache *cache = open_file(NULL);
+        const xkv_framing *f = xkv_cache_framing(cache);
+        assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+        assert_int_equal(xkv_cache_geometry(cache)->plane_count, k_only ? 2 : 4);
+        assert_int_equal(f->segments[f->segment_count - 1].size, file.size - end);
+        assert_framing_is_file(ctx, cache, file.data, file.size);
+        xkv_framing *cut;
+        assert_int_equal(xkv_framing_first(ctx, f, xkv_cache_geometry(cache), 1, &cut), XKV_ERROR_UNSUPPORTED);
+        xkv_cache_free(ctx, cache);
+    }
+}
+
+static void assert_opaque(void)
+{
+    xkv_cache *cache = open_file(NULL);
+    const xkv_framing *f = xkv_cache_framing(cache);
+    assert_engine(cache, XKV_ENGINE_OPAQUE);
+    assert_int_equal(f->segment_count, 1);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 0);
+    assert_memory_equal(f->literals, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+}
+
+static void test_not_understood(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    s.version = 5;
+    put_sequence(&file, &s);
+    assert_opaque();
+    put_sequence(&file, &s); /* a full session */
+    xkv_store32(file.data, 0x6767736e);
+    assert_opaque();
+    file.size = 0;
+    put_noise(&file, 500, 1);
+    assert_opaque();
+    file.size = 0; /* a recurrent state: one cell without sequence, R and S tensors */
+    put32(&file, 0x67677371);
+    put32(&file, 3);
+    put32(&file, 0);
+    put32(&file, 1);
+    put32(&file, 99);
+    put32(&file, 0);
+    put32(&file, 0);
+    put32(&file, 1);
+    put32(&file, 0);
+    put64(&file, 64);
+    put_noise(&file, 4000, 3);
+    assert_opaque();
+    s = plain_sequence(); /* cells of several sequences */
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 28 + 12 + 4, 2);
+    assert_opaque();
+    put_sequence(&file, &s); /* cells run into the tensors */
+    xkv_store32(file.data + 24, 0x7fffffff);
+    assert_opaque();
+}
+
+/* --- Empty and damaged files -------------------------------------------------------------------------------------- */
+
+static void test_no_cells(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    s.cells = 0;
+    for (s.streams = 0; s.streams < 3; s.streams++)
+        for (s.version = 2; s.version <= 4; s.version++) {
+            if (s.streams == 0 && s.version > 2)
+                continue;
+            put_sequence(&file, &s);
+            xkv_cache *cache = open_file(NULL);
+            assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+            assert_int_equal(xkv_cache_geometry(cache)->token_count, 0);
+            assert_int_equal(xkv_cache_geometry(cache)->plane_count, 0);
+            assert_framing_is_file(ctx, cache, file.data, file.size);
+            xkv_cache_free(ctx, cache);
+        }
+    xkv_cache *cache;
+    assert_int_equal(open_size(0, NULL, &cache), XKV_ERROR_TRUNCATED);
+}
+
+/* Every shorter file is refused, but for one that ends behind K: nothing tells it from a file without V. */
+static void test_truncation(void **state)
+{
+    (void)state;
+    static const uint32_t versions[] = {2, 2, 3, 4};
+    static const int streams[] = {0, 1, 1, 1};
+    for (size_t form = 0; form < 4; form++)
+        for (uint32_t v_trans = 0; v_trans < 2; v_trans++) {
+            sequence s = plain_sequence();
+            s.version = versions[form];
+            s.streams = streams[form];
+            s.v_trans = v_trans;
+            put_sequence(&file, &s);
+            size_t behind_k = file.size - 2 * (12 + 12);
+            for (size_t size = 4; size < file.size; size++) {
+                xkv_cache *cache = NULL;
+                xkv_status status = open_size(size, NULL, &cache);
+                if (size == behind_k) {
+                    assert_int_equal(status, XKV_OK);
+                    xkv_cache_free(ctx, cache);
+                    continue;
+                }
+                assert_int_equal(status, XKV_ERROR_TRUNCATED);
+                assert_non_null(strstr(xkv_ctx_error(ctx), "offset"));
+            }
+        }
+}
+
+static void assert_refused(size_t offset, uint32_t value, xkv_status expected)
+{
+    uint8_t saved[4];
+    xkv_cache *cache;
+    memcpy(saved, file.data + offset, 4);
+    xkv_store32(file.data + offset, value);
+    xkv_status status = open_size(file.size, NULL, &cache);
+    if (status != expected)
+        print_message("offset %zu: %s\n", offset, xkv_ctx_error(ctx));
+    assert_int_equal(status, expected);
+    memcpy(file.data + offset, saved, 4);
+}
+
+static void test_contradictions(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    put_sequence(&file, &s);
+    assert_refused(76, 0, XKV_ERROR_CORRUPT);            /* K width 0 */
+    assert_refused(76, 7, XKV_ERROR_CORRUPT);            /* half an element */
+    assert_refused(72, 99, XKV_ERROR_CORRUPT);           /* no such type */
+    assert_refused(108, 4000000000u, XKV_ERROR_CORRUPT); /* type of the second layer */
+    assert_refused(148, 0, XKV_ERROR_CORRUPT);           /* V width 0 */
+    assert_refused(80, 1, XKV_ERROR_CORRUPT);            /* rows of 2^32 bytes: above the width limit */
+    assert_refused(8, UINT32_MAX, XKV_ERROR_TRUNCATED);  /* n_token_count */
+    assert_refused(68, 4096, XKV_ERROR_TRUNCATED);       /* n_layer */
+    s.k_type = TYPE_Q8_0;
+    s.k_row = 34;
+    put_sequence(&file, &s);
+    assert_refused(80, 0x7fffffff, XKV_ERROR_CORRUPT); /* size overflows */
+    s = plain_sequence();
+    s.v_trans = 1;
+    put_sequence(&file, &s);
+    assert_refused(148, 4, XKV_ERROR_CORRUPT); /* v_size_el of f16 */
+    assert_refused(152, 0, XKV_ERROR_CORRUPT); /* n_embd_v_gqa */
+}
+
+/* --- Models ------------------------------------------------------------------------------------------------------- */
+
+static void test_model(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence();
+    put_sequence(&file, &s);
+    xkv_rope_options o = xkv_rope_options_default();
+    o.base = 10000;
+    o.dims = 2;
+    o.style = XKV_ROPE_HALF_SPLIT;
+    o.head_dim = 2;
+    xkv_model *model;
+    xkv_cache *cache;
+    assert_int_equal(xkv_model_from_options(ctx, 2, &o, &model), XKV_OK);
+    cache = open_file(model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_int_equal(g->planes[0].heads, 2);
+    assert_int_equal(g->planes[0].head_dim, 2);
+    assert_int_equal(g->planes[0].rope, 0);
+    assert_int_equal(g->planes[1].heads, 1);
+    assert_int_equal(g->planes[1].rope, XKV_NO_ROPE);
+    assert_int_equal(g->rope_count, 1);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+    model->layers[1].head_dim_k = 3;
+    assert_int_equal(open_size(file.size, model, &cache), XKV_ERROR_MISMATCH);
+    model->layers[1].head_dim_k = 0; /* a layer without cache: the file has one too many */
+    assert_int_equal(open_size(file.size, model, &cache), XKV_ERROR_MISMATCH);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "2 layers, the model caches 1"));
+    xkv_model_free(ctx, model);
+}
+
+/* Layers keep the numbers of the model when some have no cache. */
+static void test_layers_without_cache(void **state)
+{
+    (void)state;
+    xkv_model_layer layers[] = {
+        {0, 0, 0, XKV_NO_ROPE}, {1, 4, 2, XKV_NO_ROPE}, {0, 0, 0, XKV_NO_ROPE}, {2, 2, 1, XKV_NO_ROPE}};
+    xkv_model model = {.layer_count = 4, .layers = layers};
+    sequence s = plain_sequence();
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_int_equal(g->layer_count, 4);
+    assert_int_equal(g->planes[0].layer, 1);
+    assert_int_equal(g->planes[2].layer, 3);
+    assert_int_equal(g->planes[2].heads, 2);
+    xkv_cache_free(ctx, cache);
+}
+
+/* Rows rotated by a Hadamard matrix, and tokens with several positions, cannot be un-rotated. */
+static void test_no_rope(void **state)
+{
+    (void)state;
+    xkv_rope rope = {.n_rot = 2, .scale = 1};
+    xkv_model_layer layers[] = {{1, 4, 2, 0}, {1, 4, 2, 0}};
+    xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
+    for (int i = 0; i < 3; i++) {
+        sequence s = plain_sequence();
+        s.version = 4;
+        s.rot_k = i == 1 ? 64 : 0;
+        s.extension = i == 2 ? 12 : 0;
+        put_sequence(&file, &s);
+        xkv_cache *cache = open_file(&model);
+        assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, i == 0 ? 0 : XKV_NO_ROPE);
+        assert_int_equal(xkv_cache_geometry(cache)->rope_count, i == 0);
+        xkv_cache_free(ctx, cache);
+    }
+}
+
+/* --- Genuine files ------------------------------------------------------------------------------------------------ */
+
+static int check_folder(const char *model_name, const char *part, uint32_t layers, uint32_t kv_width)
+{
+    char folder[1024], path[2048];
+    snprintf(folder, sizeof folder, "%s/data/%s/%s", XKV_SHARED_DIR, model_name, part);
+    DIR *dir = opendir(folder);
+    int count = 0;
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        xkv_cache *cache;
+        if (!strstr(e->d_name, ".ggsq"))
+            continue;
+        snprintf(path, sizeof path, "%s/%s", folder, e->d_name);
+        assert_int_equal(xkv_cache_open(ctx, path, NULL, &cache), XKV_OK);
+        const xkv_geometry *g = xkv_cache_geometry(cache);
+        const xkv_framing *f = xkv_cache_framing(cache);
+        uint64_t n = g->token_count;
+        assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+        assert_int_equal(g->layer_count, layers);
+        assert_int_equal(xkv_geometry_raw_bytes(g), n * layers * 2 * kv_width * 2);
+        /* the size formula of a plain sequence file */
+        assert_int_equal(f->source_size,
+                         12 + 4 * g->token_id_count + 8 + 12 * n + 8 + 2 * layers * (12 + n * kv_width * 2));
+        assert_int_equal(f->segments[f->segment_count - 1].plane_count, 1);
+        xkv_cache_free(ctx, cache);
+        count++;
+    }
+    if (dir)
+        closedir(dir);
+    return count;
+}
+
+static void test_genuine_files(void **state)
+{
+    (void)state;
+    int count = check_folder("smollm2-135m", "test", 30, 192) + check_folder("smollm2-135m", "train", 30, 192) +
+                check_folder("qwen2.5-coder-0.5b", "test", 24, 128) +
+                check_folder("qwen2.5-coder-0.5b", "train", 24, 128);
+    if (count == 0) {
+        print_message("skipped: no genuine caches under \"%s\"\n", XKV_SHARED_DIR);
+        skip();
+    }
+    assert_int_equal(count, 20);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_offsets, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_forms, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_streams, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_types, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_transposed, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_cells_out_of_order, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_checkpoints, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_packed_token_field, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_latent, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_quantized_rows, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_second_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_not_understood, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_no_cells, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_truncation, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_contradictions, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_model, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_layers_without_cache, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_no_rope, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_genuine_files, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
