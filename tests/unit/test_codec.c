@@ -170,7 +170,7 @@ static void svd_recovers_low_rank(void **state)
 {
     xkv_ctx *ctx = new_ctx(2);
     synthetic s = make_synthetic(&low_rank);
-    xkv_pack_options o = ranks(6, 6);
+    xkv_pack_options o = ranks(10, 10);
     packed p = pack_planes(ctx, &s, &o);
     uint8_t *data = restore(ctx, &s, p.entry);
 
@@ -324,7 +324,7 @@ static void nonfinite_planes_are_exact(void **state)
 {
     xkv_ctx *ctx = new_ctx(2);
     synthetic s = make_synthetic(&low_rank);
-    xkv_pack_options o = ranks(6, 6);
+    xkv_pack_options o = ranks(10, 10);
     uint16_t nan_bits = 0x7e01, inf_bits = 0xfc00;
     xkv_group_info gi;
     packed p;
@@ -356,7 +356,7 @@ static void mla_keeps_its_rotated_part(void **state)
     so.mla = 1;
     so.rope = 0;
     synthetic s = make_synthetic(&so);
-    xkv_pack_options o = ranks(6, 0);
+    xkv_pack_options o = ranks(10, 0);
     packed p = pack_planes(ctx, &s, &o);
     uint8_t *data = restore(ctx, &s, p.entry);
 
@@ -401,7 +401,7 @@ static void every_range_is_a_slice(void **state)
 
     (void)state;
     for (int profile = 0; profile < 2; profile++) {
-        xkv_pack_options o = profile ? ranks(6, 6) : xkv_pack_options_default();
+        xkv_pack_options o = profile ? ranks(10, 10) : xkv_pack_options_default();
         packed p = pack_planes(ctx, &s, &o);
         uint8_t *whole = restore(ctx, &s, p.entry);
         xkv_view *views = views_into(&s, part);
@@ -522,7 +522,7 @@ static void old_options_keep_working(void **state)
 {
     xkv_ctx *ctx = new_ctx(1);
     synthetic s = make_synthetic(&low_rank);
-    xkv_pack_options o = ranks(6, 6);
+    xkv_pack_options o = ranks(10, 10);
     packed whole = pack_planes(ctx, &s, &o), cut;
 
     (void)state;
