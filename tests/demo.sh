@@ -46,5 +46,5 @@ row "--rank-k 76 --rank-v 115" --rank-k 76 --rank-v 115
 row "--error 0.2" --error 0.2
 row "--ratio 4" --ratio 4
 echo
-xkv-info -v "$work/entry.xkv" | head -n 8
+xkv-info -v "$work/entry.xkv" | sed -n 1,8p
 echo "  ... (xkv-info -v shows every group)"

@@ -39,11 +39,10 @@ say "find_package, shared and static"
 
 say "pkg-config"
 export PKG_CONFIG_PATH=$prefix/$libdir/pkgconfig
-# shellcheck disable=SC2046 # the flags are words
-"$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc" $(pkg-config --cflags --libs xkv)
+read -ra flags < <(pkg-config --cflags --libs xkv)
+"$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc" "${flags[@]}"
 LD_LIBRARY_PATH=$prefix/$libdir "$work/consumer_pc"
 # A static program needs only libxkv itself as an archive.
-# shellcheck disable=SC2046
-"$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc_static" $(pkg-config --cflags xkv) \
-    "$prefix/$libdir/libxkv.a" $(pkg-config --static --libs xkv | sed 's/-lxkv//')
+read -ra flags < <(pkg-config --static --cflags --libs xkv | sed "s|-lxkv|$prefix/$libdir/libxkv.a|")
+"$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc_static" "${flags[@]}"
 "$work/consumer_pc_static"
