@@ -154,7 +154,7 @@ int main(int argc, char **argv)
             ;
         if (known == sizeof numbers / sizeof *numbers)
             return 2;
-        *(int *)numbers[known].target = atoi(equals + 1);
+        *(int *)numbers[known].target = (int)strtol(equals + 1, NULL, 10);
     }
     put_file(&o);
     return fflush(stdout) == 0 ? 0 : 1;
