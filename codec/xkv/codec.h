@@ -48,7 +48,7 @@ typedef struct xkv_pack_options {
     double energy; /* 0 < energy < 1: share of each group's sum of squares to keep; error = sqrt(1 - energy) */
 
     uint32_t iterations;   /* power iterations, 1 .. 8; default 2 */
-    int32_t zstd_level;    /* 1 .. 19; default 3 */
+    int32_t zstd_level;    /* 1 .. 19; default 4, the lowest level that gives 1.17x on all caches we have */
     uint32_t zstd_factors; /* non-zero: also compress svd factors (a few per cent); default 0: stored, so that they can
                               be mapped and copied to a device */
     uint32_t chunk_tokens; /* default 256 (spec: a power of two, 32 .. 65536) */
@@ -67,7 +67,7 @@ static inline xkv_pack_options xkv_pack_options_default(void)
     o.group_layers = 4;
     o.sinks = 4;
     o.iterations = 2;
-    o.zstd_level = 3;
+    o.zstd_level = 4;
     o.chunk_tokens = 256;
     return o;
 }
