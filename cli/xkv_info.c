@@ -130,9 +130,12 @@ static void print_row(cli *c, const char *name, const xkv_entry *entry, const xk
         printf("%10s %6s %6s %11s %11s %7s %7s %7s %s%-18s %s\n", "Tokens", "Layers", "Groups", "Raw", "Packed",
                "Ratio", "ErrK", "ErrV", tool->verify ? "Check " : "", "Engine", "File");
     tool->header_shown = c->verbosity < 2; /* again after the details of a file */
-    printf("%10u %6u %6u %11s %11s %7.2f %7s %7s %s%-18s %s\n", g->token_count, g->layer_count, info->group_count,
-           cli_size_text(info->raw_bytes).text, cli_size_text(info->file_size).text, ratio_of(info),
-           error_text(error_k).text, error_text(error_v).text, check, engine_name(entry), visible);
+    char ratio[32] = "-";
+    if (info->raw16_bytes > 0)
+        snprintf(ratio, sizeof ratio, "%.2f", ratio_of(info));
+    printf("%10u %6u %6u %11s %11s %7s %7s %7s %s%-18s %s\n", g->token_count, g->layer_count, info->group_count,
+           cli_size_text(info->raw_bytes).text, cli_size_text(info->file_size).text, ratio, error_text(error_k).text,
+           error_text(error_v).text, check, engine_name(entry), visible);
 }
 
 static void print_group(const xkv_geometry *g, uint32_t index, const xkv_group_info *group)

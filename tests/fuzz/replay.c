@@ -1,6 +1,6 @@
 /* replay.c - runs a libFuzzer target without libFuzzer, so that its code builds and runs in the default tests.
  *
- *     fuzz_NAME CORPUS_FOLDER_OR_FILE...      XKV_FUZZ_MUTATIONS=N: mutations of each seed (default 200)
+ *     fuzz_NAME CORPUS_FOLDER_OR_FILE...      XKV_FUZZ_MUTATIONS=N: mutations of each seed (default 1000)
  *
  * Every seed is run as it is, then with mutations from a fixed random sequence: the same ones in every run. */
 #include <dirent.h>
@@ -134,7 +134,7 @@ static void run_folder(const char *folder, unsigned long mutations)
 int main(int argc, char **argv)
 {
     const char *text = getenv("XKV_FUZZ_MUTATIONS");
-    unsigned long mutations = text ? strtoul(text, NULL, 10) : 200;
+    unsigned long mutations = text ? strtoul(text, NULL, 10) : 1000;
     for (int i = 1; i < argc; i++) {
         struct stat st;
         if (stat(argv[i], &st) == 0 && S_ISDIR(st.st_mode))
