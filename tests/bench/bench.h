@@ -7,8 +7,6 @@
 #include <jansson.h>
 #include <stdbool.h>
 
-#define BENCH_ZSTD_LEVEL 3
-
 /* What the command line asked for. */
 typedef struct bench_plan {
     bool quick;
@@ -47,9 +45,10 @@ double bench_sgemm_square(const bench_plan *plan, uint32_t threads, int repeats)
 double bench_memcpy(const bench_plan *plan, uint32_t threads);
 json_t *bench_ceilings(const bench_plan *plan);
 
-/* The byte planes of a lossless entry's parts, for zstd alone. `entry` says how planes are grouped and cut. */
+/* The byte planes of a lossless entry's parts, for zstd alone with the library's parameters. `entry` says how planes
+ * are grouped and cut. */
 typedef struct bench_frames bench_frames;
-bench_frames *bench_frames_create(const xkv_entry *entry, const xkv_view *views);
+bench_frames *bench_frames_create(const xkv_entry *entry, const xkv_view *views, int level);
 void bench_frames_free(bench_frames *f);
 double bench_frames_compress(bench_frames *f, uint32_t threads); /* seconds */
 double bench_frames_decompress(bench_frames *f, uint32_t threads);

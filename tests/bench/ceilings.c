@@ -106,6 +106,7 @@ json_t *bench_ceilings(const bench_plan *plan)
 typedef struct frame {
     uint8_t *plane, *packed;
     size_t size, capacity, packed_size;
+    bool highest; /* byte of its elements */
 } frame;
 
 typedef struct worker {
@@ -117,6 +118,7 @@ typedef struct worker {
 struct bench_frames {
     frame *frames;
     size_t count, largest;
+    int level;
     atomic_size_t next;
     bool failed;
     worker *workers;
@@ -147,7 +149,7 @@ static void take_plane(const xkv_geometry *geometry, const xkv_group_info *g, co
     }
 }
 
-static void add_frame(bench_frames *f, size_t size)
+static frame *add_frame(bench_frames *f, size_t size)
 {
     frame *n = &f->frames[f->count++];
 
@@ -157,6 +159,7 @@ static void add_frame(bench_frames *f, size_t size)
     n->packed = bench_alloc(n->capacity, 1);
     if (size > f->largest)
         f->largest = size;
+    return n;
 }
 
 static void add_group(bench_frames *f, const xkv_geometry *geometry, const xkv_entry_info *info,
@@ -169,18 +172,20 @@ static void add_group(bench_frames *f, const xkv_geometry *geometry, const xkv_e
         if (t1 > geometry->token_count)
             t1 = geometry->token_count;
         for (size_t b = 0; b < elem; b++) {
-            add_frame(f, (size_t)(t1 - t0) * g->width);
-            take_plane(geometry, g, views, t0, t1, b, f->frames[f->count - 1].plane);
+            frame *n = add_frame(f, (size_t)(t1 - t0) * g->width);
+            n->highest = b + 1 == elem;
+            take_plane(geometry, g, views, t0, t1, b, n->plane);
         }
     }
 }
 
-bench_frames *bench_frames_create(const xkv_entry *entry, const xkv_view *views)
+bench_frames *bench_frames_create(const xkv_entry *entry, const xkv_view *views, int level)
 {
     bench_frames *f = bench_alloc(1, sizeof *f);
     xkv_entry_info info;
     xkv_group_info g;
 
+    f->level = level;
     xkv_entry_get_info(entry, &info);
     f->frames = bench_alloc(4ull * info.group_count * info.chunk_count, sizeof *f->frames);
     for (uint32_t i = 0; i < info.group_count; i++) {
@@ -214,12 +219,16 @@ void bench_frames_free(bench_frames *f)
 static void compress_frames(void *user, uint32_t index)
 {
     bench_frames *f = user;
+    ZSTD_CCtx *zstd = f->workers[index].compressor;
     size_t i;
 
     while ((i = atomic_fetch_add(&f->next, 1)) < f->count) {
         frame *n = &f->frames[i];
-        n->packed_size = ZSTD_compressCCtx(f->workers[index].compressor, n->packed, n->capacity, n->plane, n->size,
-                                           BENCH_ZSTD_LEVEL);
+        ZSTD_CCtx_reset(zstd, ZSTD_reset_session_and_parameters);
+        ZSTD_CCtx_setParameter(zstd, ZSTD_c_compressionLevel, f->level);
+        if (n->highest)
+            ZSTD_CCtx_setParameter(zstd, ZSTD_c_windowLog, 16); /* as the library does: codec/parts.c */
+        n->packed_size = ZSTD_compress2(zstd, n->packed, n->capacity, n->plane, n->size);
     }
 }
 

@@ -160,7 +160,7 @@ static void time_lossless(const bench_plan *plan, bench_subject *s, xkv_ctx *ctx
 
     time_pack(s, ctx, o, report);
     entry = open_entry(s, ctx);
-    frames = bench_frames_create(entry, s->views);
+    frames = bench_frames_create(entry, s->views, o->zstd_level);
     t->zstd_pack = t->zstd_unpack = INFINITY;
     for (int i = -1; i < plan->repeats; i++) { /* round -1 is the warm-up */
         double packed = bench_frames_compress(frames, threads), unpacked = bench_frames_decompress(frames, threads);
@@ -183,12 +183,12 @@ json_t *bench_lossless(bench_plan *plan, bench_subject *s, uint32_t threads)
     double pack, unpack, raw;
 
     o.profile = XKV_PROFILE_LOSSLESS;
-    o.zstd_level = BENCH_ZSTD_LEVEL;
     time_lossless(plan, s, ctx, threads, &o, &report, &t);
     pack = bench_median(t.pack, plan->repeats);
     unpack = bench_median(t.unpack, plan->repeats);
     raw = (double)report.raw_bytes;
     set_result(result, s, &report, threads);
+    json_object_set_new(result, "zstd_level", json_integer(o.zstd_level));
     json_object_set_new(result, "identical", json_boolean(identical(s)));
     json_object_set_new(result, "pack", lossless_rate(raw, pack, t.zstd_pack));
     json_object_set_new(result, "unpack", lossless_rate(raw, unpack, t.zstd_unpack));
@@ -200,8 +200,8 @@ json_t *bench_lossless(bench_plan *plan, bench_subject *s, uint32_t threads)
 
 /* --- svd ---------------------------------------------------------------------------------------------------------- */
 
-/* Arithmetic of the algorithm: (2q+1) products of the coded tokens' X with a block of p columns to pack, and
- * coefficients times components to unpack. `largest` is the group with the most of it. */
+/* Arithmetic that cannot be left out: (2q+1) products of the coded tokens' X with a block of p = r + max(8, r/8)
+ * columns to pack, coefficients times components to unpack. */
 typedef struct work {
     double pack_flops, unpack_flops;
     uint32_t tokens, width, rank, block; /* of the largest group */
