@@ -46,8 +46,13 @@ count_cases() {
 run_preset() { # PRESET [configure options]
     local preset=$1 junit=$PWD/build-$1/junit.xml p f s status=0
     shift
-    cmake --preset "$preset" -G Ninja "$@" >"build-$preset.log" || { cat "build-$preset.log"; exit 1; }
-    cmake --build --preset "$preset" -- --quiet
+    if ! { cmake --preset "$preset" -G Ninja "$@" && cmake --build --preset "$preset" -- --quiet; } \
+        >"build-$preset.log" 2>&1; then
+        tail -n 50 "build-$preset.log"
+        echo "$preset: the build FAILED"
+        failed=$((failed + 1))
+        return
+    fi
     rm -f "$junit"
     "${wrapper[@]}" ctest --preset "$preset" --output-junit "$junit" --test-output-size-passed 10000000 || status=$?
     read -r p f s < <(count_cases "$junit")
