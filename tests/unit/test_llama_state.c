@@ -10,7 +10,7 @@ static bytes file;
 static int setup(void **state)
 {
     (void)state;
-    return xkv_ctx_create(NULL, &ctx);
+    return xkv_ctx_create(NULL, &ctx) != XKV_OK;
 }
 
 static int teardown(void **state)
