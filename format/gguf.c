@@ -63,10 +63,12 @@ typedef struct gguf {
 
 static xkv_status take(gguf *g, uint64_t n, const char *field, const uint8_t **bytes)
 {
-    if (n > g->size - g->offset)
-        return xkv_fail(g->ctx, XKV_ERROR_TRUNCATED, "%s: offset %llu: %s needs %llu bytes, %llu are left [GU2]",
-                        g->name, (unsigned long long)g->offset, field, (unsigned long long)n,
-                        (unsigned long long)(g->size - g->offset));
+    if (n > g->size - g->offset) {
+        xkv_fail(g->ctx, XKV_ERROR_TRUNCATED, "%s: offset %llu: %s needs %llu bytes, %llu are left [GU2]", g->name,
+                 (unsigned long long)g->offset, field, (unsigned long long)n,
+                 (unsigned long long)(g->size - g->offset));
+        return XKV_ERROR_TRUNCATED;
+    }
     *bytes = g->data + g->offset;
     g->offset += n;
     return XKV_OK;

@@ -426,7 +426,7 @@ static xkv_status use_model_ropes(const header *h, xkv_cache *cache, const xkv_m
 
 static int compare_planes(const void *a, const void *b)
 {
-    const tensor *x = *(tensor *const *)a, *y = *(tensor *const *)b;
+    const tensor *x = a, *y = b;
     if (x->layer != y->layer)
         return x->layer < y->layer ? -1 : 1;
     return (x->kind > y->kind) - (x->kind < y->kind);
@@ -454,7 +454,7 @@ static xkv_status add_plane(const header *h, const tensor *t, const xkv_model *m
 /* The planes in order of layer and kind, from tensors in order of their data. */
 static xkv_status add_planes(header *h, xkv_cache *cache, const xkv_model *model)
 {
-    tensor **order = NULL;
+    tensor *order = NULL; /* copies of the planes' tensors; their `plane` is the place in the header */
     xkv_plane *planes;
     uint32_t count = 0;
     xkv_status status;
@@ -462,17 +462,19 @@ static xkv_status add_planes(header *h, xkv_cache *cache, const xkv_model *model
     XKV_TRY_GOTO(XKV_NEW(h->ctx, h->count, &planes), out);
     cache->geometry.planes = planes;
     for (uint32_t i = 0; i < h->count; i++)
-        if (h->tensors[i].is_plane)
-            order[count++] = &h->tensors[i];
+        if (h->tensors[i].is_plane) {
+            order[count] = h->tensors[i];
+            order[count++].plane = i;
+        }
     qsort(order, count, sizeof *order, compare_planes);
     for (uint32_t i = 0; i < count; i++) {
         if (i > 0 && compare_planes(&order[i - 1], &order[i]) == 0) {
             status = xkv_fail(h->ctx, XKV_ERROR_CORRUPT, "%s: tensors \"%s\" and \"%s\" are the same plane [SF5]",
-                              h->name, order[i - 1]->name, order[i]->name);
+                              h->name, order[i - 1].name, order[i].name);
             goto out;
         }
-        order[i]->plane = i;
-        XKV_TRY_GOTO(add_plane(h, order[i], model, &planes[i]), out);
+        h->tensors[order[i].plane].plane = i;
+        XKV_TRY_GOTO(add_plane(h, &order[i], model, &planes[i]), out);
     }
     cache->geometry.plane_count = count;
     cache->geometry.layer_count = count > 0 ? planes[count - 1].layer + 1 : 0;
