@@ -54,7 +54,7 @@ run_preset() { # PRESET [configure options]
         return
     fi
     rm -f "$junit"
-    "${wrapper[@]}" ctest --preset "$preset" --output-junit "$junit" --test-output-size-passed 10000000 || status=$?
+    "${wrapper[@]}" ctest --preset "$preset" -j "$(nproc)" --output-junit "$junit" --test-output-size-passed 10000000 || status=$?
     read -r p f s < <(count_cases "$junit")
     if [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then
         f=1 # ctest itself failed
@@ -66,7 +66,7 @@ say "layout and scripts"
 mapfile -t sources < <(find format kernels codec store cli tests -name '*.[ch]' 2>/dev/null)
 check clang-format clang-format --dry-run -Werror "${sources[@]}"
 mapfile -t scripts < <(find .ci tests cli -name '*.sh' -o -path .ci/run -o -name '*.bash')
-check shellcheck shellcheck -s bash "${scripts[@]}"
+check shellcheck shellcheck -x -P SCRIPTDIR -s bash "${scripts[@]}"
 
 say "gcc, Release"
 run_preset release -DCMAKE_C_COMPILER=gcc
