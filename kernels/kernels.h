@@ -119,12 +119,12 @@ typedef struct xkv_svd_result {
 } xkv_svd_result;
 
 /* X [rows, cols] ~= coefficients components: subspace iteration on the column side with Rayleigh-Ritz (Halko,
- * Martinsson, Tropp 2011, algorithms 4.4 and 5.3 in N-side form): V = random, fixed seed; q times { Y = X V, Z = X^T Y,
- * V = cholqr(Z) }; Y = X V; eig(Y^T Y). The block has p = r + max(8, r/8) columns, at most min(rows, cols) (then it holds
- * the whole row space and nothing is iterated). Cholesky-QR, the Gram matrices and the eigenproblem are in f64.
- * Cholesky-QR is repeated unless the first factor shows that one pass gives orthonormal columns, and shifted (Fukaya et
- * al. 2020, arXiv 1809.11085) when the first Cholesky fails. With `energy` the block doubles, starting from the columns
- * it has, until it holds the wanted rank.
+ * Martinsson, Tropp 2011, algorithms 4.4 and 5.3 in N-side form): V = cholqr(X^T S), S a fixed sparse random matrix;
+ * q times { Y = X V, Z = X^T Y, V = cholqr(Z) }; Y = X V; eig(Y^T Y). The block has p = r + max(8, r/8) columns, rounded
+ * up to a multiple of 16, at most min(rows, cols) (then it holds the whole row space and nothing is iterated).
+ * Cholesky-QR, the Gram matrices and the eigenproblem are in f64. Cholesky-QR is repeated unless the first factor shows
+ * that one pass gives orthonormal columns, and shifted (Fukaya et al. 2020, arXiv 1809.11085) when the first Cholesky
+ * fails. With `energy` the block doubles, keeping the columns it has, until it holds the wanted rank.
  * Null columns and components below 1e-6 of the largest singular value are dropped, so that the rank may come out
  * smaller than asked. A zero matrix gives rank 1: the first unit vector with singular value 0.
  * Scratch: rows*p + 2*cols*p f32, 4*p*p f64, and threads*256*p f64. Errors: MEMORY, LIMIT, BACKEND, CANCELLED, ARGUMENT

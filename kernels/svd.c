@@ -13,9 +13,9 @@ void dpotrf_(const char *uplo, const int *n, double *a, const int *lda, int *inf
 void dtrtri_(const char *uplo, const char *diag, const int *n, double *a, const int *lda, int *info, size_t uplo_length,
              size_t diag_length);
 
-#define COLUMN_BLOCK    256u /* columns of X in one task of X^T Y */
 #define TRANSFORM_ROWS  128u /* rows in one task of an orthonormalisation; with f64 copies of input and output */
 #define ENERGY_START    32u  /* smallest first block when the rank is sought */
+#define SKETCH_ENTRIES  4u
 #define MAX_QR_PASSES   6u
 #define MAX_EXPONENT    120 /* of the norm of X: singular values must fit in f32 with room for sums */
 #define RANDOM_SEED     UINT64_C(0x786b76)
@@ -52,6 +52,13 @@ typedef struct svd {
 static size_t tile_count(size_t n, size_t tile)
 {
     return n / tile + (n % tile != 0);
+}
+
+/* Rows of X in a task of X V, columns of X in a task of X^T Y: large tiles repack the other operand less often, several
+ * tasks keep threads busy. */
+static size_t gemm_tile(size_t n)
+{
+    return xkv_align64(xkv_min64(xkv_max64(n / 8, 128), 1024), 128);
 }
 
 static double *worker_scratch(const svd *s, uint32_t worker)
@@ -111,7 +118,7 @@ static xkv_status measure_energy(svd *s)
 static xkv_status multiply_task(void *user, uint32_t worker, uint64_t index)
 {
     svd *s = user;
-    size_t first = index * XKV_TILE_ROWS, count = xkv_min64(XKV_TILE_ROWS, s->rows - first);
+    size_t tile = gemm_tile(s->rows), first = index * tile, count = xkv_min64(tile, s->rows - first);
     (void)worker;
     s->k->gemm_nn(count, s->width, s->cols, s->x + first * s->cols, s->cols, s->v, s->width, 0.0f,
                   s->y + first * s->width, s->width);
@@ -121,7 +128,7 @@ static xkv_status multiply_task(void *user, uint32_t worker, uint64_t index)
 static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
 {
     svd *s = user;
-    size_t first = index * COLUMN_BLOCK, count = xkv_min64(COLUMN_BLOCK, s->cols - first);
+    size_t tile = gemm_tile(s->cols), first = index * tile, count = xkv_min64(tile, s->cols - first);
     (void)worker;
     s->k->gemm_tn(count, s->width, s->rows, s->x + first, s->cols, s->y, s->width, 0.0f, s->z + first * s->width,
                   s->width);
@@ -131,13 +138,13 @@ static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
 /* Y = X V. */
 static xkv_status multiply(svd *s)
 {
-    return run(s, tile_count(s->rows, XKV_TILE_ROWS), multiply_task);
+    return run(s, tile_count(s->rows, gemm_tile(s->rows)), multiply_task);
 }
 
 /* Z = X^T Y. */
 static xkv_status project(svd *s)
 {
-    return run(s, tile_count(s->cols, COLUMN_BLOCK), project_task);
+    return run(s, tile_count(s->cols, gemm_tile(s->cols)), project_task);
 }
 
 static void widen_rows(const float *src, size_t ld, size_t rows, size_t cols, double *dst)
@@ -321,43 +328,58 @@ static xkv_status orthonormalise(svd *s)
 
 /* --- The block ---------------------------------------------------------------------------------------------------- */
 
-static uint64_t mix64(uint64_t x)
+static uint64_t mix64(uint64_t x) /* splitmix64's */
 {
+    x = (x + RANDOM_SEED) * UINT64_C(0x9e3779b97f4a7c15);
     x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
     x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
     return x ^ x >> 31;
 }
 
-/* Element (row, column) of a fixed random matrix: the sum of the eight bytes of a hash (splitmix64's) of its place,
- * less its mean 1020. Near enough to a Gaussian of deviation 209, and the same on every machine. */
-static int random_element(size_t row, size_t column)
+/* dst[c * ld + r] = src[r * cols + c], in squares that fit the cache. */
+static void transpose(const float *src, size_t rows, size_t cols, float *dst, size_t ld)
 {
-    uint64_t x = mix64((RANDOM_SEED + ((uint64_t)row << 32) + column) * UINT64_C(0x9e3779b97f4a7c15));
-    uint64_t even = x & UINT64_C(0x00ff00ff00ff00ff), odd = x >> 8 & UINT64_C(0x00ff00ff00ff00ff);
-    return (int)((even + odd) * UINT64_C(0x0001000100010001) >> 48) - 1020;
+    enum { SIDE = 16 };
+    for (size_t r0 = 0; r0 < rows; r0 += SIDE)
+        for (size_t c0 = 0; c0 < cols; c0 += SIDE)
+            for (size_t c = c0; c < xkv_min64(c0 + SIDE, cols); c++)
+                for (size_t r = r0; r < xkv_min64(r0 + SIDE, rows); r++)
+                    dst[c * ld + r] = src[r * cols + c];
 }
 
-typedef struct start_run {
+/* Columns of Z from `old_width` on, for the block starts with columns that are known. */
+typedef struct sketch {
     svd *s;
     const float *old; /* [cols, old_width] */
     size_t old_width;
-} start_run;
+} sketch;
 
-/* Rows of the start block: the columns there were, then random ones of unit length on average. */
-static xkv_status start_task(void *user, uint32_t worker, uint64_t index)
+/* Add row t of X, with random signs, to SKETCH_ENTRIES of the sums. The first follows the row number, so that no sum
+ * stays empty; the others and the signs are bits of a hash, hence the same on every machine. */
+static void sketch_row(const float *x, size_t n, uint64_t t, uint64_t seed, size_t sums, float *tile)
 {
-    start_run *t = user;
-    svd *s = t->s;
-    size_t first = index * XKV_TILE_ROWS, end = xkv_min64(first + XKV_TILE_ROWS, s->cols);
-    float unit = (float)(s->scale / (209.0 * sqrt((double)s->cols)));
-    (void)worker;
-    for (size_t r = first; r < end; r++) {
-        float *row = s->v + r * s->width;
-        if (t->old_width > 0)
-            memcpy(row, t->old + r * t->old_width, t->old_width * sizeof *row);
-        for (size_t c = t->old_width; c < s->width; c++)
-            row[c] = (float)random_element(r, c) * unit;
+    uint64_t bits = mix64(seed ^ t);
+    for (size_t i = 0; i < SKETCH_ENTRIES; i++, bits >>= 16) {
+        size_t place = i == 0 ? t % sums : (bits & 0x7fff) * sums >> 15;
+        float sign = bits & 0x8000 ? 1.0f : -1.0f;
+        for (size_t c = 0; c < n; c++)
+            tile[place * n + c] += sign * x[c];
     }
+}
+
+static xkv_status sketch_task(void *user, uint32_t worker, uint64_t index)
+{
+    const sketch *k = user;
+    svd *s = k->s;
+    size_t first = index * TRANSFORM_ROWS, count = xkv_min64(TRANSFORM_ROWS, s->cols - first);
+    size_t sums = s->width - k->old_width;
+    float *tile = (float *)worker_scratch(s, worker);
+    memset(tile, 0, sums * count * sizeof *tile);
+    for (size_t t = 0; t < s->rows; t++)
+        sketch_row(s->x + t * s->cols + first, count, t, (uint64_t)s->width << 32, sums, tile);
+    for (size_t r = 0; r < count && k->old_width > 0; r++)
+        memcpy(s->z + (first + r) * s->width, k->old + (first + r) * k->old_width, k->old_width * sizeof *s->z);
+    transpose(tile, sums, count, s->z + first * s->width + k->old_width, s->width);
     return XKV_OK;
 }
 
@@ -386,16 +408,21 @@ static xkv_status allocate_block(svd *s, size_t width)
     return XKV_NEW(s->ctx, xkv_pool_threads(s->pool) * width * XKV_TILE_ROWS, &s->scratch);
 }
 
-/* Make room for `width` columns and start them from those found so far. */
+/* Make room for `width` columns and start with those found so far and X^T S, where S is a sparse random matrix of signs
+ * (Tropp, Yurtsever, Udell and Cevher 2019, arXiv 1902.08651, section 3.3): as good as a Gaussian one at the price of
+ * reading X. A block that will be as wide as X is high or wide needs no start. */
 static xkv_status start_block(svd *s, size_t width)
 {
     xkv_status status = XKV_OK;
-    start_run t = {s, s->v, s->width};
+    sketch k = {s, s->v, s->width};
     float *old = s->v;
     s->v = NULL;
     release_block(s);
     XKV_TRY_GOTO(allocate_block(s, width), out);
-    XKV_TRY_GOTO(xkv_pool_run(s->ctx, s->pool, tile_count(s->cols, XKV_TILE_ROWS), start_task, &t), out);
+    if (width == s->rows || width == s->cols)
+        goto out;
+    XKV_TRY_GOTO(xkv_pool_run(s->ctx, s->pool, tile_count(s->cols, TRANSFORM_ROWS), sketch_task, &k), out);
+    XKV_TRY_GOTO(orthonormalise(s), out);
 out:
     xkv_release(s->ctx, old);
     return status;
@@ -444,10 +471,11 @@ static double ritz_value(const svd *s, size_t j)
 
 /* --- Rank --------------------------------------------------------------------------------------------------------- */
 
-/* Columns of the block for rank r. */
+/* Columns of the block for rank r: with oversampling, and a multiple of 16, up to which GEMM's vector kernels make
+ * columns nearly free. */
 static size_t block_width(size_t rank)
 {
-    return rank + xkv_max64(8, rank / 8);
+    return xkv_align64(rank + xkv_max64(8, rank / 8), 16);
 }
 
 /* Smallest rank whose Ritz values sum up to `wanted`, width + 1 if none does. */
@@ -481,10 +509,11 @@ static xkv_status solve_for_energy(svd *s, size_t max_rank, const xkv_svd_option
         XKV_TRY(find_subspace(s, options->iterations));
         XKV_TRY(rayleigh_ritz(s));
         rank = rank_for(s, options->energy * s->energy);
-        bool complete = width == limit || s->width < width; /* null columns: nothing is left to be found */
-        if (complete || block_width(rank) <= s->width)
+        /* Enough when oversampled as usual, or when null columns were dropped, which leaves little to be found. */
+        bool reached = rank <= s->width;
+        if (width == limit || (reached && (block_width(rank) <= s->width || s->width < width)))
             break;
-        width = xkv_min64(rank <= s->width ? block_width(rank) : 2 * width, limit);
+        width = xkv_min64(reached ? block_width(rank) : 2 * width, limit);
     }
     s->result.rank = (uint32_t)xkv_min64(xkv_min64(rank, s->width), max_rank);
     return XKV_OK;
@@ -508,17 +537,6 @@ static xkv_status coefficients_task(void *user, uint32_t worker, uint64_t index)
     s->k->gemm_nn(count, rank, s->width, s->y + first * s->width, s->width, s->z, rank, 0.0f,
                   s->result.coefficients + first * rank, rank);
     return XKV_OK;
-}
-
-/* dst[c * ld + r] = src[r * cols + c], in squares that fit the cache. */
-static void transpose(const float *src, size_t rows, size_t cols, float *dst, size_t ld)
-{
-    enum { SIDE = 16 };
-    for (size_t r0 = 0; r0 < rows; r0 += SIDE)
-        for (size_t c0 = 0; c0 < cols; c0 += SIDE)
-            for (size_t c = c0; c < xkv_min64(c0 + SIDE, cols); c++)
-                for (size_t r = r0; r < xkv_min64(r0 + SIDE, rows); r++)
-                    dst[c * ld + r] = src[r * cols + c];
 }
 
 /* Columns of B = (V W)^T. */

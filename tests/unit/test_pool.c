@@ -1,0 +1,183 @@
+/* test_pool.c - the worker pool: every task once, order, failures, cancellation, OpenBLAS's thread count. */
+#include "kernels.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+
+#include <cblas.h>
+#include <cmocka.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define TASKS 1000
+
+typedef struct record {
+    xkv_ctx *ctx;
+    uint32_t threads;
+    atomic_uint runs[TASKS];
+    atomic_uint started;
+    atomic_bool bad_worker;
+    uint64_t fail_at, cancel_at;
+} record;
+
+static xkv_status count_task(void *user, uint32_t worker, uint64_t index)
+{
+    record *r = user;
+    atomic_fetch_add(&r->runs[index], 1);
+    atomic_fetch_add(&r->started, 1);
+    if (worker >= r->threads)
+        atomic_store(&r->bad_worker, true);
+    if (index == r->cancel_at)
+        xkv_ctx_cancel(r->ctx);
+    return index >= r->fail_at ? xkv_fail(r->ctx, XKV_ERROR_BACKEND, "task %u", (unsigned)index) : XKV_OK;
+}
+
+static xkv_ctx *new_ctx(void)
+{
+    xkv_ctx *ctx = NULL;
+    assert_int_equal(xkv_ctx_create(NULL, &ctx), XKV_OK);
+    return ctx;
+}
+
+/* Run all tasks on `threads` threads, 0: without a pool. */
+static xkv_status run_tasks(record *r, uint32_t threads, uint64_t fail_at, uint64_t cancel_at)
+{
+    xkv_pool *pool = NULL;
+    memset(r, 0, sizeof *r);
+    r->ctx = new_ctx();
+    r->fail_at = fail_at;
+    r->cancel_at = cancel_at;
+    if (threads > 0)
+        assert_int_equal(xkv_pool_create(r->ctx, threads, &pool), XKV_OK);
+    r->threads = xkv_pool_threads(pool);
+    xkv_status status = xkv_pool_run(r->ctx, pool, TASKS, count_task, r);
+    xkv_pool_free(r->ctx, pool);
+    assert_int_equal(xkv_ctx_memory_used(r->ctx), 0);
+    xkv_ctx_free(r->ctx);
+    assert_false(r->bad_worker);
+    return status;
+}
+
+static const uint32_t thread_counts[] = {0, 1, 2, 5, 16};
+
+static void test_every_task_runs_once(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < 5; i++) {
+        record r;
+        assert_int_equal(run_tasks(&r, thread_counts[i], TASKS, TASKS), XKV_OK);
+        for (size_t t = 0; t < TASKS; t++)
+            assert_int_equal(r.runs[t], 1);
+    }
+}
+
+static void test_failure_stops(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < 5; i++) {
+        record r;
+        assert_int_equal(run_tasks(&r, thread_counts[i], 300, TASKS), XKV_ERROR_BACKEND);
+        for (size_t t = 0; t < 300; t++) /* all before the first failure were taken before it */
+            assert_int_equal(r.runs[t], 1);
+        assert_true(r.started <= 300 + r.threads);
+    }
+}
+
+static void test_cancel_stops(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < 5; i++) {
+        record r;
+        assert_int_equal(run_tasks(&r, thread_counts[i], TASKS, 200), XKV_ERROR_CANCELLED);
+        assert_true(r.started >= 201 && r.started < 201 + 2 * r.threads);
+    }
+}
+
+static xkv_status lowest_task(void *user, uint32_t worker, uint64_t index)
+{
+    pthread_barrier_t *both_started = user;
+    (void)worker;
+    pthread_barrier_wait(both_started);
+    return index == 0 ? XKV_ERROR_IO : XKV_ERROR_LIMIT;
+}
+
+static void test_lowest_failure_is_returned(void **state)
+{
+    (void)state;
+    xkv_ctx *ctx = new_ctx();
+    xkv_pool *pool = NULL;
+    pthread_barrier_t barrier;
+    assert_int_equal(xkv_pool_create(ctx, 2, &pool), XKV_OK);
+    pthread_barrier_init(&barrier, NULL, 2);
+    for (size_t i = 0; i < 200; i++)
+        assert_int_equal(xkv_pool_run(ctx, pool, 2, lowest_task, &barrier), XKV_ERROR_IO);
+    pthread_barrier_destroy(&barrier);
+    xkv_pool_free(ctx, pool);
+    xkv_ctx_free(ctx);
+}
+
+static xkv_status add_task(void *user, uint32_t worker, uint64_t index)
+{
+    (void)worker;
+    atomic_fetch_add((atomic_ullong *)user, index + 1);
+    return XKV_OK;
+}
+
+static void test_many_runs(void **state)
+{
+    (void)state;
+    xkv_ctx *ctx = new_ctx();
+    xkv_pool *pool = NULL;
+    atomic_ullong sum = 0;
+    assert_int_equal(xkv_pool_create(ctx, 4, &pool), XKV_OK);
+    for (uint64_t i = 0; i < 3000; i++)
+        assert_int_equal(xkv_pool_run(ctx, pool, i % 7, add_task, &sum), XKV_OK);
+    unsigned long long expected = 0;
+    for (uint64_t i = 0; i < 3000; i++)
+        expected += (i % 7) * (i % 7 + 1) / 2;
+    assert_true(sum == expected);
+    xkv_pool_free(ctx, pool);
+    xkv_ctx_free(ctx);
+}
+
+static void test_blas_is_held_at_one_thread(void **state)
+{
+    (void)state;
+    xkv_ctx *ctx = new_ctx();
+    xkv_pool *first = NULL, *second = NULL;
+    openblas_set_num_threads(2);
+    int before = openblas_get_num_threads();
+    assert_int_equal(xkv_pool_create(ctx, 1, &first), XKV_OK);
+    assert_int_equal(openblas_get_num_threads(), 1);
+    assert_int_equal(xkv_pool_create(ctx, 2, &second), XKV_OK);
+    xkv_pool_free(ctx, first);
+    assert_int_equal(openblas_get_num_threads(), 1);
+    xkv_pool_free(ctx, second);
+    assert_int_equal(openblas_get_num_threads(), before);
+    xkv_ctx_free(ctx);
+}
+
+static void test_arguments(void **state)
+{
+    (void)state;
+    xkv_ctx *ctx = new_ctx();
+    xkv_pool *pool = NULL;
+    assert_int_equal(xkv_pool_create(ctx, 0, &pool), XKV_ERROR_ARGUMENT);
+    xkv_pool_free(ctx, NULL);
+    assert_int_equal(xkv_pool_threads(NULL), 1);
+    xkv_ctx_free(ctx);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_task_runs_once),
+        cmocka_unit_test(test_failure_stops),
+        cmocka_unit_test(test_cancel_stops),
+        cmocka_unit_test(test_lowest_failure_is_returned),
+        cmocka_unit_test(test_many_runs),
+        cmocka_unit_test(test_blas_is_held_at_one_thread),
+        cmocka_unit_test(test_arguments),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,194 @@
+/* test_views.c - gather and scatter against the definition of a view, element by element. */
+#include "cpu/ops.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+
+#include <cmocka.h>
+#include <math.h>
+#include <stdlib.h>
+
+enum { TOKENS = 75, MARGIN = 64 };
+
+/* How the strides follow from heads, head_dim and element size. */
+typedef enum layout {
+    TOKEN_MAJOR,   /* [token][head][dim] */
+    WIDER_ROWS,    /* the same in rows with something behind */
+    SPACED_HEADS,  /* [token][head][dim] with gaps between heads */
+    HEAD_MAJOR,    /* [head][token][dim] */
+    TRANSPOSED,    /* [head][dim][token] */
+    EVERY_OTHER,   /* [token][head][dim] with gaps between dims */
+    BACKWARDS,     /* tokens and dims from high to low addresses */
+    ODD_TRANSPOSED /* [dim][token][head] */
+} layout;
+#define LAYOUTS 8
+
+typedef struct fixture {
+    xkv_plane plane;
+    xkv_view view;
+    uint8_t *memory, *before; /* before: a copy */
+    size_t size;
+    uint32_t rows[TOKENS];
+} fixture;
+
+static void set_strides(fixture *f, layout l)
+{
+    int64_t heads = f->plane.heads, dims = f->plane.head_dim, e = (int64_t)xkv_dtype_size(f->view.dtype);
+    const int64_t strides[LAYOUTS][3] = {
+        {heads * dims * e, dims * e, e},
+        {heads * dims * e + 24, dims * e, e},
+        {heads * (dims + 3) * e, (dims + 3) * e, e},
+        {dims * e, TOKENS * dims * e, e},
+        {e, TOKENS * dims * e, TOKENS * e},
+        {2 * heads * dims * e, 2 * dims * e, 2 * e},
+        {-heads * dims * e, dims * e, -e},
+        {heads * e, e, heads * TOKENS * e},
+    };
+    f->view.token_stride = strides[l][0];
+    f->view.head_stride = strides[l][1];
+    f->view.dim_stride = strides[l][2];
+    int64_t base = MARGIN + 1; /* an odd address */
+    if (l == BACKWARDS)
+        base += (TOKENS - 1) * heads * dims * e + (dims - 1) * e;
+    f->view.data = f->memory + base;
+}
+
+static void permute_rows(fixture *f, int permutation)
+{
+    for (uint32_t i = 0; i < TOKENS; i++)
+        f->rows[i] = permutation == 1 ? TOKENS - 1 - i : permutation == 2 ? (i + 20) % TOKENS : i * 2 % TOKENS;
+    f->view.rows = permutation == 0 ? NULL : f->rows;
+}
+
+static void setup(fixture *f, uint32_t heads, uint32_t head_dim, uint32_t dtype, uint32_t plane_dtype, layout l,
+                  int permutation)
+{
+    memset(f, 0, sizeof *f);
+    f->plane = (xkv_plane){.dtype = plane_dtype, .heads = heads, .head_dim = head_dim, .rope = XKV_NO_ROPE};
+    f->view.dtype = dtype;
+    f->size = 2 * MARGIN + (size_t)TOKENS * (heads * (head_dim + 4) * 8 + 24);
+    f->memory = malloc(f->size);
+    f->before = malloc(f->size);
+    assert_true(f->memory != NULL && f->before != NULL);
+    for (size_t i = 0; i < f->size; i++) /* no exponent byte is 0x7f or 0xff: all elements are finite */
+        f->memory[i] = (uint8_t)((i * 37 + i / 251) % 113);
+    memcpy(f->before, f->memory, f->size);
+    set_strides(f, l);
+    permute_rows(f, permutation);
+}
+
+static void teardown(fixture *f)
+{
+    free(f->memory);
+    free(f->before);
+}
+
+/* Offset of an element in `memory`, by the definition in xkv/format.h. */
+static size_t place(const fixture *f, uint32_t t, uint32_t h, uint32_t d)
+{
+    int64_t row = f->view.rows != NULL ? f->view.rows[t] : t;
+    int64_t at = (uint8_t *)f->view.data - f->memory + row * f->view.token_stride + (int64_t)h * f->view.head_stride +
+                 (int64_t)d * f->view.dim_stride;
+    assert_true(at >= 0 && (size_t)at + 4 <= f->size);
+    return (size_t)at;
+}
+
+#define FOR_EACH_ELEMENT(f, t0, t1, t, h, d)                                                                           \
+    for (uint32_t t = t0; t < (t1); t++)                                                                               \
+        for (uint32_t h = 0; h < (f)->plane.heads; h++)                                                                \
+            for (uint32_t d = 0; d < (f)->plane.head_dim; d++)
+
+static void check_floats(fixture *f, const xkv_kernels *k, uint32_t t0, uint32_t t1)
+{
+    const xkv_kernels *oracle = xkv_kernels_cpu_generic();
+    size_t elem = xkv_dtype_size(f->view.dtype), width = (size_t)f->plane.heads * f->plane.head_dim, ld = width + 3;
+    float *dense = calloc((t1 - t0) * ld + 1, sizeof *dense);
+    assert_non_null(dense);
+    xkv_view_gather(k, &f->view, &f->plane, t0, t1, dense, ld);
+    FOR_EACH_ELEMENT(f, t0, t1, t, h, d)
+    {
+        float expected;
+        oracle->to_f32(f->view.dtype, f->memory + place(f, t, h, d), &expected, 1);
+        float *found = &dense[(t - t0) * ld + h * f->plane.head_dim + d];
+        assert_memory_equal(&expected, found, 4);
+        *found = *found * 1.25f + 0.5f;
+    }
+    for (uint32_t t = t0; t < t1; t++) /* nothing behind the rows is touched */
+        assert_true(dense[(t - t0) * ld + width] == 0);
+    xkv_view_scatter(k, dense, ld, &f->plane, t0, t1, &f->view);
+    FOR_EACH_ELEMENT(f, t0, t1, t, h, d)
+    {
+        size_t at = place(f, t, h, d);
+        uint8_t expected[4];
+        oracle->from_f32(f->view.dtype, &dense[(t - t0) * ld + h * f->plane.head_dim + d], expected, 1);
+        assert_memory_equal(expected, f->memory + at, elem);
+        memcpy(f->memory + at, f->before + at, elem);
+    }
+    assert_memory_equal(f->memory, f->before, f->size); /* nothing else was written */
+    free(dense);
+}
+
+static void check_bytes(fixture *f, uint32_t t0, uint32_t t1)
+{
+    size_t elem = xkv_dtype_size(f->view.dtype), row_bytes = f->plane.heads * f->plane.head_dim * elem + 5;
+    uint8_t *dense = calloc((t1 - t0) * row_bytes + 1, 1);
+    assert_non_null(dense);
+    xkv_view_gather_bytes(&f->view, &f->plane, t0, t1, dense, row_bytes);
+    FOR_EACH_ELEMENT(f, t0, t1, t, h, d)
+    {
+        uint8_t *found = dense + (t - t0) * row_bytes + (h * f->plane.head_dim + d) * elem;
+        assert_memory_equal(f->memory + place(f, t, h, d), found, elem);
+        for (size_t b = 0; b < elem; b++)
+            found[b] ^= 0x5a;
+    }
+    xkv_view_scatter_bytes(dense, row_bytes, &f->plane, t0, t1, &f->view);
+    FOR_EACH_ELEMENT(f, t0, t1, t, h, d)
+    {
+        size_t at = place(f, t, h, d);
+        for (size_t b = 0; b < elem; b++)
+            f->memory[at + b] ^= 0x5a;
+    }
+    assert_memory_equal(f->memory, f->before, f->size);
+    free(dense);
+}
+
+static const uint32_t shapes[][2] = {{1, 64}, {3, 40}, {2, 33}, {5, 1}, {1, 1}};
+
+static void test_gather_and_scatter(void **state)
+{
+    (void)state;
+    const xkv_kernels *tables[] = {xkv_kernels_cpu_generic(), xkv_kernels_cpu_avx2()};
+    for (size_t k = 0; k < 2 && tables[k] != NULL; k++)
+        for (size_t s = 0; s < 5; s++)
+            for (uint32_t dtype = 0; dtype < 3; dtype++)
+                for (int l = 0; l < LAYOUTS; l++)
+                    for (int permutation = 0; permutation < 4; permutation++) {
+                        fixture f;
+                        setup(&f, shapes[s][0], shapes[s][1], dtype, (dtype + 1) % 3, (layout)l, permutation);
+                        check_floats(&f, tables[k], 0, TOKENS);
+                        check_floats(&f, tables[k], 13, 70);
+                        check_floats(&f, tables[k], 5, 5);
+                        teardown(&f);
+                    }
+}
+
+static void test_bytes(void **state)
+{
+    (void)state;
+    for (size_t s = 0; s < 5; s++)
+        for (uint32_t dtype = 0; dtype < 3; dtype++)
+            for (int l = 0; l < LAYOUTS; l++)
+                for (int permutation = 0; permutation < 4; permutation++) {
+                    fixture f;
+                    setup(&f, shapes[s][0], shapes[s][1], dtype, dtype, (layout)l, permutation);
+                    check_bytes(&f, 0, TOKENS);
+                    check_bytes(&f, 13, 70);
+                    teardown(&f);
+                }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_gather_and_scatter), cmocka_unit_test(test_bytes)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
