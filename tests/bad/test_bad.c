@@ -286,6 +286,16 @@ static void cut_frame(image *f)
         xkv_store64(blob + 16, stored - 1);
 }
 
+static void second_frame(image *f)
+{
+    /* A skippable frame without content behind that of the last blob; the section grows into the gap. */
+    uint8_t *blob = f->data + locate(f, POSITIONS), *end = blob + 24 + xkv_load64(blob + 16);
+    grow(f, ENTRY_TOKN, 8);
+    xkv_store32(end, 0x184d2a50);
+    xkv_store32(end + 4, 0);
+    add64(f, POSITIONS, 16, 8);
+}
+
 static void mode_0_too_far(image *f)
 {
     set32(f, TOKN, 4, 0);
@@ -296,6 +306,26 @@ static void longer_literal(image *f)
 {
     add64(f, SEGMENTS, 0, 1);
     add64(f, FRAM, 8, 1);
+}
+
+static void longer_tensor(image *f)
+{
+    add64(f, SEGMENTS, 24, 1);
+    add64(f, FRAM, 8, 1);
+}
+
+static void empty_segment(image *f)
+{
+    add64(f, SEGMENTS, 0, 4);
+    add64(f, SEGMENTS, 4 * 24, (uint64_t)-4);
+}
+
+static void plane_in_two_segments(image *f)
+{
+    uint64_t size = SAMPLE_LARGE * SAMPLE_WIDTH * 2;
+    set32(f, SEGMENTS, 24 + 12, 3);
+    add64(f, SEGMENTS, 24, size);
+    add64(f, FRAM, 8, size);
 }
 
 static void plane_in_no_segment(image *f)
@@ -319,7 +349,16 @@ static void too_wide_group(image *f)
 
 static void too_much_content(image *f)
 {
-    set32(f, PLANES, 24 + 8, 16384); /* a plane of the part that claims to be zstd frames of 45 bytes */
+    /* A plane of group 1 becomes wide: chunk 0 has 45 bytes for 8 MB; the other chunks claim to be frames as well. */
+    set32(f, PLANES, 24 + 8, 16384);
+    set32(f, PARTS1, 3 * 32 + 24, 1);
+    set32(f, PARTS1, 4 * 32 + 24, 1);
+}
+
+static void frames_of_nothing(image *f)
+{
+    add64(f, PARTS1, 8, 45);
+    set32(f, PARTS1, 24, 1);
 }
 
 static void longer_payload(image *f)
@@ -496,6 +535,7 @@ static const bad_case cases[] = {
     FIELD("B4", "content size", IDS, 24 + 5, 2, 4 * 71 - 256 + 4),
     PATCH("B4", "damaged block", SAMPLE_LARGE, damage_block, SECTIONS, BAD),
     PATCH("B4", "damaged end", SAMPLE_LARGE, cut_frame, SECTIONS, BAD),
+    PATCH("B4", "a second frame", SAMPLE_LARGE, second_frame, SECTIONS, BAD),
     FIELD("B4", "a frame among the literals", LITERALS, 24, 4, 0),
 
     FIELD("T1", "token_id_count", TOKN, 0, 4, 0x80000000),
@@ -513,9 +553,9 @@ static const bad_case cases[] = {
     FIELD("F1", "no segments", FRAM, 4, 4, 0),
     FIELD("F1", "65537 segments", FRAM, 4, 4, 65537),
     FIELD("F2", "source_size", FRAM, 8, 8, 1),
-    FIELD("F2", "size 0", SEGMENTS, 0, 8, 0),
+    PATCH("F2", "size 0", SAMPLE_LARGE, empty_segment, SECTIONS, BAD),
     FIELD("F2", "sum of sizes overflows", SEGMENTS, 0, 8, UINT64_MAX),
-    FIELD("F2", "size of a tensor segment", SEGMENTS, 24, 8, 1),
+    PATCH("F2", "size of a tensor segment", SAMPLE_LARGE, longer_tensor, SECTIONS, BAD),
     FIELD("F2", "planes beyond plane_count", SEGMENTS, 3 * 24 + 8, 4, 4),
     FIELD("F2", "first_plane + plane_count overflow", SEGMENTS, 3 * 24 + 12, 4, UINT32_MAX),
     FIELD("F2", "layout", SEGMENTS, 3 * 24 + 16, 4, 4),
@@ -532,7 +572,7 @@ static const bad_case cases[] = {
     SMALL("F5", "a row beyond token_count", ROWS, 24, 4, 3),
     FIELD("F5", "element_size", ROWS, 4, 4, 1),
     OTHER("F6", "literal_hash", FRAM, 32, 8, 1, SECTIONS, SUM),
-    FIELD("F8", "plane in two segments", SEGMENTS, 3 * 24 + 8, 4, 2),
+    PATCH("F8", "plane in two segments", SAMPLE_LARGE, plane_in_two_segments, SECTIONS, BAD),
     PATCH("F8", "plane in no segment", SAMPLE_LARGE, plane_in_no_segment, SECTIONS, BAD),
     PATCH("F9", "bytes behind the last blob", SAMPLE_LARGE, grow_framing, SECTIONS, BAD),
     FIELD("F9", "more segments than fit", FRAM, 4, 4, 65536),
@@ -596,6 +636,7 @@ static const bad_case cases[] = {
     FIELD("P2", "size of a stored part", PARTS0, 8, 8, 71),
     FIELD("P2", "size 0 of a part that holds something", PARTS0, 8, 8, 0),
     FIELD("P2", "size of a part that holds nothing", PARTS1, 8, 8, 8),
+    PATCH("P2", "frames of a part that holds nothing", SAMPLE_LARGE, frames_of_nothing, SECTIONS, BAD),
     FIELD("P2", "method", PARTS0, 24, 4, 2),
     FIELD("P2", "method of an empty part", PARTS1, 24, 4, 1),
     FIELD("P2", "frames too short", PARTS1, 2 * 32 + 8, 8, 11),
