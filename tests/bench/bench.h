@@ -25,8 +25,8 @@ json_t *bench_json(json_t *value);            /* `value`, unless it is NULL */
 xkv_ctx *bench_context(uint32_t threads);
 void bench_try(const xkv_ctx *ctx, xkv_status status, const char *what);
 
-double bench_now(void); /* seconds of the monotonic clock */
-double bench_median(double *x, int n);
+double bench_now(void);                /* seconds of the monotonic clock */
+double bench_median(double *x, int n); /* sorts x, so that x[0] is the least */
 
 /* Note whether a goal was met: `found` on the right side of `limit`. */
 void bench_goal(bench_plan *plan, const char *what, uint32_t threads, double limit, bool at_least, double found);
