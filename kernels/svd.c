@@ -15,7 +15,8 @@ void dtrtri_(const char *uplo, const char *diag, const int *n, double *a, const 
 
 #define TRANSFORM_ROWS  128u /* rows in one task of an orthonormalisation; with f64 copies of input and output */
 #define ENERGY_START    32u  /* smallest first block when the rank is sought */
-#define SKETCH_ENTRIES  4u
+#define SKETCH_ENTRIES  4u   /* of a row of the sketch: fewer may lose directions that only few tokens hold */
+#define PREFETCH_ROWS   8u
 #define MAX_QR_PASSES   6u
 #define MAX_EXPONENT    120 /* of the norm of X: singular values must fit in f32 with room for sums */
 #define RANDOM_SEED     UINT64_C(0x786b76)
@@ -354,6 +355,12 @@ typedef struct sketch {
     size_t old_width;
 } sketch;
 
+static void add_scaled(float *restrict sum, const float *restrict x, size_t n, float scale)
+{
+    for (size_t c = 0; c < n; c++)
+        sum[c] += scale * x[c];
+}
+
 /* Add row t of X, with random signs, to SKETCH_ENTRIES of the sums. The first follows the row number, so that no sum
  * stays empty; the others and the signs are bits of a hash, hence the same on every machine. */
 static void sketch_row(const float *x, size_t n, uint64_t t, uint64_t seed, size_t sums, float *tile)
@@ -361,10 +368,15 @@ static void sketch_row(const float *x, size_t n, uint64_t t, uint64_t seed, size
     uint64_t bits = mix64(seed ^ t);
     for (size_t i = 0; i < SKETCH_ENTRIES; i++, bits >>= 16) {
         size_t place = i == 0 ? t % sums : (bits & 0x7fff) * sums >> 15;
-        float sign = bits & 0x8000 ? 1.0f : -1.0f;
-        for (size_t c = 0; c < n; c++)
-            tile[place * n + c] += sign * x[c];
+        add_scaled(tile + place * n, x, n, bits & 0x8000 ? 1.0f : -1.0f);
     }
+}
+
+/* Ask for a piece of a row before its turn: pieces of rows are too short for the processor to see the pattern. */
+static void prefetch(const float *x, size_t n)
+{
+    for (size_t c = 0; c < n; c += 16)
+        __builtin_prefetch(x + c);
 }
 
 static xkv_status sketch_task(void *user, uint32_t worker, uint64_t index)
@@ -375,8 +387,11 @@ static xkv_status sketch_task(void *user, uint32_t worker, uint64_t index)
     size_t sums = s->width - k->old_width;
     float *tile = (float *)worker_scratch(s, worker);
     memset(tile, 0, sums * count * sizeof *tile);
-    for (size_t t = 0; t < s->rows; t++)
+    for (size_t t = 0; t < s->rows; t++) {
+        if (t + PREFETCH_ROWS < s->rows)
+            prefetch(s->x + (t + PREFETCH_ROWS) * s->cols + first, count);
         sketch_row(s->x + t * s->cols + first, count, t, (uint64_t)s->width << 32, sums, tile);
+    }
     for (size_t r = 0; r < count && k->old_width > 0; r++)
         memcpy(s->z + (first + r) * s->width, k->old + (first + r) * k->old_width, k->old_width * sizeof *s->z);
     transpose(tile, sums, count, s->z + first * s->width + k->old_width, s->width);

@@ -553,6 +553,7 @@ static void test_cancel_and_memory_limit(void **state)
 static void check_eigen(uint32_t n, size_t step)
 {
     xkv_ctx *ctx = NULL;
+    xkv_pool *pool = NULL; /* holds OpenBLAS at one thread, as callers do */
     size_t size = (size_t)n * n;
     double *a = checked_calloc(size, sizeof *a), *q = checked_calloc(size, sizeof *q);
     double *w = checked_calloc(n, sizeof *w), trace = 0, sum = 0, norm = 0;
@@ -564,6 +565,7 @@ static void check_eigen(uint32_t n, size_t step)
         norm += a[i] * a[i];
     memcpy(q, a, size * sizeof *a);
     assert_int_equal(xkv_ctx_create(NULL, &ctx), XKV_OK);
+    assert_int_equal(xkv_pool_create(ctx, 1, &pool), XKV_OK);
     assert_int_equal(xkv_syevd(ctx, n, q, w), XKV_OK);
     for (size_t i = 0; i < n; i++) {
         trace += a[i * n + i];
@@ -585,6 +587,7 @@ static void check_eigen(uint32_t n, size_t step)
         assert_true(sqrt(residual) <= 1e-13 * sqrt(norm) * n && fabs(length - 1) <= 1e-12);
         assert_true(n == 1 || fabs(other) <= 1e-12);
     }
+    xkv_pool_free(ctx, pool);
     assert_int_equal(xkv_ctx_memory_used(ctx), 0);
     xkv_ctx_free(ctx);
     free(a);
