@@ -337,6 +337,34 @@ static void tables_are_those_of_the_spec(void **state)
     }
 }
 
+/* x / f for a state x that symbol `s` may meet. */
+static void check_quotient(xkv_symbol s, uint64_t x, uint64_t f)
+{
+    if (x < XKV_RANS_LOW || x >= f << 20)
+        return;
+    uint64_t quotient = ((x + (s.packed >> 31)) * s.reciprocal >> 32) >> (s.packed >> 24 & 15);
+    assert_int_equal(quotient, x / f);
+}
+
+/* Errors grow with x and show at multiples of f first. */
+static void reciprocals_divide_exactly(void **state)
+{
+    uint64_t seed = 8;
+
+    (void)state;
+    for (unsigned i = 1; i <= TABLES; i++) {
+        const xkv_base_table *base = xkv_table_get(i).base;
+        for (unsigned j = 0; j <= 2 * base->reach + 1; j++) {
+            uint64_t f = 4096 - (base->encode[j].packed >> 12 & 0xfff);
+            for (unsigned n = 0; n < 200; n++) {
+                uint64_t k = n < 100 ? (1u << 20) - n : test_random(&seed) % (1u << 20);
+                check_quotient(base->encode[j], k * f, f);
+                check_quotient(base->encode[j], k * f - 1, f);
+            }
+        }
+    }
+}
+
 /* Code length of a rounded Gaussian under its table, against its entropy. */
 static void gaussian_tables_are_near_the_entropy(void **state)
 {
@@ -671,6 +699,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(tables_are_those_of_the_spec),
+        cmocka_unit_test(reciprocals_divide_exactly),
         cmocka_unit_test(gaussian_tables_are_near_the_entropy),
         cmocka_unit_test(choice_equals_the_exhaustive_search),
         cmocka_unit_test(choice_takes_extremes),
