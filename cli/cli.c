@@ -449,7 +449,6 @@ static bool check_options(cli *c)
 /* One file; its failure as JSON too where that is asked for. */
 static cli_exit process_file(cli *c, const char *path)
 {
-    c->progress_time = cli_seconds();
     c->progress_name = strcmp(path, "-") == 0 ? "stdin" : path;
     cli_exit code = c->tool->process(c, path);
     cli_progress_end(c);

@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 tests/install-packages.sh build
 
 echo "building ..."
-cmake --preset release -G Ninja -DXKV_TESTS=OFF -DXKV_WERROR=OFF -B build-demo >build-demo.log || { cat build-demo.log; exit 1; }
+cmake --preset release -G Ninja -DXKV_TESTS=OFF -DXKV_WERROR=OFF -B build-demo >build-demo.log ||
+    { cat build-demo.log; exit 1; }
 cmake --build build-demo -- --quiet
 export PATH=$PWD/build-demo/cli:$PATH
 

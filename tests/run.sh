@@ -54,7 +54,8 @@ run_preset() { # PRESET [configure options]
         return
     fi
     rm -f "$junit"
-    "${wrapper[@]}" ctest --preset "$preset" -j "$(nproc)" --output-junit "$junit" --test-output-size-passed 10000000 || status=$?
+    "${wrapper[@]}" ctest --preset "$preset" -j "$(nproc)" --output-junit "$junit" \
+        --test-output-size-passed 10000000 || status=$?
     read -r p f s < <(count_cases "$junit")
     if [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then
         f=1 # ctest itself failed

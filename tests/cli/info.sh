@@ -10,7 +10,8 @@ run 0 xkv-pack -q -o b.xkv a
 run 0 xkv-info a.xkv b.xkv
 is header "$(sed -n 1p <<<"$out" | tr -s ' ')" ' Tokens Layers Groups Raw Packed Ratio ErrK ErrV Engine File'
 is rows "$(wc -l <<<"$out")" 3
-is 'first row' "$(sed -n 2p <<<"$out" | awk '{print $1, $2, $3, $4, $5, $11, $12, $13}')" '100 5 6 62.50 KiB llama.cpp sequence a.xkv'
+is 'first row' "$(sed -n 2p <<<"$out" | awk '{print $1, $2, $3, $4, $5, $11, $12, $13}')" \
+    '100 5 6 62.50 KiB llama.cpp sequence a.xkv'
 is 'second row' "$(sed -n 3p <<<"$out" | awk '{print $3, $9, $10, $13}')" '4 0 0 b.xkv'
 run 0 xkv-info --verify a.xkv
 is header "$(sed -n 1p <<<"$out" | tr -s ' ')" ' Tokens Layers Groups Raw Packed Ratio ErrK ErrV Check Engine File'

@@ -1,4 +1,4 @@
-# lib.sh - what the scripts of this folder use; each is run by CTest as `NAME.sh TOOLS_FOLDER HELPERS_FOLDER DATA_FOLDER`.
+# lib.sh - what the scripts of this folder use; CTest runs each as `NAME.sh TOOLS_FOLDER HELPERS_FOLDER DATA_FOLDER`.
 #
 #   run CODE COMMAND...   runs it; anything but exit code CODE fails the test. Output is kept in $out and $err.
 #   out_is, err_is TEXT   exact comparison after numbers that differ between runs are replaced (see scrub)
@@ -35,7 +35,8 @@ run() {
 
 # Seconds and versions differ between runs; sizes of entries may, since zstd versions differ.
 scrub() {
-    sed -E 's/[0-9]+\.[0-9]+ s$/T s/; s/[0-9]+\.[0-9]+\.[0-9]+/VERSION/; s/[0-9.]+ [KM]?i?B/SIZE/g; s/\([0-9.]+x\)/(Rx)/'
+    sed -E 's/[0-9]+\.[0-9]+ s$/T s/; s/[0-9]+\.[0-9]+\.[0-9]+/VERSION/
+        s/[0-9.]+ [KM]?i?B/SIZE/g; s/\([0-9.]+x\)/(Rx)/'
 }
 
 is() { # WHAT FOUND EXPECTED

@@ -80,19 +80,4 @@ run 0 xkv-pack -q --rm b
 run 0 xkv-unpack -q --rm b.xkv
 same a b
 files_are a b big big2.xkv good
-
-# Terminals.
-if command -v script >/dev/null; then
-    in_terminal() { script -qec "$1" /dev/null </dev/null; }
-    run 2 in_terminal 'xkv-pack -c a'
-    out_has '^xkv-pack: stdout: is a terminal; use -o, or -f to write there all the same'
-    run 2 in_terminal 'xkv-pack'
-    out_has '^xkv-pack: stdin: is a terminal; give a file'
-    run 0 in_terminal 'xkv-pack -f -c a 2>/dev/null'
-    run 0 in_terminal 'xkv-pack -f -T1 --error 0.01 --iterations 8 -o out big'
-    rm -f out
-else
-    echo 'SKIP: script(1) is not installed'
-fi
-files_are a b big big2.xkv good
 finish

@@ -1,7 +1,8 @@
 #!/bin/bash
-# check.sh CMAKE BUILD_FOLDER C_COMPILER LIBDIR - install the build, move the copy, and build programs against it.
+# check.sh CMAKE BUILD_FOLDER C_COMPILER LIBDIR GENERATOR MAKE_PROGRAM - install the build, move the copy, and build
+# programs against it.
 set -euo pipefail
-cmake=$1 build=$2 cc=$3 libdir=$4
+cmake=$1 build=$2 cc=$3 libdir=$4 generator=$5 make=$6
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -31,8 +32,8 @@ for header in common format kernels codec; do
 done
 
 say "find_package, shared and static"
-"$cmake" -S "$here/consumer" -B "$work/consumer" -DCMAKE_C_COMPILER="$cc" -DCMAKE_PREFIX_PATH="$prefix" \
-    >"$work/configure.log" || { cat "$work/configure.log"; exit 1; }
+"$cmake" -S "$here/consumer" -B "$work/consumer" -G "$generator" -DCMAKE_MAKE_PROGRAM="$make" \
+    -DCMAKE_C_COMPILER="$cc" -DCMAKE_PREFIX_PATH="$prefix" >"$work/configure.log" || { cat "$work/configure.log"; exit 1; }
 "$cmake" --build "$work/consumer"
 "$work/consumer/consumer_shared"
 "$work/consumer/consumer_static"
