@@ -43,7 +43,9 @@ export PKG_CONFIG_PATH=$prefix/$libdir/pkgconfig
 read -ra flags < <(pkg-config --cflags --libs xkv)
 "$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc" "${flags[@]}"
 LD_LIBRARY_PATH=$prefix/$libdir "$work/consumer_pc"
-# A static program needs only libxkv itself as an archive.
-read -ra flags < <(pkg-config --static --cflags --libs xkv | sed "s|-lxkv|$prefix/$libdir/libxkv.a|")
-"$cc" -std=c11 "$here/consumer/consumer.c" -o "$work/consumer_pc_static" "${flags[@]}"
+# libxkv as an archive, what it needs as shared libraries (--static would ask for all of them as archives).
+mapfile -t requires < <(pkg-config --print-requires-private xkv | awk '{print $1}')
+read -ra flags < <(pkg-config --libs "${requires[@]}")
+"$cc" -std=c11 -I"$prefix/include" "$here/consumer/consumer.c" -o "$work/consumer_pc_static" \
+    "$prefix/$libdir/libxkv.a" "${flags[@]}" -pthread -lm
 "$work/consumer_pc_static"
