@@ -120,8 +120,8 @@ typedef struct xkv_svd_result {
 
 /* X [rows, cols] ~= coefficients components: subspace iteration on the column side with Rayleigh-Ritz (Halko,
  * Martinsson, Tropp 2011, algorithms 4.4 and 5.3 in N-side form): V = cholqr(X^T S), S a fixed sparse random matrix;
- * q times { Y = X V, Z = X^T Y, V = cholqr(Z) }; Y = X V; eig(Y^T Y). The block has p = r + max(8, r/8) columns, rounded
- * up to a multiple of 16, at most min(rows, cols) (then it holds the whole row space and nothing is iterated).
+ * q times { Y = X V, Z = X^T Y, V = cholqr(Z) }; Y = X V; eig(Y^T Y). The block has p = r + max(8, r/8) columns,
+ * rounded up to a multiple of 16, at most min(rows, cols) (then it holds the whole row space and nothing is iterated).
  * Cholesky-QR, the Gram matrices and the eigenproblem are in f64. Cholesky-QR is repeated unless the first factor shows
  * that one pass gives orthonormal columns, and shifted (Fukaya et al. 2020, arXiv 1809.11085) when the first Cholesky
  * fails. With `energy` the block doubles, keeping the columns it has, until it holds the wanted rank.
@@ -133,9 +133,9 @@ XKV_MUST_CHECK xkv_status xkv_svd(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernel
                                   size_t cols, const xkv_svd_options *options, xkv_svd_result *result);
 void xkv_svd_result_free(xkv_ctx *ctx, xkv_svd_result *result);
 
-/* Eigenvalues (ascending) and eigenvectors (columns, column-major, replacing a[n*n]) of a symmetric matrix, of which the
- * upper triangle (column-major) is read: dsyevd_ with workspace sizes of our own. In f64, since f32 eigenvectors are not
- * orthonormal to 1e-6 from n of about 100 on. Errors: LIMIT (n = 0, n > 32764), MEMORY, BACKEND. */
+/* Eigenvalues (ascending) and eigenvectors (columns, column-major, replacing a[n*n]) of a symmetric matrix, of which
+ * the upper triangle (column-major) is read: dsyevd_ with workspace sizes of our own. In f64, since f32 eigenvectors
+ * are not orthonormal to 1e-6 from n of about 100 on. Errors: LIMIT (n = 0, n > 32764), MEMORY, BACKEND. */
 XKV_MUST_CHECK xkv_status xkv_syevd(xkv_ctx *ctx, uint32_t n, double *a, double *w);
 
 /* Rows of one GEMM tile. */

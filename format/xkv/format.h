@@ -152,7 +152,7 @@ XKV_API void xkv_file_abort(xkv_ctx *ctx, xkv_file *file);
 typedef struct xkv_model_layer {
     uint32_t kv_heads;               /* 0: not known, as many as a row holds */
     uint32_t head_dim_k, head_dim_v; /* head_dim_k 0: the layer has no cache */
-    uint32_t rope; /* index into xkv_model.ropes, or XKV_NO_ROPE */
+    uint32_t rope;                   /* index into xkv_model.ropes, or XKV_NO_ROPE */
 } xkv_model_layer;
 
 /* Facts about the model that made a cache. */
