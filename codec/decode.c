@@ -1,6 +1,7 @@
+#include "dict.h"
 #include "entry_internal.h"
 #include "parts.h"
-#include "rows.h"
+#include "scalar.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -11,6 +12,7 @@ typedef struct worker {
     uint8_t *packed, *planes, *raw; /* of the largest part */
     float *coefficients;            /* [XKV_TILE_ROWS][rank] */
     float *rows;                    /* [XKV_TILE_ROWS][width] */
+    int16_t *q;                     /* [coded][chunk_tokens] */
     xkv_rotator rotator;
 } worker;
 
@@ -27,7 +29,16 @@ typedef struct decoder {
     const xkv_group *g;
     uint32_t group; /* its index */
     uint32_t first_chunk;
-    float *components; /* [rank][width], times their scales */
+    float *components; /* svd: [rank][width], times their scales; coded: [coded][width], times the step */
+
+    /* Groups of codec dict and scalar */
+    float step;
+    const uint8_t *tables; /* [rank], in `side` */
+    uint8_t *coded_tables; /* [coded] without zeros */
+    uint32_t coded;
+    uint8_t *side;
+    xkv_scalar scalar;
+    xkv_transform transform;
 } decoder;
 
 /* --- Parts -------------------------------------------------------------------------------------------------------- */
@@ -54,7 +65,7 @@ static xkv_status load_part(decoder *d, worker *w, uint32_t part, const uint8_t 
 
     XKV_TRY(xkv_container_read_part(d->ctx, &d->entry->input, d->c, p, w->packed));
     *matrix = w->packed;
-    if (p->method == XKV_METHOD_STORED)
+    if (p->method != XKV_METHOD_ZSTD)
         return XKV_OK;
     *matrix = w->raw;
     return xkv_part_decode(d->ctx, d->kernels, w->zstd, shape, w->packed, p->size, w->planes, w->raw,
@@ -147,13 +158,11 @@ static xkv_status load_exact_rows(decoder *d)
                          c->geometry.token_count);
 }
 
-/* One tile: coefficients times components, rotate, round, store. */
-static xkv_status restore_tile(decoder *d, worker *w, const uint8_t *coefficients, uint32_t t0, uint32_t t1)
+/* Rows of tokens [t0, t1) in w->rows: rotate, round, store. */
+static xkv_status finish_tile(decoder *d, worker *w, uint32_t t0, uint32_t t1)
 {
-    size_t width = d->g->width, rank = d->g->rank, rows = t1 - t0, column = 0;
+    size_t width = d->g->width, column = 0;
 
-    d->kernels->to_f32(XKV_F16, coefficients, w->coefficients, rows * rank);
-    d->kernels->gemm_nn(rows, width, rank, w->coefficients, rank, d->components, width, 0, w->rows, width);
     XKV_TRY(xkv_rotate_rows(d->ctx, &w->rotator, d->g, t0, t1 - t0, w->rows));
     for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
         const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
@@ -162,6 +171,16 @@ static xkv_status restore_tile(decoder *d, worker *w, const uint8_t *coefficient
         column += xkv_plane_width(p);
     }
     return XKV_OK;
+}
+
+/* One tile: coefficients times components. */
+static xkv_status restore_tile(decoder *d, worker *w, const uint8_t *coefficients, uint32_t t0, uint32_t t1)
+{
+    size_t width = d->g->width, rank = d->g->rank, rows = t1 - t0;
+
+    d->kernels->to_f32(XKV_F16, coefficients, w->coefficients, rows * rank);
+    d->kernels->gemm_nn(rows, width, rank, w->coefficients, rank, d->components, width, 0, w->rows, width);
+    return finish_tile(d, w, t0, t1);
 }
 
 static xkv_status restore_svd_chunk(decoder *d, worker *w, uint32_t chunk)
@@ -185,6 +204,92 @@ static xkv_status restore_svd_chunk(decoder *d, worker *w, uint32_t chunk)
     return XKV_OK;
 }
 
+/* --- dict and scalar ------------------------------------------------------------------------------------------------
+ */
+
+static xkv_status check_tables(decoder *d)
+{
+    d->coded = 0;
+    XKV_TRY(XKV_NEW(d->ctx, d->g->rank, &d->coded_tables));
+    for (uint32_t i = 0; i < d->g->rank; i++) {
+        if (d->tables[i] > XKV_TABLE_MAX)
+            return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: table of component %u is %u, expected at most %u [Q4]",
+                            name_part(d, XKV_PART_COMPONENTS).text, i, d->tables[i], XKV_TABLE_MAX);
+        if (d->tables[i] != 0)
+            d->coded_tables[d->coded++] = d->tables[i];
+    }
+    return XKV_OK;
+}
+
+/* The dictionary's basis for this group [Q5, Q6]. */
+static xkv_status find_basis(decoder *d)
+{
+    const xkv_basis *b;
+
+    if (!d->entry->dict)
+        return xkv_dict_missing(d->ctx, d->entry);
+    b = xkv_dict_basis(d->entry->dict, &d->c->geometry, d->g);
+    if (!b || b->rank < d->g->rank)
+        return xkv_fail(d->ctx, XKV_ERROR_CORRUPT,
+                        "group %u: the dictionary has no such planes, or fewer than %u components [Q6]", d->group,
+                        d->g->rank);
+    d->transform = xkv_transform_of_basis(b);
+    d->transform.rank = d->g->rank;
+    return XKV_OK;
+}
+
+static xkv_status load_side(decoder *d)
+{
+    part_name where = name_part(d, XKV_PART_COMPONENTS);
+    bool scalar = d->g->codec == XKV_CODEC_SCALAR;
+    uint8_t *p;
+
+    XKV_TRY(xkv_read_matrix(d->ctx, &d->entry->input, d->c, d->g, XKV_PART_COMPONENTS, where.text, &d->side));
+    p = d->side + 8;
+    d->step = xkv_loadf32(d->side);
+    if (!isfinite(d->step) || d->step <= 0 || xkv_load32(d->side + 4) != 0)
+        return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: step is %g, expected finite and positive, then zeros [Q3]",
+                        where.text, (double)d->step);
+    if (scalar) {
+        XKV_TRY(
+            xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, p, p + 4ull * d->g->plane_count, where.text, &d->scalar));
+        d->transform = xkv_transform_of_scalar(&d->scalar);
+        p += 4ull * d->g->plane_count + 2ull * d->g->width;
+    } else {
+        XKV_TRY(find_basis(d));
+    }
+    d->tables = p;
+    XKV_TRY(check_tables(d));
+    return xkv_scaled_rows(d->ctx, &d->transform, d->tables, d->step, &d->components);
+}
+
+static xkv_status restore_coded_chunk(decoder *d, worker *w, uint32_t chunk)
+{
+    uint32_t base, t0, t1, end;
+    xkv_rans_shape shape = {.components = d->coded, .tables = d->coded_tables};
+    part_name where = name_part(d, XKV_PART_CHUNKS + chunk);
+    const uint8_t *stream;
+
+    xkv_chunk_coded(d->c, chunk, &base, &end);
+    if (base == end)
+        return XKV_OK;
+    shape.tokens = end - base;
+    shape.stride = shape.tokens;
+    XKV_TRY(load_part(d, w, XKV_PART_CHUNKS + chunk, &stream));
+    XKV_TRY(xkv_rans_decode(d->ctx, xkv_coder_cpu(), &shape, stream, d->g->parts[XKV_PART_CHUNKS + chunk].size,
+                            where.text, w->q));
+    t0 = base;
+    if (!cut_range(d, &t0, &end))
+        return XKV_OK;
+    for (; t0 < end; t0 = t1) {
+        t1 = (uint32_t)xkv_min64(end, (uint64_t)t0 + XKV_TILE_ROWS);
+        xkv_synthesize(d->kernels, &d->transform, d->tables, d->step, d->components, d->coded, w->q + (t0 - base),
+                       shape.stride, t1 - t0, w->coefficients, w->rows);
+        XKV_TRY(finish_tile(d, w, t0, t1));
+    }
+    return XKV_OK;
+}
+
 /* --- Groups ------------------------------------------------------------------------------------------------------- */
 
 static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
@@ -196,6 +301,8 @@ static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
 
     if (d->g->codec == XKV_CODEC_SVD)
         return restore_svd_chunk(d, w, chunk);
+    if (d->g->codec != XKV_CODEC_LOSSLESS)
+        return restore_coded_chunk(d, w, chunk);
     xkv_chunk_tokens(d->c, chunk, &t0, &t1);
     XKV_TRY(load_part(d, w, XKV_PART_CHUNKS + chunk, &matrix));
     return scatter_asked(d, w, matrix, t0, t0, t1);
@@ -207,7 +314,8 @@ static xkv_status size_workers(decoder *d)
     uint64_t raw = 0, packed = 0;
 
     for (uint32_t i = 0; i < d->g->part_count; i++) {
-        raw = xkv_max64(raw, xkv_shape_bytes(xkv_part_shape(d->c, d->g, i)));
+        xkv_shape s = xkv_part_shape(d->c, d->g, i);
+        raw = xkv_max64(raw, s.coded ? 0 : xkv_shape_bytes(s));
         packed = xkv_max64(packed, d->g->parts[i].size);
     }
     for (uint32_t i = 0; i < d->threads; i++) {
@@ -217,6 +325,7 @@ static xkv_status size_workers(decoder *d)
         XKV_TRY(XKV_NEW(d->ctx, (size_t)raw, &w->raw));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->rank, &w->coefficients));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->width, &w->rows));
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)xkv_min64(d->c->chunk_tokens, d->c->geometry.token_count) * d->coded, &w->q));
     }
     return XKV_OK;
 }
@@ -230,11 +339,18 @@ static void release_workers(decoder *d)
         xkv_release(d->ctx, w->raw);
         xkv_release(d->ctx, w->coefficients);
         xkv_release(d->ctx, w->rows);
+        xkv_release(d->ctx, w->q);
+        w->q = NULL;
         w->packed = w->planes = w->raw = NULL;
         w->coefficients = w->rows = NULL;
     }
     xkv_release(d->ctx, d->components);
+    xkv_release(d->ctx, d->side);
+    xkv_release(d->ctx, d->coded_tables);
+    xkv_scalar_free(d->ctx, &d->scalar);
     d->components = NULL;
+    d->side = d->coded_tables = NULL;
+    d->coded = 0;
 }
 
 static xkv_status restore_group(decoder *d, uint32_t group)
@@ -244,11 +360,13 @@ static xkv_status restore_group(decoder *d, uint32_t group)
 
     d->group = group;
     d->g = &d->c->groups[group];
+    if (d->g->codec != XKV_CODEC_LOSSLESS && d->g->codec != XKV_CODEC_SVD)
+        XKV_TRY_GOTO(load_side(d), out);
     XKV_TRY_GOTO(size_workers(d), out);
-    if (d->g->codec == XKV_CODEC_SVD) {
+    if (d->g->codec == XKV_CODEC_SVD)
         XKV_TRY_GOTO(load_components(d), out);
+    if (d->g->codec != XKV_CODEC_LOSSLESS)
         XKV_TRY_GOTO(load_exact_rows(d), out);
-    }
     XKV_TRY_GOTO(xkv_pool_run(d->ctx, d->pool, last_chunk - d->first_chunk + 1, restore_chunk, d), out);
 out:
     release_workers(d);

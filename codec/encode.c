@@ -1,6 +1,10 @@
+#include "dict.h"
 #include "parts.h"
 #include "plan.h"
+#include "rate.h"
+#include "scalar.h"
 #include "svd_group.h"
+#include "values.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -30,15 +34,20 @@ typedef struct encoder {
     uint64_t done, total;  /* raw bytes, for progress */
     double kind_squares[4], kind_energy[4];
     uint32_t fallbacks;
+    xkv_transform *transforms; /* [group_count] of coded groups; rank 0: none */
+    xkv_scalar *scalars;       /* [group_count] what the transforms of profile scalar point to */
+    float step;
+    double metric_squares, metric_energy;
+    uint32_t components, component_total;
 } encoder;
 
 /* The group and batch at hand. */
 typedef struct batch {
     encoder *e;
     xkv_group *g;
-    const xkv_factors *f;
+    const xkv_factors *f;   /* svd */
+    const xkv_coded *coded; /* dict and scalar */
     uint32_t first;
-    int level;
 } batch;
 
 static xkv_status report_progress(encoder *e, uint64_t bytes)
@@ -63,6 +72,24 @@ static void gather_exact(const encoder *e, const xkv_group *g, uint32_t t0, uint
     }
 }
 
+/* spec/dictionary.md, section 1: side part. */
+static void side_part(const batch *b, uint8_t *p)
+{
+    const xkv_container *c = &b->e->c;
+    const xkv_scalar *scalar = &b->e->scalars[b->g - c->groups];
+
+    xkv_storef32(p, b->coded->step);
+    xkv_store32(p + 4, 0);
+    p += 8;
+    if (b->g->codec == XKV_CODEC_SCALAR) {
+        for (uint32_t i = 0; i < b->g->plane_count; i++, p += 4)
+            xkv_storef32(p, scalar->scales[i]);
+        memcpy(p, scalar->stored_mean, 2ull * b->g->width);
+        p += 2ull * b->g->width;
+    }
+    memcpy(p, b->coded->tables, b->g->rank);
+}
+
 /* The matrix of a part, at s->raw. */
 static const void *part_matrix(const batch *b, uint32_t part, xkv_shape shape, slot *s)
 {
@@ -70,7 +97,9 @@ static const void *part_matrix(const batch *b, uint32_t part, xkv_shape shape, s
     size_t row_bytes = (size_t)(shape.cols * shape.elem);
     uint32_t t0, t1, n = c->geometry.token_count;
 
-    if (part == XKV_PART_COMPONENTS) {
+    if (part == XKV_PART_COMPONENTS && b->coded) {
+        side_part(b, s->raw);
+    } else if (part == XKV_PART_COMPONENTS) {
         size_t bytes = (size_t)b->g->rank * b->g->width * 2;
         memcpy(s->raw, b->f->components, bytes);
         for (uint32_t i = 0; i < b->g->rank; i++)
@@ -88,6 +117,19 @@ static const void *part_matrix(const batch *b, uint32_t part, xkv_shape shape, s
     return s->raw;
 }
 
+/* The coefficients of one chunk as a rANS stream. */
+static void encode_chunk(const batch *b, uint32_t part, slot *s)
+{
+    const xkv_coded *coded = b->coded;
+    uint32_t t0, t1;
+
+    xkv_chunk_coded(&b->e->c, part - XKV_PART_CHUNKS, &t0, &t1);
+    xkv_rans_shape shape = {t1 - t0, coded->coded, coded->tokens, coded->coded_tables};
+    s->size = xkv_rans_encode(xkv_coder_cpu(), &shape, coded->q + (t0 - b->e->c.sinks), s->packed);
+    s->method = XKV_METHOD_CODED;
+    s->data = s->packed;
+}
+
 static xkv_status encode_part(const batch *b, uint32_t part, slot *s)
 {
     xkv_shape shape = xkv_part_shape(&b->e->c, b->g, part);
@@ -96,6 +138,10 @@ static xkv_status encode_part(const batch *b, uint32_t part, slot *s)
     if (xkv_shape_bytes(shape) == 0) {
         s->size = 0;
         s->method = XKV_METHOD_STORED;
+        return XKV_OK;
+    }
+    if (shape.coded) {
+        encode_chunk(b, part, s);
         return XKV_OK;
     }
     return xkv_part_encode(b->e->ctx, b->e->kernels, s->zstd, factors && !b->e->o.zstd_factors ? 0 : b->e->o.zstd_level,
@@ -111,9 +157,10 @@ static xkv_status encode_task(void *user, uint32_t worker, uint64_t index)
 }
 
 /* Encode all parts of a group in order, and write them; or, with `count_only`, add up their aligned sizes. */
-static xkv_status encode_parts(encoder *e, xkv_group *g, const xkv_factors *f, uint64_t *count_only)
+static xkv_status encode_parts(encoder *e, xkv_group *g, const xkv_factors *f, const xkv_coded *coded,
+                               uint64_t *count_only)
 {
-    batch b = {.e = e, .g = g, .f = f};
+    batch b = {.e = e, .g = g, .f = f, .coded = coded};
 
     for (; b.first < g->part_count; b.first += e->threads) {
         uint32_t n = (uint32_t)xkv_min64(e->threads, g->part_count - b.first);
@@ -130,14 +177,16 @@ static xkv_status encode_parts(encoder *e, xkv_group *g, const xkv_factors *f, u
 }
 
 /* Scratch for the largest part of a group, in every slot. */
-static xkv_status size_slots(encoder *e, const xkv_group *g)
+static xkv_status size_slots(encoder *e, const xkv_group *g, const xkv_coded *coded)
 {
     uint64_t raw = 0, packed = 0;
 
     for (uint32_t i = 0; i < g->part_count; i++) {
         xkv_shape s = xkv_part_shape(&e->c, g, i);
-        raw = xkv_max64(raw, xkv_shape_bytes(s));
-        packed = xkv_max64(packed, xkv_part_bound(s));
+        xkv_rans_shape stream = {(uint32_t)s.rows, coded ? coded->coded : 0, 0, coded ? coded->coded_tables : NULL};
+        if (!s.coded)
+            raw = xkv_max64(raw, xkv_shape_bytes(s));
+        packed = xkv_max64(packed, s.coded ? xkv_rans_bound(&stream) : xkv_part_bound(s));
     }
     for (uint32_t i = 0; i < e->threads; i++) {
         slot *s = &e->slots[i];
@@ -159,12 +208,13 @@ static void release_slots(encoder *e)
     }
 }
 
-static xkv_status write_group(encoder *e, xkv_group *g, const xkv_factors *f, uint64_t *count_only)
+static xkv_status write_group(encoder *e, xkv_group *g, const xkv_factors *f, const xkv_coded *coded,
+                              uint64_t *count_only)
 {
     xkv_status status = XKV_OK;
 
-    XKV_TRY_GOTO(size_slots(e, g), out);
-    XKV_TRY_GOTO(encode_parts(e, g, f, count_only), out);
+    XKV_TRY_GOTO(size_slots(e, g, coded), out);
+    XKV_TRY_GOTO(encode_parts(e, g, f, coded, count_only), out);
 out:
     release_slots(e);
     return status;
@@ -193,7 +243,7 @@ static xkv_status lossless_bytes(encoder *e, const xkv_group *g, uint64_t *bytes
 
     trial.codec = XKV_CODEC_LOSSLESS;
     *bytes = 0;
-    return write_group(e, &trial, NULL, bytes);
+    return write_group(e, &trial, NULL, NULL, bytes);
 }
 
 /* Is rank `rank` larger than lossless? Only looked at closely when it is more than half of the raw bytes, since
@@ -220,10 +270,11 @@ static uint32_t rank_limit(const encoder *e, const xkv_group *g)
 
 static void count_error(encoder *e, const xkv_group *g)
 {
-    uint32_t kind = e->c.geometry.planes[g->planes[0]].kind;
-
-    e->kind_squares[kind] += g->error * g->error * g->energy;
-    e->kind_energy[kind] += g->energy;
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        uint32_t kind = e->c.geometry.planes[g->planes[i]].kind;
+        e->kind_squares[kind] += g->plane_errors[i] * g->plane_errors[i] * g->plane_energies[i];
+        e->kind_energy[kind] += g->plane_energies[i];
+    }
 }
 
 static xkv_status pack_svd(encoder *e, xkv_group *g)
@@ -249,17 +300,44 @@ static xkv_status pack_svd(encoder *e, xkv_group *g)
         make_lossless(g, XKV_REASON_NO_GAIN);
         e->fallbacks++;
     }
-    XKV_TRY_GOTO(write_group(e, g, &f, NULL), out);
+    XKV_TRY_GOTO(write_group(e, g, &f, NULL, NULL), out);
 out:
     xkv_factors_free(e->ctx, &f);
     return status;
+}
+
+static xkv_status pack_coded(encoder *e, xkv_group *g)
+{
+    uint32_t end = e->c.geometry.token_count - e->c.window;
+    xkv_coded coded = {0};
+    xkv_status status = XKV_OK;
+
+    XKV_TRY_GOTO(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end,
+                                &e->transforms[g - e->c.groups], e->step, &coded),
+                 out);
+    count_error(e, g);
+    e->metric_squares += coded.metric_energy > 0 ? coded.metric_squares : g->error * g->error * g->energy;
+    e->metric_energy += coded.metric_energy > 0 ? coded.metric_energy : g->energy;
+    e->components += coded.coded;
+    e->component_total += coded.rank;
+    XKV_TRY_GOTO(write_group(e, g, NULL, &coded, NULL), out);
+out:
+    xkv_coded_free(e->ctx, &coded);
+    return status;
+}
+
+static xkv_status pack_group(encoder *e, xkv_group *g)
+{
+    if (g->codec == XKV_CODEC_SVD)
+        return pack_svd(e, g);
+    return g->codec == XKV_CODEC_LOSSLESS ? write_group(e, g, NULL, NULL, NULL) : pack_coded(e, g);
 }
 
 static xkv_status pack_groups(encoder *e)
 {
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i];
-        XKV_TRY(g->codec == XKV_CODEC_SVD ? pack_svd(e, g) : write_group(e, g, NULL, NULL));
+        XKV_TRY(pack_group(e, g));
         XKV_TRY(report_progress(e, group_bytes(e, g)));
     }
     return XKV_OK;
@@ -272,11 +350,12 @@ static xkv_status fixed_bytes(encoder *e, uint64_t *bytes)
 {
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i], exact = *g;
-        if (g->codec == XKV_CODEC_SVD) {
+        if (g->codec != XKV_CODEC_LOSSLESS) { /* what is left are its exact rows */
+            exact.codec = XKV_CODEC_SVD;
             exact.part_count = XKV_PART_CHUNKS;
             exact.rank = 0;
         }
-        XKV_TRY(write_group(e, &exact, NULL, bytes));
+        XKV_TRY(write_group(e, &exact, NULL, NULL, bytes));
     }
     return XKV_OK;
 }
@@ -301,6 +380,72 @@ static xkv_status choose_ranks(encoder *e)
                         "a ratio of %g allows %llu bytes; tables, exact rows and rank 1 already take %llu", e->o.ratio,
                         (unsigned long long)budget, (unsigned long long)fixed);
     return XKV_OK;
+}
+
+/* --- Coded groups: transforms and step -----------------------------------------------------------------------------
+ */
+
+static xkv_status make_transforms(encoder *e)
+{
+    for (uint32_t i = 0; i < e->c.group_count; i++) {
+        const xkv_group *g = &e->c.groups[i];
+        if (g->codec == XKV_CODEC_DICT)
+            e->transforms[i] = xkv_transform_of_basis(xkv_dict_basis(e->o.dict, &e->c.geometry, g));
+        if (g->codec != XKV_CODEC_SCALAR)
+            continue;
+        XKV_TRY(xkv_scalar_create(e->ctx, e->rotators, g, e->views, e->c.sinks, e->c.geometry.token_count - e->c.window,
+                                  &e->scalars[i]));
+        e->transforms[i] = xkv_transform_of_scalar(&e->scalars[i]);
+    }
+    return XKV_OK;
+}
+
+/* Bytes for the rANS streams when the whole entry shall have the asked ratio: what is left of the budget after the
+ * head, the exact rows, lossless groups, and what every stream costs whatever it holds. */
+static xkv_status stream_budget(encoder *e, double *bytes)
+{
+    uint64_t fixed = xkv_container_head_size(&e->w);
+    double states = 0;
+
+    XKV_TRY(fixed_bytes(e, &fixed));
+    for (uint32_t i = 0; i < e->c.group_count; i++)
+        if (e->transforms[i].rank > 0)
+            states += (64.0 + XKV_ALIGN / 2) * e->c.chunk_count + XKV_ALIGN;
+    *bytes = (double)raw16_bytes(&e->c.geometry) / e->o.ratio - (double)fixed - states;
+    if (*bytes <= 0)
+        return xkv_fail(e->ctx, XKV_ERROR_TARGET,
+                        "a ratio of %g is out of reach: tables and exact rows alone take %llu bytes", e->o.ratio,
+                        (unsigned long long)fixed);
+    return XKV_OK;
+}
+
+static xkv_status choose_step(encoder *e)
+{
+    xkv_sample *sample = NULL;
+    double bytes = 0;
+    xkv_status status = XKV_OK;
+
+    if (e->o.quality > 0) {
+        e->step = (float)xkv_dict_step(e->o.dict, e->o.quality);
+        return XKV_OK;
+    }
+    if (e->o.ratio > 0)
+        XKV_TRY(stream_budget(e, &bytes));
+    XKV_TRY_GOTO(xkv_sample_create(e->ctx, e->pool, e->rotators, &e->c, e->views, e->transforms, &sample), out);
+    XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error, &e->step), out);
+out:
+    xkv_sample_free(e->ctx, sample);
+    return status;
+}
+
+static xkv_status prepare_coded(encoder *e)
+{
+    XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->transforms));
+    XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->scalars));
+    if (e->o.profile != XKV_PROFILE_DICT && e->o.profile != XKV_PROFILE_SCALAR)
+        return XKV_OK;
+    XKV_TRY(make_transforms(e));
+    return choose_step(e);
 }
 
 /* --- Preparation -------------------------------------------------------------------------------------------------- */
@@ -368,7 +513,7 @@ static xkv_status init(encoder *e)
         if (!e->slots[i].zstd)
             return xkv_fail(e->ctx, XKV_ERROR_MEMORY, "zstd: no memory for a context");
     }
-    if (e->o.profile == XKV_PROFILE_SVD)
+    if (e->o.profile != XKV_PROFILE_LOSSLESS)
         return find_nonfinite(e);
     return XKV_NEW_ZERO(e->ctx, e->c.geometry.plane_count, &e->nonfinite);
 }
@@ -385,46 +530,40 @@ static void fini(encoder *e)
     xkv_release(e->ctx, e->nonfinite);
     xkv_pool_free(e->ctx, e->pool);
     xkv_container_writer_free(e->ctx, &e->w);
-    for (uint32_t i = 0; e->c.groups && i < e->c.group_count; i++) {
-        xkv_release(e->ctx, e->c.groups[i].planes);
-        xkv_release(e->ctx, e->c.groups[i].plane_errors);
-        xkv_release(e->ctx, e->c.groups[i].parts);
-    }
-    xkv_release(e->ctx, e->c.groups);
+    for (uint32_t i = 0; e->scalars && i < e->c.group_count; i++)
+        xkv_scalar_free(e->ctx, &e->scalars[i]);
+    xkv_release(e->ctx, e->scalars);
+    xkv_release(e->ctx, e->transforms);
+    xkv_plan_release(e->ctx, &e->c);
 }
 
 /* --- Metadata ----------------------------------------------------------------------------------------------------- */
 
-enum { MAX_VALUES = 8 };
-
-static void add_value(xkv_container *c, const char *key, uint32_t type, const void *bytes, size_t size)
+/* In ascending order of the keys [M3]. Returns where error.metric, which is known last, is kept. */
+static uint8_t *set_values(const encoder *e, xkv_values *v)
 {
-    if (size > 0)
-        c->values[c->value_count++] = (xkv_meta_value){
-            .key = (char *)(uintptr_t)key, .type = type, .size = (uint32_t)size, .bytes = (uint8_t *)(uintptr_t)bytes};
-}
-
-/* In ascending order of the keys [M3]. The values point into the caller's memory and live as long as this call. */
-static void set_values(encoder *e, xkv_meta_value *values, uint8_t engine_version[8])
-{
-    const xkv_model *m = e->o.model;
     const xkv_framing *f = &e->c.framing;
-    const char *writer = e->o.writer ? e->o.writer : "libxkv";
+    uint8_t *error = NULL;
 
-    e->c.values = values;
-    if (e->c.has_framing && f->engine == XKV_ENGINE_LLAMA_SEQUENCE && f->literal_size >= 8) {
-        xkv_store64(engine_version, xkv_load32(f->literals + 4));
-        add_value(&e->c, "engine.version", XKV_VALUE_U64, engine_version, 8);
+    if (e->o.profile == XKV_PROFILE_DICT)
+        xkv_values_add_bytes(v, "dictionary.id", e->o.dict->c.content_id, 16);
+    if (e->c.has_framing && f->engine == XKV_ENGINE_LLAMA_SEQUENCE && f->literal_size >= 8)
+        xkv_values_add_u64(v, "engine.version", xkv_load32(f->literals + 4));
+    if (e->o.profile == XKV_PROFILE_DICT) {
+        error = v->numbers[v->count];
+        xkv_values_add_f64(v, "error.metric", 0);
     }
-    if (m) {
-        add_value(&e->c, "model.architecture", XKV_VALUE_STRING, m->architecture, strlen(m->architecture));
-        add_value(&e->c, "model.fingerprint", XKV_VALUE_BYTES, m->fingerprint, m->has_fingerprint ? 16 : 0);
-        add_value(&e->c, "model.name", XKV_VALUE_STRING, m->name, strlen(m->name));
-    }
-    add_value(&e->c, "writer", XKV_VALUE_STRING, writer, strlen(writer));
+    xkv_values_add_model(v, e->o.model);
+    xkv_values_add_string(v, "writer", e->o.writer ? e->o.writer : "libxkv");
+    return error;
 }
 
 /* --- Report ------------------------------------------------------------------------------------------------------- */
+
+static double metric_error(const encoder *e)
+{
+    return e->metric_energy > 0 ? sqrt(e->metric_squares / e->metric_energy) : 0;
+}
 
 static void fill_report(const encoder *e, uint64_t file_size, xkv_pack_report *r)
 {
@@ -437,6 +576,10 @@ static void fill_report(const encoder *e, uint64_t file_size, xkv_pack_report *r
         r->error[kind] = e->kind_energy[kind] > 0 ? sqrt(e->kind_squares[kind] / e->kind_energy[kind]) : 0;
     r->group_count = e->c.group_count;
     r->fallback_groups = e->fallbacks;
+    r->step = (double)e->step;
+    r->error_metric = metric_error(e);
+    r->components = e->components;
+    r->component_total = e->component_total;
     for (uint32_t i = 0; i < e->c.group_count; i++)
         r->lossless_groups += e->c.groups[i].codec == XKV_CODEC_LOSSLESS;
     for (uint32_t i = 0; i < e->c.geometry.plane_count; i++)
@@ -459,14 +602,21 @@ static void set_framing(encoder *e, const xkv_framing *framing, const void *sour
 
 static xkv_status pack(encoder *e, const xkv_output *output, xkv_pack_report *report)
 {
+    xkv_values values = {.count = 0};
+    uint8_t *error = set_values(e, &values);
     uint64_t file_size;
 
+    e->c.values = values.list;
+    e->c.value_count = values.count;
     XKV_TRY(init(e));
-    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, e->nonfinite, &e->c));
+    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, e->o.profile == XKV_PROFILE_SCALAR, e->nonfinite, &e->c));
     XKV_TRY(xkv_container_begin(e->ctx, &e->c, output, e->o.zstd_level, &e->w));
-    if (e->o.ratio > 0)
+    if (e->o.ratio > 0 && e->o.profile == XKV_PROFILE_SVD)
         XKV_TRY(choose_ranks(e));
+    XKV_TRY(prepare_coded(e));
     XKV_TRY(pack_groups(e));
+    if (error)
+        xkv_storef64(error, metric_error(e));
     XKV_TRY(xkv_container_finish(e->ctx, &e->w, &file_size));
     if (report)
         fill_report(e, file_size, report);
@@ -478,8 +628,6 @@ xkv_status xkv_pack(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *
                     xkv_pack_report *report)
 {
     encoder e = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .views = views};
-    xkv_meta_value values[MAX_VALUES];
-    uint8_t engine_version[8];
     xkv_status status;
 
     xkv_ctx_begin(ctx);
@@ -489,7 +637,6 @@ xkv_status xkv_pack(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *
     e.c.geometry = *geometry;
     e.total = xkv_geometry_raw_bytes(geometry);
     set_framing(&e, framing, source, source_size);
-    set_values(&e, values, engine_version);
     status = pack(&e, output, report);
     fini(&e);
     return status;

@@ -1,3 +1,4 @@
+#include "dict.h"
 #include "entry_internal.h"
 #include "parts.h"
 #include "rows.h"
@@ -5,6 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
+
+static bool needs_dict(const xkv_container *c);
+static const uint8_t *dictionary_id(const xkv_entry *entry);
 
 xkv_status xkv_entry_open(xkv_ctx *ctx, const xkv_input *input, xkv_entry **entry_p)
 {
@@ -14,7 +18,12 @@ xkv_status xkv_entry_open(xkv_ctx *ctx, const xkv_input *input, xkv_entry **entr
     xkv_ctx_begin(ctx);
     XKV_TRY(XKV_NEW_ZERO(ctx, 1, &entry));
     entry->input = *input;
-    XKV_TRY_GOTO(xkv_container_read(ctx, input, &entry->c), out);
+    XKV_TRY_GOTO(xkv_container_read(ctx, input, XKV_KIND_ENTRY, &entry->c), out);
+    if (needs_dict(&entry->c) && !dictionary_id(entry)) {
+        status =
+            xkv_fail(ctx, XKV_ERROR_CORRUPT, "META: no dictionary.id of 16 bytes, but groups need a dictionary [Q5]");
+        goto out;
+    }
     *entry_p = entry;
     entry = NULL;
 out:
@@ -80,6 +89,9 @@ void xkv_entry_get_info(const xkv_entry *entry, xkv_entry_info *info)
     info->chunk_count = c->chunk_count;
     info->group_count = c->group_count;
     info->lossless = xkv_entry_is_lossless(entry);
+    info->needs_dict = needs_dict(c);
+    if (info->needs_dict)
+        memcpy(info->dictionary_id, dictionary_id(entry), 16);
 }
 
 void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info *info)
@@ -133,8 +145,6 @@ int xkv_entry_find_value(const xkv_entry *entry, const char *key, xkv_value *val
     return 0;
 }
 
-/* --- Model check -------------------------------------------------------------------------------------------------- */
-
 static void format_hex(const uint8_t *bytes, char hex[33])
 {
     static const char digits[] = "0123456789abcdef";
@@ -145,6 +155,51 @@ static void format_hex(const uint8_t *bytes, char hex[33])
     }
     hex[32] = 0;
 }
+
+/* --- Dictionary ------------------------------------------------------------------------------------------------------
+ */
+
+static bool needs_dict(const xkv_container *c)
+{
+    for (uint32_t i = 0; i < c->group_count; i++)
+        if (c->groups[i].codec == XKV_GROUP_DICT)
+            return true;
+    return false;
+}
+
+/* The id that META names; NULL without one. */
+static const uint8_t *dictionary_id(const xkv_entry *entry)
+{
+    xkv_value v;
+
+    return xkv_entry_find_value(entry, "dictionary.id", &v) && v.type == XKV_VALUE_BYTES && v.size == 16 ? v.bytes
+                                                                                                         : NULL;
+}
+
+xkv_status xkv_dict_missing(xkv_ctx *ctx, const xkv_entry *entry)
+{
+    char want[33];
+
+    format_hex(dictionary_id(entry), want);
+    return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry needs the dictionary %s [Q5]", want);
+}
+
+xkv_status xkv_entry_attach(xkv_ctx *ctx, xkv_entry *entry, const xkv_dict *dict)
+{
+    char want[33], have[33];
+
+    xkv_ctx_begin(ctx);
+    if (!needs_dict(&entry->c))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the entry needs no dictionary");
+    format_hex(dictionary_id(entry), want);
+    format_hex(dict->c.content_id, have);
+    if (memcmp(want, have, sizeof want) != 0)
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry needs the dictionary %s, this one is %s [Q5]", want, have);
+    entry->dict = dict;
+    return XKV_OK;
+}
+
+/* --- Model check -------------------------------------------------------------------------------------------------- */
 
 static xkv_status check_widths(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_model *model)
 {

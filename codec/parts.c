@@ -23,43 +23,6 @@ void xkv_chunk_coded(const xkv_container *c, uint32_t chunk, uint32_t *t0, uint3
         *t0 = *t1;
 }
 
-static xkv_shape lossless_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
-{
-    uint32_t elem = (uint32_t)xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
-    xkv_shape s = {0, g->width, elem};
-    uint32_t t0, t1;
-
-    if (part >= XKV_PART_CHUNKS) {
-        xkv_chunk_tokens(c, part - XKV_PART_CHUNKS, &t0, &t1);
-        s.rows = t1 - t0;
-    }
-    return s;
-}
-
-static xkv_shape svd_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
-{
-    xkv_shape s = {0, g->rank, 2};
-    uint32_t t0, t1;
-
-    if (part == XKV_PART_COMPONENTS) {
-        s.rows = 1;
-        s.cols = (uint64_t)g->rank * (g->width + 2u); /* f16 components, then an f32 scale each */
-    } else if (part == XKV_PART_EXACT) {
-        s.rows = c->sinks + c->window;
-        s.cols = g->width;
-        s.elem = (uint32_t)xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
-    } else {
-        xkv_chunk_coded(c, part - XKV_PART_CHUNKS, &t0, &t1);
-        s.rows = t1 - t0;
-    }
-    return s;
-}
-
-xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
-{
-    return g->codec == 0 ? lossless_shape(c, g, part) : svd_shape(c, g, part);
-}
-
 uint64_t xkv_part_bound(xkv_shape s)
 {
     return s.elem * (4 + (uint64_t)ZSTD_compressBound((size_t)(s.rows * s.cols)));
@@ -145,4 +108,45 @@ xkv_status xkv_part_decode(xkv_ctx *ctx, const xkv_kernels *k, ZSTD_DCtx *zstd, 
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %" PRIu64 " bytes behind the last frame [D2]", where, size - at);
     k->join_bytes(planes, (size_t)s.rows, (size_t)s.cols, s.elem, raw);
     return XKV_OK;
+}
+
+static xkv_status read_coded_matrix(xkv_ctx *ctx, const xkv_part *p, xkv_shape shape, const char *where,
+                                    const uint8_t *packed, uint8_t *raw)
+{
+    ZSTD_DCtx *zstd = ZSTD_createDCtx();
+    uint8_t *planes = NULL;
+    xkv_status status;
+
+    if (!zstd)
+        return xkv_fail(ctx, XKV_ERROR_MEMORY, "zstd: no memory for a context");
+    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)xkv_shape_bytes(shape), &planes), out);
+    XKV_TRY_GOTO(xkv_part_decode(ctx, xkv_kernels_cpu(), zstd, shape, packed, p->size, planes, raw, where), out);
+out:
+    ZSTD_freeDCtx(zstd);
+    xkv_release(ctx, planes);
+    return status;
+}
+
+xkv_status xkv_read_matrix(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c, const xkv_group *g,
+                           uint32_t part, const char *where, uint8_t **raw_p)
+{
+    const xkv_part *p = &g->parts[part];
+    xkv_shape shape = xkv_part_shape(c, g, part);
+    uint8_t *packed = NULL, *raw = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(XKV_NEW(ctx, (size_t)p->size, &packed));
+    XKV_TRY_GOTO(xkv_container_read_part(ctx, input, c, p, packed), out);
+    if (p->method == XKV_METHOD_STORED) {
+        *raw_p = packed;
+        return XKV_OK;
+    }
+    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)xkv_shape_bytes(shape), &raw), out);
+    XKV_TRY_GOTO(read_coded_matrix(ctx, p, shape, where, packed, raw), out);
+    *raw_p = raw;
+    raw = NULL;
+out:
+    xkv_release(ctx, packed);
+    xkv_release(ctx, raw);
+    return status;
 }

@@ -7,21 +7,6 @@
 
 #include <zstd.h>
 
-enum { XKV_PART_COMPONENTS = 0, XKV_PART_EXACT = 1, XKV_PART_CHUNKS = 2 };
-
-/* A part before storing: rows x cols elements of `elem` bytes; rows * cols may be 0. */
-typedef struct xkv_shape {
-    uint64_t rows, cols;
-    uint32_t elem;
-} xkv_shape;
-
-xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part);
-
-static inline uint64_t xkv_shape_bytes(xkv_shape s)
-{
-    return s.rows * s.cols * s.elem;
-}
-
 /* Tokens [*t0, *t1) of a chunk, and the coded ones among them (an empty range has *t0 == *t1). */
 void xkv_chunk_tokens(const xkv_container *c, uint32_t chunk, uint32_t *t0, uint32_t *t1);
 void xkv_chunk_coded(const xkv_container *c, uint32_t chunk, uint32_t *t0, uint32_t *t1);
@@ -41,5 +26,10 @@ XKV_MUST_CHECK xkv_status xkv_part_encode(xkv_ctx *ctx, const xkv_kernels *k, ZS
 XKV_MUST_CHECK xkv_status xkv_part_decode(xkv_ctx *ctx, const xkv_kernels *k, ZSTD_DCtx *zstd, xkv_shape s,
                                           const uint8_t *packed, uint64_t size, uint8_t *planes, void *raw,
                                           const char *where);
+
+/* Read part `part` of `g` whole, check it, and undo method 1: *raw_p is allocated, of the part's shape. `where` names
+ * the part in messages. Errors: CHECKSUM, CORRUPT, MEMORY, and what the input returns. */
+XKV_MUST_CHECK xkv_status xkv_read_matrix(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c,
+                                          const xkv_group *g, uint32_t part, const char *where, uint8_t **raw_p);
 
 #endif

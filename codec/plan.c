@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include "dict.h"
 #include "parts.h"
 
 #include <math.h>
@@ -14,8 +15,10 @@ static bool in_unit_interval(double x)
 
 static xkv_status check_ranges(xkv_ctx *ctx, const xkv_pack_options *o)
 {
-    if (o->profile > XKV_PROFILE_SVD)
+    if (o->profile > XKV_PROFILE_SCALAR)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile %u is not known", o->profile);
+    if (o->quality != 0 && !(o->quality >= 1 && o->quality <= 100))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "quality: expected 1 .. 100, found %g", o->quality);
     if (o->group_layers < 1 || o->group_layers > XKV_MAX_LAYERS)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "group_layers: expected 1 .. %u, found %u", XKV_MAX_LAYERS,
                         o->group_layers);
@@ -33,6 +36,31 @@ static xkv_status check_ranges(xkv_ctx *ctx, const xkv_pack_options *o)
     return XKV_OK;
 }
 
+static uint32_t choose_profile(const xkv_pack_options *o, int targets)
+{
+    if (targets == 0 && !o->dict)
+        return XKV_PROFILE_LOSSLESS;
+    return o->dict && !o->rank_k && !o->rank_v && o->energy == 0 ? XKV_PROFILE_DICT : XKV_PROFILE_SVD;
+}
+
+/* Does the profile take the target it was given? */
+static xkv_status check_target(xkv_ctx *ctx, const xkv_pack_options *o, int targets)
+{
+    bool ranks = o->rank_k || o->rank_v || o->energy != 0;
+
+    if (o->profile == XKV_PROFILE_LOSSLESS && targets != 0)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile lossless takes no rank, ratio, error, energy or quality");
+    if (o->profile == XKV_PROFILE_SVD && (targets == 0 || o->quality != 0))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile svd needs ranks, a ratio, an error or an energy");
+    if (o->profile == XKV_PROFILE_SCALAR && o->ratio == 0 && o->error == 0)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile scalar needs a ratio or an error");
+    if (o->profile == XKV_PROFILE_DICT && ranks)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile dict takes a ratio, an error or a quality");
+    if (o->profile == XKV_PROFILE_DICT && !o->dict)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile dict needs a dictionary");
+    return XKV_OK;
+}
+
 xkv_status xkv_plan_options(xkv_ctx *ctx, const xkv_pack_options *given, xkv_pack_options *options)
 {
     xkv_pack_options o = xkv_pack_options_default();
@@ -41,15 +69,14 @@ xkv_status xkv_plan_options(xkv_ctx *ctx, const xkv_pack_options *given, xkv_pac
     if (given)
         XKV_TRY(xkv_copy_options(ctx, given, &o, sizeof o));
     XKV_TRY(check_ranges(ctx, &o));
-    targets = (o.rank_k || o.rank_v) + (o.ratio != 0) + (o.error != 0) + (o.energy != 0);
+    targets = (o.rank_k || o.rank_v) + (o.ratio != 0) + (o.error != 0) + (o.energy != 0) + (o.quality != 0);
     if (targets > 1)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "ranks, ratio, error and energy exclude each other");
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "ranks, ratio, error, energy and quality exclude each other");
     if (o.profile == XKV_PROFILE_AUTO)
-        o.profile = targets ? XKV_PROFILE_SVD : XKV_PROFILE_LOSSLESS;
-    if (o.profile == XKV_PROFILE_SVD && targets == 0)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile svd needs ranks, a ratio, an error or an energy");
-    if (o.profile == XKV_PROFILE_LOSSLESS && targets != 0)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile lossless takes no rank, ratio, error or energy");
+        o.profile = choose_profile(&o, targets);
+    XKV_TRY(check_target(ctx, &o, targets));
+    if (o.profile == XKV_PROFILE_DICT && targets == 0)
+        o.quality = 50;
     *options = o;
     return XKV_OK;
 }
@@ -71,6 +98,26 @@ static uint32_t plane_width(const xkv_plane *p)
 typedef struct plane_key {
     uint32_t run, kind, nonfinite, dtype, plane;
 } plane_key;
+
+/* With a dictionary a group is coded whole or not at all, so that one plane with a NaN makes all of it lossless. */
+static plane_key make_key(const xkv_pack_options *o, bool joint, const xkv_geometry *geometry, const uint8_t *nonfinite,
+                          uint32_t plane)
+{
+    const xkv_plane *p = &geometry->planes[plane];
+    plane_key key = {p->layer / o->group_layers, joint ? 0 : p->kind, nonfinite[plane], p->dtype, plane};
+    uint32_t group;
+
+    if (o->profile != XKV_PROFILE_DICT || !xkv_dict_find_plane(o->dict, p, &group))
+        return key;
+    key.run = group;
+    key.kind = 0;
+    for (uint32_t i = 0; i < geometry->plane_count; i++) {
+        uint32_t other;
+        if (nonfinite[i] && xkv_dict_find_plane(o->dict, &geometry->planes[i], &other) && other == group)
+            key.nonfinite = 1;
+    }
+    return key;
+}
 
 static bool same_group(const plane_key *a, const plane_key *b)
 {
@@ -110,6 +157,7 @@ static xkv_status make_group(xkv_ctx *ctx, const xkv_geometry *geometry, const p
     g->part_count = parts;
     XKV_TRY(XKV_NEW(ctx, count, &g->planes));
     XKV_TRY(XKV_NEW_ZERO(ctx, count, &g->plane_errors));
+    XKV_TRY(XKV_NEW_ZERO(ctx, count, &g->plane_energies));
     XKV_TRY(XKV_NEW_ZERO(ctx, parts, &g->parts));
     for (uint32_t i = 0; i < count; i++)
         g->planes[i] = keys[i].plane;
@@ -127,28 +175,49 @@ static uint32_t largest_rank(const xkv_container *c, const xkv_group *g)
     return (uint32_t)xkv_min64(xkv_plan_coded_tokens(c), g->width);
 }
 
+static void choose_rank(const xkv_pack_options *o, const xkv_container *c, uint32_t kind, xkv_group *g)
+{
+    uint32_t rank = kind == XKV_PLANE_V ? o->rank_v : o->rank_k;
+
+    if (o->profile == XKV_PROFILE_DICT)
+        g->rank = xkv_dict_basis(o->dict, &c->geometry, g)->rank;
+    else if (o->profile == XKV_PROFILE_SCALAR)
+        g->rank = g->width;
+    else
+        g->rank = (uint32_t)xkv_min64(rank_share(rank, g->plane_count, o->group_layers), largest_rank(c, g));
+}
+
+/* Why a group cannot be coded with loss; ASKED when it can. */
+static uint32_t lossless_reason(const xkv_pack_options *o, const xkv_container *c, const plane_key *key,
+                                const xkv_group *g)
+{
+    if (key->nonfinite)
+        return XKV_REASON_NONFINITE;
+    if (key->kind == XKV_PLANE_K_ROPE)
+        return XKV_REASON_EXACT_KIND;
+    if (xkv_plan_coded_tokens(c) == 0)
+        return XKV_REASON_NO_TOKENS;
+    if (o->profile == XKV_PROFILE_DICT && !xkv_dict_basis(o->dict, &c->geometry, g))
+        return XKV_REASON_NOT_TRAINED;
+    return XKV_REASON_ASKED;
+}
+
 static xkv_status choose_codec(xkv_ctx *ctx, const xkv_pack_options *o, const xkv_container *c, const plane_key *key,
                                xkv_group *g)
 {
-    uint32_t rank = key->kind == XKV_PLANE_V ? o->rank_v : o->rank_k;
+    static const uint32_t codecs[] = {0, XKV_CODEC_LOSSLESS, XKV_CODEC_SVD, XKV_CODEC_DICT, XKV_CODEC_SCALAR};
 
     g->codec = XKV_CODEC_LOSSLESS;
     g->reason = XKV_REASON_ASKED;
     if (o->profile == XKV_PROFILE_LOSSLESS)
         return XKV_OK;
-    if (key->nonfinite)
-        g->reason = XKV_REASON_NONFINITE;
-    else if (key->kind == XKV_PLANE_K_ROPE)
-        g->reason = XKV_REASON_EXACT_KIND;
-    else if (xkv_plan_coded_tokens(c) == 0)
-        g->reason = XKV_REASON_NO_TOKENS;
-    else
-        g->codec = XKV_CODEC_SVD;
-    if (g->codec != XKV_CODEC_SVD)
+    g->reason = lossless_reason(o, c, key, g);
+    if (g->reason != XKV_REASON_ASKED)
         return XKV_OK;
-    if (rank == 0 && (o->rank_k || o->rank_v))
+    if ((o->rank_k || o->rank_v) && (key->kind == XKV_PLANE_V ? o->rank_v : o->rank_k) == 0)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a rank for %s planes is needed", xkv_plane_kind_name(key->kind));
-    g->rank = (uint32_t)xkv_min64(rank_share(rank, g->plane_count, o->group_layers), largest_rank(c, g));
+    g->codec = codecs[o->profile];
+    choose_rank(o, c, key->kind, g);
     return XKV_OK;
 }
 
@@ -162,7 +231,20 @@ static void set_chunks(const xkv_pack_options *o, xkv_container *c)
     c->window = o->window < n - c->sinks ? o->window : n - c->sinks;
 }
 
-xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *o, const uint8_t *nonfinite, xkv_container *c)
+void xkv_plan_release(xkv_ctx *ctx, xkv_container *c)
+{
+    for (uint32_t i = 0; c->groups && i < c->group_count; i++) {
+        xkv_release(ctx, c->groups[i].planes);
+        xkv_release(ctx, c->groups[i].plane_errors);
+        xkv_release(ctx, c->groups[i].plane_energies);
+        xkv_release(ctx, c->groups[i].parts);
+    }
+    xkv_release(ctx, c->groups);
+    c->groups = NULL;
+}
+
+xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *o, bool joint, const uint8_t *nonfinite,
+                           xkv_container *c)
 {
     const xkv_geometry *geometry = &c->geometry;
     uint32_t n = geometry->plane_count, end;
@@ -172,10 +254,8 @@ xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *o, const uint8_
     set_chunks(o, c);
     XKV_TRY(XKV_NEW(ctx, n, &keys));
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, n, &c->groups), out);
-    for (uint32_t i = 0; i < n; i++) {
-        const xkv_plane *p = &geometry->planes[i];
-        keys[i] = (plane_key){p->layer / o->group_layers, p->kind, nonfinite[i], p->dtype, i};
-    }
+    for (uint32_t i = 0; i < n; i++)
+        keys[i] = make_key(o, joint, geometry, nonfinite, i);
     qsort(keys, n, sizeof *keys, compare_keys);
     for (uint32_t i = 0; i < n; i = end) {
         xkv_group *g = &c->groups[c->group_count];

@@ -10,11 +10,13 @@
  * Errors: ARGUMENT. */
 XKV_MUST_CHECK xkv_status xkv_plan_options(xkv_ctx *ctx, const xkv_pack_options *given, xkv_pack_options *options);
 
-/* Form c->groups from c->geometry: contiguous layers, one kind and dtype a group. Planes flagged in `nonfinite`
- * [plane_count] get lossless groups of their own. svd groups get the rank that rank_k/rank_v say, or 1 with other
- * targets. Also sets chunk_tokens, chunk_count, sinks and window. Errors: ARGUMENT, LIMIT, MEMORY. */
-XKV_MUST_CHECK xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *options, const uint8_t *nonfinite,
-                                          xkv_container *c);
+/* Form c->groups from c->geometry: contiguous layers, one dtype and, unless `joint`, one kind a group. Planes flagged
+ * in `nonfinite` [plane_count] get lossless groups of their own. svd groups get the rank that rank_k/rank_v say, or 1
+ * with other targets. Also sets chunk_tokens, chunk_count, sinks and window. Errors: ARGUMENT, LIMIT, MEMORY. */
+XKV_MUST_CHECK xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *options, bool joint,
+                                          const uint8_t *nonfinite, xkv_container *c);
+/* Free c->groups. */
+void xkv_plan_release(xkv_ctx *ctx, xkv_container *c);
 
 /* Tokens that svd groups code: all but sinks and window. */
 uint32_t xkv_plan_coded_tokens(const xkv_container *c);

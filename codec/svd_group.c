@@ -2,6 +2,9 @@
 
 #include <math.h>
 
+/* Sum of squares beyond which products of the decomposition could overflow f32: such rows are no activations. */
+#define MAX_ENERGY 0x1p118
+
 /* The group in f32 with what is measured on it. Work is split into tiles of XKV_TILE_ROWS rows; sums are kept per tile
  * and added in order, so that figures do not depend on the number of threads. */
 typedef struct job {
@@ -15,8 +18,7 @@ typedef struct job {
     uint32_t rows;
     float *x; /* [rows][width] */
     uint64_t tiles;
-    double *sums;     /* [tiles][plane_count] */
-    double *energies; /* [plane_count] */
+    double *sums; /* [tiles][plane_count] */
     xkv_factors *f;
     float *dequantized; /* components times scales, [rank][width] */
     float *scratch;     /* per thread: a tile of coefficients and one of rows */
@@ -61,10 +63,10 @@ static xkv_status gather(job *j)
 {
     memset(j->sums, 0, (size_t)j->tiles * j->g->plane_count * sizeof *j->sums);
     XKV_TRY(xkv_pool_run(j->ctx, j->pool, j->tiles, gather_tile, j));
-    add_sums(j, j->energies);
+    add_sums(j, j->g->plane_energies);
     j->g->energy = 0;
     for (uint32_t i = 0; i < j->g->plane_count; i++)
-        j->g->energy += j->energies[i];
+        j->g->energy += j->g->plane_energies[i];
     return XKV_OK;
 }
 
@@ -161,7 +163,7 @@ static xkv_status measure(job *j)
     add_sums(j, j->g->plane_errors);
     for (uint32_t i = 0; i < j->g->plane_count; i++) {
         total += j->g->plane_errors[i];
-        j->g->plane_errors[i] = relative(j->g->plane_errors[i], j->energies[i]);
+        j->g->plane_errors[i] = relative(j->g->plane_errors[i], j->g->plane_energies[i]);
     }
     j->g->error = relative(total, j->g->energy);
     return XKV_OK;
@@ -223,8 +225,11 @@ xkv_status xkv_factorize(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xk
     *reached = true;
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)j.rows * g->width, &j.x), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)j.tiles * g->plane_count, &j.sums), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, g->plane_count, &j.energies), out);
     XKV_TRY_GOTO(gather(&j), out);
+    if (g->energy > MAX_ENERGY) {
+        *reached = false;
+        goto out;
+    }
     if (target->error > 0)
         XKV_TRY_GOTO(attempt_error(&j, target, reached), out);
     else
@@ -233,7 +238,6 @@ xkv_status xkv_factorize(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xk
 out:
     xkv_release(ctx, j.x);
     xkv_release(ctx, j.sums);
-    xkv_release(ctx, j.energies);
     if (status != XKV_OK || !*reached)
         xkv_factors_free(ctx, f);
     return status;

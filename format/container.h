@@ -14,7 +14,36 @@
 #define XKV_SECTION_GRPS    XKV_TAG('G', 'R', 'P', 'S')
 #define XKV_SECTION_PAYL    XKV_TAG('P', 'A', 'Y', 'L')
 
-enum { XKV_METHOD_STORED = 0, XKV_METHOD_ZSTD = 1 };
+enum { XKV_METHOD_STORED = 0, XKV_METHOD_ZSTD = 1, XKV_METHOD_CODED = 2 };
+
+/* What a file is (header field `kind`). */
+enum { XKV_KIND_ENTRY = 1, XKV_KIND_DICTIONARY = 2 };
+
+/* How a group is coded (spec/codec.md, spec/dictionary.md). BASIS is a dictionary's. */
+enum {
+    XKV_GROUP_LOSSLESS = 0,
+    XKV_GROUP_SVD = 1,
+    XKV_GROUP_DICT = 2,
+    XKV_GROUP_SCALAR = 3,
+    XKV_GROUP_SVDQ = 4,
+    XKV_GROUP_BASIS = 5
+};
+
+/* The parts of a group. */
+enum { XKV_PART_COMPONENTS = 0, XKV_PART_EXACT = 1, XKV_PART_CHUNKS = 2 };
+
+/* A part before storing: rows x cols elements of `elem` bytes; rows * cols may be 0. With `coded` its size in the file
+ * is whatever its entropy coder made of it (method 2). */
+typedef struct xkv_shape {
+    uint64_t rows, cols;
+    uint32_t elem;
+    bool coded;
+} xkv_shape;
+
+static inline uint64_t xkv_shape_bytes(xkv_shape s)
+{
+    return s.rows * s.cols * s.elem;
+}
 
 /* One part of a group (spec section 10). `offset` counts from the start of PAYL. */
 typedef struct xkv_part {
@@ -32,9 +61,10 @@ typedef struct xkv_group {
     uint32_t part_count; /* chunk_count + 2 for every codec: components, exact rows, chunks */
     uint32_t width;      /* N; derived on reading */
     double energy, error;
-    uint32_t *planes;     /* [plane_count] */
-    double *plane_errors; /* [plane_count] */
-    xkv_part *parts;      /* [part_count] */
+    uint32_t *planes;       /* [plane_count] */
+    double *plane_errors;   /* [plane_count] */
+    double *plane_energies; /* [plane_count] sums of squares, while packing; NULL when read */
+    xkv_part *parts;        /* [part_count] */
 } xkv_group;
 
 typedef struct xkv_meta_value {
@@ -51,6 +81,7 @@ typedef struct xkv_section {
 
 /* Everything of an entry but its payload. All pointers belong to it. */
 typedef struct xkv_container {
+    uint32_t kind; /* XKV_KIND_ENTRY or XKV_KIND_DICTIONARY; a writer's 0 means an entry */
     uint32_t write_version, read_version;
     uint64_t file_size;
     uint8_t content_id[16];
@@ -74,12 +105,12 @@ typedef struct xkv_container {
 
 /* Read and check everything but the payload: every rule of spec/container.md not marked deep, and F6.
  * The container is freed with xkv_container_free(), which accepts a zeroed one. */
-XKV_MUST_CHECK xkv_status xkv_container_read(xkv_ctx *ctx, const xkv_input *input, xkv_container *c);
+XKV_MUST_CHECK xkv_status xkv_container_read(xkv_ctx *ctx, const xkv_input *input, uint32_t kind, xkv_container *c);
 void xkv_container_free(xkv_ctx *ctx, xkv_container *c);
 
-/* Bytes of part `part` of a group after decoding (spec/codec.md); 0: an empty part. Needs the geometry, chunks, sinks
- * and window of `c`, and codec, planes, rank and width of `g`. */
-uint64_t xkv_container_part_size(const xkv_container *c, const xkv_group *g, uint32_t part);
+/* What part `part` of a group holds (spec/codec.md, spec/dictionary.md). Needs the geometry, chunks, sinks and window
+ * of `c`, and codec, planes, rank and width of `g`. */
+xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part);
 
 /* Bytes of the longest prefix of `text` that is valid UTF-8 without NUL: what a string value may hold [M6]. */
 size_t xkv_utf8_prefix(const void *text, size_t size);

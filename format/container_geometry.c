@@ -34,9 +34,13 @@ static xkv_status parse_counts(xkv_cursor *cur, xkv_container *c)
                 "sinks %u and window %u, expected together at most token_count (%u)", c->sinks, c->window,
                 g->token_count);
     XKV_REQUIRE(cur, xkv_load32(p + 28) == 0, p + 28, "G4", "reserved field is not 0");
-    XKV_REQUIRE(cur, (g->token_count == 0) == (g->plane_count == 0), p + 12, "G10",
-                "token_count is %u and plane_count %u, expected both or neither to be 0", g->token_count,
-                g->plane_count);
+    if (c->kind == XKV_KIND_DICTIONARY)
+        XKV_REQUIRE(cur, g->token_count == 0, p + 12, "Y1", "token_count is %u, expected 0 in a dictionary",
+                    g->token_count);
+    else
+        XKV_REQUIRE(cur, (g->token_count == 0) == (g->plane_count == 0), p + 12, "G10",
+                    "token_count is %u and plane_count %u, expected both or neither to be 0", g->token_count,
+                    g->plane_count);
     c->chunk_count = (uint32_t)xkv_ceil_div(g->token_count, c->chunk_tokens);
     return XKV_OK;
 }

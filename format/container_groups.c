@@ -11,47 +11,90 @@ static uint64_t tokens_in_chunk(const xkv_container *c, uint32_t chunk, uint64_t
     return to > from ? to - from : 0;
 }
 
-static uint64_t row_size(const xkv_container *c, const xkv_group *g)
+/* Side parts and basis headers, in bytes (spec/dictionary.md, sections 1 and 3). */
+static uint64_t dict_side(const xkv_group *g)
 {
-    uint64_t size = 0;
+    return 8 + (uint64_t)g->rank;
+}
+
+static uint64_t scalar_side(const xkv_group *g)
+{
+    return 8 + 4 * (uint64_t)g->plane_count + 3 * (uint64_t)g->width;
+}
+
+static uint64_t basis_header(const xkv_container *c, const xkv_group *g)
+{
+    uint64_t size = 4 * (uint64_t)g->width + 9 * (uint64_t)g->rank;
     for (uint32_t i = 0; i < g->plane_count; i++) {
         const xkv_plane *plane = &c->geometry.planes[g->planes[i]];
-        size += (uint64_t)plane->heads * plane->head_dim * xkv_dtype_size(plane->dtype);
+        size += plane->heads * (4 + 2 * (uint64_t)plane->head_dim * plane->head_dim);
     }
     return size;
 }
 
+/* What the group's rows or coefficients are made from: components of an svd group, side part of a coded one. */
+static xkv_shape basis_shape(const xkv_container *c, const xkv_group *g)
+{
+    switch (g->codec) {
+    case XKV_GROUP_SVD: /* f16 components, then an f32 scale each */
+        return (xkv_shape){1, (uint64_t)g->rank * (g->width + 2u), 2, false};
+    case XKV_GROUP_DICT:
+        return (xkv_shape){1, dict_side(g), 1, false};
+    case XKV_GROUP_SCALAR:
+        return (xkv_shape){1, scalar_side(g), 1, false};
+    case XKV_GROUP_SVDQ:
+        return (xkv_shape){g->rank, g->width, 2, true};
+    case XKV_GROUP_BASIS:
+        return (xkv_shape){1, basis_header(c, g), 1, false};
+    default:
+        return (xkv_shape){0, 0, 1, false};
+    }
+}
+
 /* No product here can overflow: a row has at most 2^20 bytes, a rank is at most 2^18, tokens are less than 2^31. */
-uint64_t xkv_container_part_size(const xkv_container *c, const xkv_group *g, uint32_t part)
+xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
 {
     uint64_t tokens = c->geometry.token_count, coded_end = tokens - c->window;
-    if (g->codec == 0)
-        return part < 2 ? 0 : tokens_in_chunk(c, part - 2, 0, tokens) * row_size(c, g);
-    if (part == 0)
-        return (uint64_t)g->rank * g->width * 2 + (uint64_t)g->rank * 4;
-    if (part == 1)
-        return ((uint64_t)c->sinks + c->window) * row_size(c, g);
-    return tokens_in_chunk(c, part - 2, c->sinks, coded_end) * g->rank * 2;
+    uint32_t elem = (uint32_t)xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
+    bool lossless = g->codec == XKV_GROUP_LOSSLESS;
+    if (part == XKV_PART_COMPONENTS)
+        return basis_shape(c, g);
+    if (part == XKV_PART_EXACT && g->codec == XKV_GROUP_BASIS) /* a dictionary's components */
+        return (xkv_shape){g->rank, g->width, 2, true};
+    if (part == XKV_PART_EXACT)
+        return (xkv_shape){lossless ? 0 : (uint64_t)c->sinks + c->window, g->width, elem, false};
+    if (lossless)
+        return (xkv_shape){tokens_in_chunk(c, part - XKV_PART_CHUNKS, 0, tokens), g->width, elem, false};
+    return (xkv_shape){tokens_in_chunk(c, part - XKV_PART_CHUNKS, c->sinks, coded_end), g->rank, 2,
+                       g->codec != XKV_GROUP_SVD};
 }
 
 /* --- Groups ----------------------------------------------------------------------------------------------------- */
 
+/* Coded with an error that the record states. */
+static bool is_lossy(const xkv_group *g)
+{
+    return g->codec != XKV_GROUP_LOSSLESS && g->codec != XKV_GROUP_BASIS;
+}
+
 static xkv_status check_group(const xkv_cursor *cur, const uint8_t *p, const xkv_container *c, const xkv_group *g)
 {
-    bool svd = g->codec == 1;
-    if (g->codec > 1)
+    bool lossy = is_lossy(g);
+    bool known = c->kind == XKV_KIND_DICTIONARY ? g->codec == XKV_GROUP_BASIS : g->codec < XKV_GROUP_BASIS;
+    if (!known)
         return xkv_cursor_fail_as(cur, XKV_ERROR_FEATURE, p, "R2", "codec is %u, which this reader does not know",
                                   g->codec);
-    XKV_REQUIRE(cur, g->reason <= (svd ? 0 : 4), p + 4, "R2", "reason is %u, expected %s", g->reason,
-                svd ? "0 with codec svd" : "0 .. 4");
+    bool lossless = g->codec == XKV_GROUP_LOSSLESS;
+    XKV_REQUIRE(cur, g->reason <= (lossless ? 5 : 0), p + 4, "R2", "reason is %u, expected %s", g->reason,
+                lossless ? "0 .. 5" : "0 but in a lossless group");
     XKV_REQUIRE(cur, g->plane_count >= 1, p + 8, "R3", "plane_count is 0, expected at least 1");
     XKV_REQUIRE(cur, g->part_count == c->chunk_count + 2, p + 16, "R5",
                 "part_count is %u, expected 2 + %u, the number of chunks", g->part_count, c->chunk_count);
     XKV_REQUIRE(cur, xkv_load32(p + 20) == 0, p + 20, "R1", "reserved field is not 0");
-    XKV_REQUIRE(cur, isfinite(g->energy) && g->energy >= 0 && (svd || g->energy == 0), p + 24, "R6",
-                "energy is %g, expected finite and >= 0, and 0 in a lossless group", g->energy);
-    XKV_REQUIRE(cur, isfinite(g->error) && g->error >= 0 && (svd || g->error == 0), p + 32, "R6",
-                "error is %g, expected finite and >= 0, and 0 in a lossless group", g->error);
+    XKV_REQUIRE(cur, isfinite(g->energy) && g->energy >= 0 && (lossy || g->energy == 0), p + 24, "R6",
+                "energy is %g, expected finite and >= 0, and 0 unless the group is lossy", g->energy);
+    XKV_REQUIRE(cur, isfinite(g->error) && g->error >= 0 && (lossy || g->error == 0), p + 32, "R6",
+                "error is %g, expected finite and >= 0, and 0 unless the group is lossy", g->error);
     XKV_REQUIRE(cur, xkv_load64(p + 40) == 0, p + 40, "R1", "reserved field is not 0");
     return XKV_OK;
 }
@@ -73,8 +116,8 @@ static xkv_status parse_group_planes(xkv_cursor *cur, const xkv_geometry *geomet
                      : 0);
         XKV_REQUIRE(cur, !seen[plane], p, "R3", "plane %u belongs to two groups, expected one", plane);
         XKV_REQUIRE(cur, xkv_load32(p + 4) == 0, p + 4, "R6", "reserved field is not 0");
-        XKV_REQUIRE(cur, isfinite(error) && error >= 0 && (g->codec == 1 || error == 0), p + 8, "R6",
-                    "error of plane %u is %g, expected finite and >= 0, and 0 in a lossless group", plane, error);
+        XKV_REQUIRE(cur, isfinite(error) && error >= 0 && (is_lossy(g) || error == 0), p + 8, "R6",
+                    "error of plane %u is %g, expected finite and >= 0, and 0 unless the group is lossy", plane, error);
         seen[plane] = 1;
         g->width += geometry->planes[plane].heads * geometry->planes[plane].head_dim;
         XKV_REQUIRE(cur, g->width <= XKV_MAX_WIDTH, p, "R4", "width of the group is at least %u, expected at most %u",
@@ -85,10 +128,12 @@ static xkv_status parse_group_planes(xkv_cursor *cur, const xkv_geometry *geomet
 
 static xkv_status check_rank(const xkv_cursor *cur, const uint8_t *p, const xkv_group *g)
 {
-    bool svd = g->codec == 1;
-    XKV_REQUIRE(cur, svd ? g->rank >= 1 && g->rank <= g->width : g->rank == 0, p + 12, "R4",
-                "rank is %u, expected %s (%u)", g->rank, svd ? "1 .. width of the group" : "0 in a lossless group",
+    bool lossless = g->codec == XKV_GROUP_LOSSLESS;
+    XKV_REQUIRE(cur, lossless ? g->rank == 0 : g->rank >= 1 && g->rank <= g->width, p + 12, "R4",
+                "rank is %u, expected %s (%u)", g->rank, lossless ? "0 in a lossless group" : "1 .. width of the group",
                 g->width);
+    XKV_REQUIRE(cur, g->codec != XKV_GROUP_SCALAR || g->rank == g->width, p + 12, "Q1",
+                "rank is %u, expected the width (%u) in a scalar group", g->rank, g->width);
     return XKV_OK;
 }
 
@@ -98,19 +143,28 @@ static xkv_status check_part_size(const xkv_cursor *cur, const uint8_t *p, const
                                   uint32_t index)
 {
     const xkv_part *part = &g->parts[index];
-    uint64_t decoded = xkv_container_part_size(c, g, index);
+    xkv_shape shape = xkv_part_shape(c, g, index);
+    uint64_t decoded = xkv_shape_bytes(shape), least = 4 + 4 * (uint64_t)shape.elem;
+    uint32_t most = part->size == 0 ? XKV_METHOD_STORED : XKV_METHOD_ZSTD;
     XKV_REQUIRE(cur, (part->size == 0) == (decoded == 0), p + 8, "P2",
                 "size of part %u is %llu, expected 0 exactly when it holds nothing (%llu bytes decoded)", index,
                 (unsigned long long)part->size, (unsigned long long)decoded);
-    XKV_REQUIRE(cur, part->method <= (part->size ? XKV_METHOD_ZSTD : XKV_METHOD_STORED), p + 24, "P2",
+    if (shape.coded && part->size > 0) {
+        bool by_row = g->codec != XKV_GROUP_BASIS && index >= XKV_PART_CHUNKS; /* lanes run over tokens, or elements */
+        least = 4 * xkv_min64(32, by_row ? shape.rows : shape.cols);
+        XKV_REQUIRE(cur, part->method == XKV_METHOD_CODED, p + 24, "Q2", "method of part %u is %u, expected 2", index,
+                    part->method);
+        XKV_REQUIRE(cur, part->size >= least, p + 8, "Q2", "size of part %u is %llu, expected at least %llu", index,
+                    (unsigned long long)part->size, (unsigned long long)least);
+        return XKV_OK;
+    }
+    XKV_REQUIRE(cur, part->method <= most, p + 24, "P2",
                 "method of part %u is %u, expected 0 or 1, and 0 for an empty part", index, part->method);
     if (part->method == XKV_METHOD_STORED) {
         XKV_REQUIRE(cur, part->size == decoded, p + 8, "P2", "size of part %u is %llu, expected %llu", index,
                     (unsigned long long)part->size, (unsigned long long)decoded);
         return XKV_OK;
     }
-    bool rows = g->codec == 0 || index == 1;
-    uint64_t least = 4 + 4 * (rows ? xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype) : 2);
     XKV_REQUIRE(cur, part->size >= least && xkv_ceil_div(decoded, XKV_MAX_ZSTD_RATIO) <= part->size, p + 8, "P2",
                 "size of part %u is %llu, which is too small for zstd frames of %llu bytes", index,
                 (unsigned long long)part->size, (unsigned long long)decoded);

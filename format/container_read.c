@@ -34,6 +34,11 @@ static xkv_status check_file_size(xkv_cursor *cur, xkv_container *c, uint64_t fo
                               (unsigned long long)found);
 }
 
+static const char *kind_name(uint32_t kind)
+{
+    return kind == XKV_KIND_ENTRY ? "an entry" : kind == XKV_KIND_DICTIONARY ? "a dictionary" : "unknown";
+}
+
 /* Fields behind the checksum. */
 static xkv_status parse_header(xkv_cursor *cur, const xkv_input *input, xkv_container *c)
 {
@@ -41,9 +46,9 @@ static xkv_status parse_header(xkv_cursor *cur, const xkv_input *input, xkv_cont
     XKV_TRY(check_versions(cur, c));
     XKV_TRY(check_file_size(cur, c, input->size));
     uint32_t kind = xkv_load32(p + 12), features = xkv_load32(p + 24);
-    if (kind != 1)
-        return xkv_cursor_fail_as(cur, XKV_ERROR_FORMAT, p + 12, "H6", "kind is %u%s, expected 1, an entry", kind,
-                                  kind == 2 ? " (a dictionary)" : "");
+    if (kind != c->kind)
+        return xkv_cursor_fail_as(cur, XKV_ERROR_FORMAT, p + 12, "H6", "kind is %u (%s), expected %u (%s)", kind,
+                                  kind_name(kind), c->kind, kind_name(c->kind));
     if (features != 0)
         return xkv_cursor_fail_as(cur, XKV_ERROR_FEATURE, p + 24, "H7",
                                   "required_features is 0x%x, this reader knows none", features);
@@ -313,9 +318,10 @@ static xkv_status read_all(xkv_ctx *ctx, const xkv_input *input, xkv_container *
     return read_sections(ctx, input, c);
 }
 
-xkv_status xkv_container_read(xkv_ctx *ctx, const xkv_input *input, xkv_container *c)
+xkv_status xkv_container_read(xkv_ctx *ctx, const xkv_input *input, uint32_t kind, xkv_container *c)
 {
     memset(c, 0, sizeof *c);
+    c->kind = kind;
     xkv_status status = read_all(ctx, input, c);
     if (status != XKV_OK)
         xkv_container_free(ctx, c);

@@ -10,6 +10,7 @@ enum { MAX_WRITTEN = 6 }; /* GEOM TOKN FRAM META GRPS PAYL */
 typedef struct xkv_writer_state {
     xkv_section sections[MAX_WRITTEN];
     uint32_t section_count;
+    xkv_section *metadata;         /* NULL: none */
     xkv_section *groups, *payload; /* the last two */
 } xkv_writer_state;
 
@@ -181,6 +182,8 @@ static xkv_section *append_section(xkv_writer_state *s, uint32_t type, uint32_t 
 static xkv_status add_section(head *h, const xkv_container *c, xkv_writer_state *s, uint32_t type, encode_fn encode)
 {
     xkv_section *section = append_section(s, type, type == XKV_SECTION_META ? 0 : XKV_FLAG_REQUIRED);
+    if (type == XKV_SECTION_META)
+        s->metadata = section;
     size_t start = h->bytes.size;
     XKV_TRY(encode(&h->bytes, c, h->zstd_level));
     const uint8_t *data = h->bytes.data + start;
@@ -231,6 +234,9 @@ xkv_status xkv_container_begin(xkv_ctx *ctx, xkv_container *c, const xkv_output 
     head h = {.bytes = {.ctx = ctx}, .zstd_level = zstd_level};
     xkv_status status;
     memset(w, 0, sizeof *w);
+    if (c->kind == 0)
+        c->kind = XKV_KIND_ENTRY;
+    h.parsed.kind = c->kind;
     w->c = c;
     w->output = output;
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, 1, &w->state), out);
@@ -297,7 +303,8 @@ static uint8_t *encode_group(const xkv_group *g, uint8_t *p)
 static xkv_status check_groups(xkv_ctx *ctx, const xkv_container_writer *w, const uint8_t *data)
 {
     const xkv_section *s = w->state->groups;
-    xkv_container lent = {.geometry = w->c->geometry,
+    xkv_container lent = {.kind = w->c->kind,
+                          .geometry = w->c->geometry,
                           .chunk_tokens = w->c->chunk_tokens,
                           .chunk_count = w->c->chunk_count,
                           .sinks = w->c->sinks,
@@ -343,7 +350,7 @@ static void encode_header(const xkv_writer_state *s, const xkv_container *c, uin
     memcpy(p, xkv_container_magic, sizeof xkv_container_magic);
     xkv_store16(p + 8, (uint16_t)c->write_version);
     xkv_store16(p + 10, (uint16_t)c->read_version);
-    xkv_store32(p + 12, 1);
+    xkv_store32(p + 12, c->kind);
     xkv_store64(p + 16, c->file_size);
     xkv_store32(p + 32, s->section_count);
     memcpy(p + 40, c->content_id, sizeof c->content_id);
@@ -369,10 +376,31 @@ static xkv_status write_table_and_header(xkv_ctx *ctx, xkv_container_writer *w)
     return write_bytes(ctx, w, 0, bytes, XKV_HEADER_SIZE);
 }
 
+/* Values of a fixed size may have changed since begin(): a measured error, say. */
+static xkv_status rewrite_metadata(xkv_ctx *ctx, const xkv_container_writer *w)
+{
+    xkv_buffer b = {.ctx = ctx};
+    xkv_section *s = w->state->metadata;
+    xkv_status status = XKV_OK;
+    if (s == NULL)
+        return XKV_OK;
+    XKV_TRY_GOTO(encode_metadata(&b, w->c, 0), out);
+    if (b.size != s->size) {
+        status = xkv_fail(ctx, XKV_ERROR_INTERNAL, "the metadata changed its size while packing");
+        goto out;
+    }
+    s->checksum = XXH3_64bits(b.data, b.size);
+    status = write_bytes(ctx, w, s->offset, b.data, b.size);
+out:
+    xkv_release(ctx, b.data);
+    return status;
+}
+
 xkv_status xkv_container_finish(xkv_ctx *ctx, xkv_container_writer *w, uint64_t *file_size)
 {
     xkv_status status;
     w->state->payload->size = w->payload_end;
+    XKV_TRY_GOTO(rewrite_metadata(ctx, w), out);
     XKV_TRY_GOTO(write_groups(ctx, w), out);
     XKV_TRY_GOTO(write_table_and_header(ctx, w), out);
     *file_size = w->c->file_size;

@@ -56,6 +56,10 @@ typedef struct xkv_kernels {
     void (*gemm_tn)(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
                     float *c, size_t ldc);
 
+    /* C[m,n] = A[m,k] B[n,k]^T + beta C. */
+    void (*gemm_nt)(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
+                    float *c, size_t ldc);
+
     /* Sum of squares of n f32 in f64, and of differences (a - b)^2. */
     double (*sum_squares)(const float *x, size_t n);
     double (*sum_squared_difference)(const float *a, const float *b, size_t n);
@@ -137,6 +141,9 @@ void xkv_svd_result_free(xkv_ctx *ctx, xkv_svd_result *result);
  * the upper triangle (column-major) is read: dsyevd_ with workspace sizes of our own. In f64, since f32 eigenvectors
  * are not orthonormal to 1e-6 from n of about 100 on. Errors: LIMIT (n = 0, n > 32764), MEMORY, BACKEND. */
 XKV_MUST_CHECK xkv_status xkv_syevd(xkv_ctx *ctx, uint32_t n, double *a, double *w);
+
+/* Inverse of a symmetric positive definite matrix a[n*n] in place, by Cholesky in f64; false when it is not one. */
+bool xkv_spd_inverse(uint32_t n, double *a);
 
 /* Rows of one GEMM tile. */
 #define XKV_TILE_ROWS 256u

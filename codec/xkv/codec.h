@@ -24,10 +24,16 @@ extern "C" {
 /* --- Packing ------------------------------------------------------------------------------------------------------ */
 
 typedef enum xkv_profile {
-    XKV_PROFILE_AUTO = 0,     /* svd when a rank, ratio, error or energy is asked for, else lossless */
+    XKV_PROFILE_AUTO = 0, /* dict when there is a dictionary, svd when a rank or an energy is asked for, scalar for a
+                             ratio or an error, else lossless */
     XKV_PROFILE_LOSSLESS = 1, /* byte planes + zstd */
-    XKV_PROFILE_SVD = 2       /* grouped cross-layer SVD, xKV (arXiv 2503.18893) */
+    XKV_PROFILE_SVD = 2,      /* grouped cross-layer SVD, xKV (arXiv 2503.18893), factors at 16 bits */
+    XKV_PROFILE_DICT = 3,     /* trained bases, one quantizer step, rANS */
+    XKV_PROFILE_SCALAR = 4    /* the same quantizer and coder on the elements themselves, for want of a dictionary */
 } xkv_profile;
+
+/* A trained dictionary (.xkvd). Immutable, may be shared by threads. */
+typedef struct xkv_dict xkv_dict;
 
 /* Progress of a call in bytes of raw cache; return non-zero to stop it (XKV_ERROR_CANCELLED). Called on the caller's
  * thread, at least once a group. */
@@ -40,11 +46,12 @@ typedef struct xkv_pack_options {
     uint32_t sinks;        /* exact tokens at the start; default 4; cut to the tokens there are */
     uint32_t window;       /* exact tokens at the end; default 0 */
 
-    /* What an svd group may cost. Exactly one of: rank_k and rank_v, ratio, error, energy. */
+    /* What it may cost. At most one of: rank_k and rank_v (svd), ratio, error, energy (svd), quality (dict). */
     uint32_t rank_k, rank_v; /* components per full group of K (or latent) and V planes; a smaller last group gets its
                                 share by layers, rounded down, at least 1 */
     double ratio;            /* > 1: raw 16-bit bytes / all bytes of the entry; ranks K : V = 1 : 1.5 as in the paper */
-    double error;            /* 0 < error < 1: largest relative error of each group, guaranteed by measurement */
+    double error;  /* 0 < error < 1: svd: largest relative error of each group, guaranteed by measurement; dict and
+                      scalar: relative error of all coded planes together, in the dictionary's metric */
     double energy; /* 0 < energy < 1: share of each group's sum of squares to keep; error = sqrt(1 - energy) */
 
     uint32_t iterations;   /* power iterations, 1 .. 8; default 2 */
@@ -57,6 +64,9 @@ typedef struct xkv_pack_options {
     const char *writer;     /* program name and version for the metadata; NULL: libxkv's */
     xkv_progress_fn progress;
     void *progress_user;
+
+    const xkv_dict *dict; /* opened for packing; required by profile dict */
+    double quality;       /* dict: 1 .. 100; each 16 points halve the step; 0: 50, unless there is another target */
 } xkv_pack_options;
 
 static inline xkv_pack_options xkv_pack_options_default(void)
@@ -82,6 +92,10 @@ typedef struct xkv_pack_report {
     uint32_t lossless_groups;  /* of them, stored lossless */
     uint32_t fallback_groups;  /* of those, because svd would not have shrunk them */
     uint32_t nonfinite_planes; /* planes holding NaN or Inf */
+    double step;               /* dict and scalar: the quantizer's step; else 0 */
+    double error_metric;       /* dict: relative error in the dictionary's metric; scalar: of the planes; else 0 */
+    uint32_t components;       /* dict and scalar: components that were coded, over all groups */
+    uint32_t component_total;  /* of so many */
 } xkv_pack_report;
 
 /* Pack planes. `views` [geometry->plane_count] are the sources. `framing` (may be NULL) is the engine file around them
@@ -128,17 +142,25 @@ typedef struct xkv_entry_info {
     uint32_t write_version, read_version;
     uint32_t sinks, window, chunk_tokens, chunk_count;
     uint32_t group_count;
-    uint32_t lossless; /* non-zero when every group is */
+    uint32_t lossless;         /* non-zero when every group is */
+    uint32_t needs_dict;       /* non-zero when a group is coded with a dictionary */
+    uint8_t dictionary_id[16]; /* its content id; zero when needs_dict is 0 */
 } xkv_entry_info;
 XKV_API void xkv_entry_get_info(const xkv_entry *entry, xkv_entry_info *info);
 
-typedef enum xkv_group_codec { XKV_CODEC_LOSSLESS = 0, XKV_CODEC_SVD = 1 } xkv_group_codec;
+typedef enum xkv_group_codec {
+    XKV_CODEC_LOSSLESS = 0,
+    XKV_CODEC_SVD = 1,
+    XKV_CODEC_DICT = 2,
+    XKV_CODEC_SCALAR = 3
+} xkv_group_codec;
 typedef enum xkv_lossless_reason {
     XKV_REASON_ASKED = 0,
     XKV_REASON_NO_GAIN = 1,
     XKV_REASON_NONFINITE = 2,
     XKV_REASON_EXACT_KIND = 3,
-    XKV_REASON_NO_TOKENS = 4
+    XKV_REASON_NO_TOKENS = 4,
+    XKV_REASON_NOT_TRAINED = 5 /* the dictionary has no basis for these planes */
 } xkv_lossless_reason;
 
 typedef struct xkv_group_info {
@@ -178,6 +200,10 @@ XKV_API int xkv_entry_find_value(const xkv_entry *entry, const char *key, xkv_va
 /* Check that the entry was made by `model`: fingerprints when both have one, else layer count and widths.
  * Errors: MISMATCH with both values in the detail text. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_check_model(xkv_ctx *ctx, const xkv_entry *entry, const xkv_model *model);
+
+/* Give an entry the dictionary it was packed with, which must outlive it; needed before anything is decoded. Not to be
+ * called while another thread uses the entry. Errors: MISMATCH naming both ids; ARGUMENT when the entry needs none. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_attach(xkv_ctx *ctx, xkv_entry *entry, const xkv_dict *dict);
 
 typedef struct xkv_read_options {
     size_t struct_size;
@@ -225,6 +251,68 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_entry_restore(xkv_ctx *ctx, const xkv_entr
 /* Entry to engine file, atomically. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_unpack_file(xkv_ctx *ctx, const char *entry_path, const char *engine_path,
                                                   int overwrite, uint32_t token_count);
+
+/* --- Dictionaries ------------------------------------------------------------------------------------------------- */
+
+/* Open a dictionary, decode its bases and fold its metric into them. `for_packing` 0 leaves out what only packing needs
+ * (half of the memory: about 8 bytes an element of every basis, then 4). `input` is not kept.
+ * Errors: as xkv_entry_open(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing,
+                                                xkv_dict **dict_p);
+XKV_API void xkv_dict_close(xkv_ctx *ctx, xkv_dict *dict);
+
+typedef struct xkv_dict_info {
+    uint8_t id[16]; /* content id */
+    uint64_t file_size;
+    uint32_t layer_count, group_count;
+    uint32_t component_count; /* of all groups */
+    double unit;              /* root mean square deviation of a coefficient: the unit of quality */
+    uint64_t tokens;          /* training rows */
+    double max_quality;       /* finest quality its rounding was made for */
+    uint8_t fingerprint[16];  /* of the model; zero when unknown */
+} xkv_dict_info;
+XKV_API void xkv_dict_get_info(const xkv_dict *dict, xkv_dict_info *info);
+
+/* Standard deviations of the coefficients of a group in training, by falling size: sigma[*count]. */
+XKV_API const float *xkv_dict_sigma(const xkv_dict *dict, uint32_t group, uint32_t *count);
+
+/* The quantizer's step of a quality: 2/3 * unit * 2^((50 - quality) / 16). */
+XKV_API double xkv_dict_step(const xkv_dict *dict, double quality);
+
+typedef struct xkv_train_options {
+    size_t struct_size;
+    uint32_t group_layers; /* default 4 */
+    uint32_t apart;        /* non-zero: K and V in groups of their own; default 0: jointly, which is 3 times better */
+    uint32_t sinks;        /* tokens at the start of each cache to leave out; default 4 */
+    double max_quality;    /* finest quality the components are rounded for; default 75, about 8x */
+    int32_t zstd_level;    /* default 19 */
+    /* What errors cost: e^T M e for an error e of one head, M [layers][kv_heads][head_dim][head_dim], K before RoPE.
+     * NULL: planes are divided by their standard deviation, and keys weigh 1.4. */
+    const float *k_metric, *v_metric;
+    const xkv_model *model; /* for the metadata */
+    const char *writer;
+    xkv_progress_fn progress;
+    void *progress_user;
+} xkv_train_options;
+
+static inline xkv_train_options xkv_train_options_default(void)
+{
+    xkv_train_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    o.group_layers = 4;
+    o.sinks = 4;
+    o.max_quality = 75;
+    o.zstd_level = 19;
+    return o;
+}
+
+/* Train a dictionary on caches of one model: PCA of all planes of a group together, in the metric (spec/dictionary.md,
+ * section 3). The caches are read group by group, tile by tile: memory is four matrices of the widest group, whatever
+ * the number of caches. Errors: ARGUMENT (no rows, a NaN or Inf, caches of different geometry), LIMIT, MEMORY,
+ * CANCELLED, BACKEND, and what `output` returns. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_train(xkv_ctx *ctx, const xkv_cache *const *caches, uint32_t cache_count,
+                                            const xkv_train_options *options, const xkv_output *output);
 
 #ifdef __cplusplus
 }

@@ -138,6 +138,13 @@ void xkv_blas_gemm_tn(size_t m, size_t n, size_t k, const float *a, size_t lda, 
                 c, (int)ldc);
 }
 
+void xkv_blas_gemm_nt(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
+                      float *c, size_t ldc)
+{
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)m, (int)n, (int)k, 1.0f, a, (int)lda, b, (int)ldb, beta,
+                c, (int)ldc);
+}
+
 /* --- Sums --------------------------------------------------------------------------------------------------------- */
 
 double xkv_generic_add_lanes(double lanes[XKV_SUM_LANES])
@@ -235,6 +242,7 @@ const xkv_kernels *xkv_kernels_cpu_generic(void)
         .rope_row = xkv_generic_rope_row,
         .gemm_nn = xkv_blas_gemm_nn,
         .gemm_tn = xkv_blas_gemm_tn,
+        .gemm_nt = xkv_blas_gemm_nt,
         .sum_squares = generic_sum_squares,
         .sum_squared_difference = generic_sum_squared_difference,
         .split_bytes = xkv_generic_split_bytes,

@@ -18,6 +18,8 @@ void xkv_generic_rope_row(float *row, uint32_t heads, uint32_t head_dim, const x
                           bool inverse);
 void xkv_blas_gemm_nn(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
                       float *c, size_t ldc);
+void xkv_blas_gemm_nt(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
+                      float *c, size_t ldc);
 void xkv_blas_gemm_tn(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
                       float *c, size_t ldc);
 void xkv_generic_split_bytes(const void *src, size_t rows, size_t cols, size_t elem, uint8_t *planes);

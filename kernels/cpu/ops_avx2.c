@@ -294,6 +294,7 @@ const xkv_kernels *xkv_kernels_cpu_avx2(void)
         .rope_row = avx2_rope_row,
         .gemm_nn = xkv_blas_gemm_nn,
         .gemm_tn = xkv_blas_gemm_tn,
+        .gemm_nt = xkv_blas_gemm_nt,
         .sum_squares = avx2_sum_squares,
         .sum_squared_difference = avx2_sum_squared_difference,
         .split_bytes = avx2_split_bytes,

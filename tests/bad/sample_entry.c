@@ -123,7 +123,7 @@ static xkv_status write_part(xkv_ctx *ctx, xkv_container_writer *w, uint32_t gro
 {
     uint8_t bytes[2048];
     sample *s = (sample *)w->c; /* its first member */
-    uint64_t size = xkv_container_part_size(&s->c, &s->groups[group], index);
+    uint64_t size = xkv_shape_bytes(xkv_part_shape(&s->c, &s->groups[group], index));
     uint32_t method = group == 1 && index == 2 ? XKV_METHOD_ZSTD : XKV_METHOD_STORED;
     if (method == XKV_METHOD_ZSTD)
         size = 45;
@@ -168,7 +168,7 @@ xkv_status sample_check(xkv_ctx *ctx, const void *data, size_t size)
     xkv_container c;
     xkv_input input = xkv_input_from_memory(data, size);
     xkv_ctx_begin(ctx);
-    XKV_TRY(xkv_container_read(ctx, &input, &c));
+    XKV_TRY(xkv_container_read(ctx, &input, XKV_KIND_ENTRY, &c));
     xkv_status status = check_parts(ctx, &input, &c);
     xkv_container_free(ctx, &c);
     return status;

@@ -51,7 +51,7 @@ static void open_entry(const uint8_t *data, size_t size)
     if (xkv_ctx_create(&o, &ctx) != XKV_OK)
         abort();
     xkv_input input = xkv_input_from_memory(data, size);
-    xkv_status status = xkv_container_read(ctx, &input, &c);
+    xkv_status status = xkv_container_read(ctx, &input, XKV_KIND_ENTRY, &c);
     if (status == XKV_OK) {
         check_promises(&c, size);
         status = read_parts(ctx, &input, &c);

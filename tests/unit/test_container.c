@@ -93,7 +93,7 @@ static void what_is_written_is_read(void **state)
         sample_init(&s, tokens[i]);
         assert_int_equal(sample_write(*state, &s, &f), XKV_OK);
         xkv_input input = xkv_input_from_memory(f.data, f.size);
-        assert_int_equal(xkv_container_read(*state, &input, &c), XKV_OK);
+        assert_int_equal(xkv_container_read(*state, &input, XKV_KIND_ENTRY, &c), XKV_OK);
         assert_int_equal(c.write_version, 1);
         assert_int_equal(c.file_size, f.size);
         assert_int_equal(c.chunk_tokens, 32);
@@ -130,7 +130,7 @@ static void positions_that_follow_each_other_take_no_bytes(void **state)
     assert_true(without.size < with.size);
     xkv_container c;
     xkv_input input = xkv_input_from_memory(without.data, without.size);
-    assert_int_equal(xkv_container_read(*state, &input, &c), XKV_OK);
+    assert_int_equal(xkv_container_read(*state, &input, XKV_KIND_ENTRY, &c), XKV_OK);
     assert_memory_equal(c.geometry.positions, s.positions, sizeof s.positions);
     xkv_container_free(*state, &c);
 }
@@ -175,7 +175,7 @@ static void every_byte_is_written(void **state)
             xkv_container c;
             xkv_input input = xkv_input_from_memory(ones, sizeof ones);
             input.size = xkv_load64(ones + 16);
-            assert_int_equal(xkv_container_read(*state, &input, &c), XKV_OK);
+            assert_int_equal(xkv_container_read(*state, &input, XKV_KIND_ENTRY, &c), XKV_OK);
             assert_int_equal(c.payload_offset, head);
             p = &c.groups[i].parts[k];
             assert_int_equal(xkv_container_add_part(*state, &w, &s.parts[i][k], ones + c.payload_offset + p->offset,
@@ -347,7 +347,7 @@ static void each_failing_write_is_reported(void **state)
         assert_true(status == XKV_OK || status == XKV_ERROR_NO_SPACE);
         assert_int_equal(xkv_ctx_memory_used(*state), 0);
     }
-    assert_int_equal(n, 5); /* small sections, GRPS, table, header */
+    assert_int_equal(n, 6); /* small sections, GRPS, META again, table, header */
 }
 
 /* --- UTF-8 -------------------------------------------------------------------------------------------------------- */
@@ -422,7 +422,7 @@ static void the_worked_example_is_an_entry(void **state)
     assert_int_equal(size, 848);
     xkv_input input = xkv_input_from_memory(bytes, size);
     assert_int_equal(sample_check(*state, bytes, size), XKV_OK);
-    assert_int_equal(xkv_container_read(*state, &input, &c), XKV_OK);
+    assert_int_equal(xkv_container_read(*state, &input, XKV_KIND_ENTRY, &c), XKV_OK);
 
     const xkv_geometry *g = &c.geometry;
     assert_int_equal(c.section_count, 4);

@@ -1,0 +1,355 @@
+#include "coded.h"
+
+#include <math.h>
+
+/* A component is coded when that lowers squared error + LAMBDA * step^2 * bits. The optimum for the squared error alone
+ * is 2 ln 2 / 12 = 0.1155; attention dislikes lost energy, and half of that gives the same divergence of the next-token
+ * distributions at equal bytes as coding everything, with half of the components. */
+#define LAMBDA 0.06
+/* Bits that naming a table takes, so that a component of no use is not named. */
+#define TABLE_BITS 6
+
+xkv_transform xkv_transform_of_basis(const xkv_basis *b)
+{
+    return (xkv_transform){.rank = b->rank,
+                           .width = b->width,
+                           .mean = b->mean,
+                           .synthesis = b->synthesis,
+                           .analysis = b->analysis,
+                           .offset = b->offset,
+                           .blocks = b->blocks};
+}
+
+/* --- Rows to coefficients ----------------------------------------------------------------------------------------- */
+
+static void analyze_diagonal(const xkv_transform *t, const float *x, uint32_t tokens, float *y, size_t stride)
+{
+    for (size_t i = 0; i < t->width; i++)
+        for (size_t s = 0; s < tokens; s++)
+            y[i * stride + s] = (x[s * t->width + i] - t->mean[i]) / t->diagonal[i];
+}
+
+void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, const float *x, uint32_t tokens, float *y, size_t stride)
+{
+    if (t->diagonal) {
+        analyze_diagonal(t, x, tokens, y, stride);
+        return;
+    }
+    k->gemm_nt(t->rank, tokens, t->width, t->analysis, t->width, x, t->width, 0, y, stride);
+    for (size_t j = 0; t->offset && j < t->rank; j++)
+        for (size_t s = 0; s < tokens; s++)
+            y[j * stride + s] -= t->offset[j];
+}
+
+/* --- Quantize and choose ------------------------------------------------------------------------------------------ */
+
+static double sum_squares(const float *y, uint32_t n)
+{
+    double sum = 0;
+
+    for (uint32_t i = 0; i < n; i++)
+        sum += (double)y[i] * (double)y[i];
+    return sum;
+}
+
+static double sum_squared_errors(const float *y, const int16_t *q, uint32_t n, float step)
+{
+    double sum = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        double d = (double)(y[i] - (float)q[i] * step);
+        sum += d * d;
+    }
+    return sum;
+}
+
+bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, int16_t *q, uint8_t *table,
+                        double *bits, double *squares)
+{
+    double energy = sum_squares(y, n), error;
+
+    *table = 0;
+    *bits = 0;
+    *squares = energy;
+    if (energy < 0.01 * (double)step * (double)step * n) /* nothing but zeros, almost surely */
+        return true;
+    if (!xkv_quantize(coder, y, n, step, q))
+        return false;
+    *table = (uint8_t)xkv_table_choose(q, n, bits);
+    error = sum_squared_errors(y, q, n, step);
+    if (*table == 0 || energy - error <= LAMBDA * (double)step * (double)step * (*bits + TABLE_BITS)) {
+        *table = 0;
+        *bits = 0;
+        return true;
+    }
+    *squares = error;
+    return true;
+}
+
+/* --- Coefficients to rows ----------------------------------------------------------------------------------------- */
+
+xkv_status xkv_scaled_rows(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step, float **rows_p)
+{
+    uint32_t coded = 0;
+    float *rows;
+
+    for (uint32_t j = 0; j < t->rank; j++)
+        coded += tables[j] != 0;
+    XKV_TRY(XKV_NEW(ctx, t->synthesis ? (size_t)coded * t->width : 1, &rows));
+    *rows_p = rows;
+    for (size_t j = 0; t->synthesis && j < t->rank; j++) {
+        const float *row = t->synthesis + j * t->width;
+        if (tables[j] == 0)
+            continue;
+        for (size_t i = 0; i < t->width; i++)
+            rows[i] = row[i] * step;
+        rows += t->width;
+    }
+    return XKV_OK;
+}
+
+static void fill_mean(const xkv_transform *t, uint32_t tokens, float *x)
+{
+    for (size_t s = 0; s < tokens; s++)
+        if (t->mean)
+            memcpy(x + s * t->width, t->mean, t->width * sizeof *x);
+        else
+            memset(x + s * t->width, 0, t->width * sizeof *x);
+}
+
+static void synthesize_diagonal(const xkv_transform *t, const uint8_t *tables, float step, const int16_t *q,
+                                size_t stride, uint32_t tokens, float *x)
+{
+    for (size_t i = 0; i < t->width; i++) {
+        if (tables[i] == 0)
+            continue;
+        float factor = step * t->diagonal[i];
+        for (size_t s = 0; s < tokens; s++)
+            x[s * t->width + i] += (float)q[s] * factor;
+        q += stride;
+    }
+}
+
+void xkv_synthesize(const xkv_kernels *k, const xkv_transform *t, const uint8_t *tables, float step, const float *rows,
+                    uint32_t coded, const int16_t *q, size_t stride, uint32_t tokens, float *a, float *x)
+{
+    fill_mean(t, tokens, x);
+    if (t->diagonal) {
+        synthesize_diagonal(t, tables, step, q, stride, tokens, x);
+        return;
+    }
+    if (coded == 0)
+        return;
+    for (size_t i = 0; i < coded; i++)
+        xkv_dequantize(xkv_coder_cpu(), q + i * stride, tokens, 1, a + i * tokens);
+    k->gemm_tn(tokens, t->width, coded, a, tokens, rows, t->width, 1, x, t->width);
+}
+
+/* --- A group ------------------------------------------------------------------------------------------------------ */
+
+typedef struct sums {
+    double squares, energy; /* of a plane */
+} sums;
+
+typedef struct job {
+    xkv_ctx *ctx;
+    xkv_rotator *rotators;
+    const xkv_kernels *kernels;
+    const xkv_group *g;
+    const xkv_view *views;
+    const xkv_transform *t;
+    xkv_coded *coded;
+    uint32_t first; /* token of the first row */
+    float *y;       /* [rank][tokens] */
+    double *bits;   /* [rank] */
+    float *scratch; /* per thread */
+    size_t scratch_size;
+    float *rows;  /* scaled synthesis rows of the coded components */
+    sums *planes; /* [tiles][plane_count + 1]; the last one is the metric's */
+} job;
+
+static uint32_t tile_tokens(const job *j, uint64_t tile, uint32_t *row)
+{
+    *row = (uint32_t)(tile * XKV_TILE_ROWS);
+    return (uint32_t)xkv_min64(XKV_TILE_ROWS, j->coded->tokens - *row);
+}
+
+static xkv_status analyze_tile(void *user, uint32_t worker, uint64_t tile)
+{
+    job *j = user;
+    uint32_t row, n = tile_tokens(j, tile, &row);
+    float *x = j->scratch + worker * j->scratch_size;
+
+    XKV_TRY(xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, j->first + row, j->first + row + n, x));
+    xkv_analyze(j->kernels, j->t, x, n, j->y + row, j->coded->tokens);
+    return XKV_OK;
+}
+
+static xkv_status code_task(void *user, uint32_t worker, uint64_t component)
+{
+    job *j = user;
+    xkv_coded *c = j->coded;
+    size_t at = component * c->tokens;
+    double squares;
+
+    (void)worker;
+    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, c->q + at, &c->tables[component],
+                            &j->bits[component], &squares))
+        return xkv_fail(j->ctx, XKV_ERROR_TARGET, "a coefficient is more than 32767 steps of %g", (double)c->step);
+    return XKV_OK;
+}
+
+/* Squared norms of e W and of x W - (mean W), head by head. */
+static void add_metric(const job *j, const float *x, const float *e, uint32_t n, float *product, sums *metric)
+{
+    const float *block = j->t->blocks;
+    size_t column = 0, width = j->t->width;
+
+    for (uint32_t i = 0; i < j->g->plane_count; i++) {
+        const xkv_plane *p = &j->rotators->geometry->planes[j->g->planes[i]];
+        for (uint32_t h = 0; h < p->heads; h++) {
+            size_t d = p->head_dim;
+            j->kernels->gemm_nn(n, d, d, e + column, width, block, d, 0, product, d);
+            metric->squares += j->kernels->sum_squares(product, n * d);
+            j->kernels->gemm_nn(n, d, d, x + column, width, block, d, 0, product, d);
+            metric->energy += j->kernels->sum_squares(product, n * d);
+            block += d * d;
+            column += d;
+        }
+    }
+}
+
+static void add_planes(const job *j, const float *x, const float *y, uint32_t n, sums *planes)
+{
+    for (uint32_t s = 0; s < n; s++)
+        for (uint32_t i = 0; i < j->g->plane_count; i++) {
+            uint32_t width = xkv_plane_width(&j->rotators->geometry->planes[j->g->planes[i]]);
+            planes[i].squares += j->kernels->sum_squared_difference(x, y, width);
+            planes[i].energy += j->kernels->sum_squares(x, width);
+            x += width;
+            y += width;
+        }
+}
+
+static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
+{
+    job *j = user;
+    xkv_coded *c = j->coded;
+    uint32_t row, n = tile_tokens(j, tile, &row), count = j->g->plane_count;
+    size_t width = j->t->width, elements = n * width;
+    float *x = j->scratch + worker * j->scratch_size, *y = x + XKV_TILE_ROWS * width, *a = y + XKV_TILE_ROWS * width;
+    sums *planes = j->planes + tile * (count + 1);
+
+    XKV_TRY(xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, j->first + row, j->first + row + n, x));
+    xkv_synthesize(j->kernels, j->t, c->tables, c->step, j->rows, c->coded, c->q + row, c->tokens, n, a, y);
+    add_planes(j, x, y, n, planes);
+    if (!j->t->blocks)
+        return XKV_OK;
+    for (size_t i = 0; i < elements; i++)
+        y[i] = x[i] - y[i];
+    for (size_t i = 0; i < elements; i++)
+        x[i] -= j->t->mean[i % width];
+    add_metric(j, x, y, n, a, &planes[count]);
+    return XKV_OK;
+}
+
+static double relative(double squares, double energy)
+{
+    return energy > 0 ? sqrt(squares / energy) : 0;
+}
+
+/* Per-tile sums in order of the tiles, so that the figures do not depend on the number of threads. */
+static void total(const job *j, uint64_t tiles, xkv_group *g)
+{
+    double squares = 0;
+
+    g->energy = 0;
+    for (uint32_t i = 0; i <= g->plane_count; i++) {
+        sums s = {0, 0};
+        for (uint64_t t = 0; t < tiles; t++) {
+            s.squares += j->planes[t * (g->plane_count + 1) + i].squares;
+            s.energy += j->planes[t * (g->plane_count + 1) + i].energy;
+        }
+        if (i == g->plane_count) {
+            j->coded->metric_squares = s.squares;
+            j->coded->metric_energy = s.energy;
+        } else {
+            g->plane_errors[i] = relative(s.squares, s.energy);
+            g->plane_energies[i] = s.energy;
+            squares += s.squares;
+            g->energy += s.energy;
+        }
+    }
+    g->error = relative(squares, g->energy);
+}
+
+/* Move the rows of the coded components together. */
+static void close_up(xkv_coded *c)
+{
+    c->coded = 0;
+    for (size_t i = 0; i < c->rank; i++)
+        if (c->tables[i] != 0) {
+            memmove(c->q + (size_t)c->coded * c->tokens, c->q + i * c->tokens, c->tokens * sizeof *c->q);
+            c->coded_tables[c->coded++] = c->tables[i];
+        }
+}
+
+static xkv_status run(job *j, xkv_pool *pool, xkv_group *g)
+{
+    xkv_coded *c = j->coded;
+    uint64_t tiles = xkv_ceil_div(c->tokens, XKV_TILE_ROWS);
+    size_t tile = (size_t)XKV_TILE_ROWS * c->rank, width = j->t->width;
+
+    j->scratch_size = XKV_TILE_ROWS * 2 * width + (tile > XKV_TILE_ROWS * width ? tile : XKV_TILE_ROWS * width);
+    XKV_TRY(XKV_NEW(j->ctx, j->scratch_size * xkv_pool_threads(pool), &j->scratch));
+    XKV_TRY(XKV_NEW(j->ctx, (size_t)c->rank * c->tokens, &j->y));
+    XKV_TRY(XKV_NEW(j->ctx, c->rank, &j->bits));
+    XKV_TRY(XKV_NEW(j->ctx, (size_t)c->rank * c->tokens, &c->q));
+    XKV_TRY(XKV_NEW(j->ctx, c->rank, &c->tables));
+    XKV_TRY(XKV_NEW(j->ctx, c->rank, &c->coded_tables));
+    XKV_TRY(XKV_NEW_ZERO(j->ctx, (size_t)tiles * (g->plane_count + 1), &j->planes));
+    XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, analyze_tile, j));
+    XKV_TRY(xkv_pool_run(j->ctx, pool, c->rank, code_task, j));
+    for (uint32_t i = 0; i < c->rank; i++)
+        c->bits += j->bits[i];
+    xkv_release(j->ctx, j->y);
+    j->y = NULL;
+    close_up(c);
+    XKV_TRY(xkv_scaled_rows(j->ctx, j->t, c->tables, c->step, &j->rows));
+    XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, measure_tile, j));
+    total(j, tiles, g);
+    return XKV_OK;
+}
+
+xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
+                          uint32_t t0, uint32_t t1, const xkv_transform *t, float step, xkv_coded *coded)
+{
+    job j = {.ctx = ctx,
+             .rotators = rotators,
+             .kernels = rotators->kernels,
+             .g = g,
+             .views = views,
+             .t = t,
+             .coded = coded,
+             .first = t0};
+    xkv_status status;
+
+    *coded = (xkv_coded){.rank = t->rank, .tokens = t1 - t0, .step = step};
+    status = run(&j, pool, g);
+    xkv_release(ctx, j.scratch);
+    xkv_release(ctx, j.y);
+    xkv_release(ctx, j.bits);
+    xkv_release(ctx, j.rows);
+    xkv_release(ctx, j.planes);
+    if (status != XKV_OK)
+        xkv_coded_free(ctx, coded);
+    return status;
+}
+
+void xkv_coded_free(xkv_ctx *ctx, xkv_coded *coded)
+{
+    xkv_release(ctx, coded->q);
+    xkv_release(ctx, coded->tables);
+    xkv_release(ctx, coded->coded_tables);
+    *coded = (xkv_coded){0};
+}

@@ -1,0 +1,61 @@
+/* coded.h - groups of quantized, entropy-coded coefficients (spec/dictionary.md, section 1): from rows to integers, and
+ * from integers to rows. */
+#ifndef XKV_CODED_H
+#define XKV_CODED_H
+
+#include "dict.h"
+#include "rans.h"
+#include "rows.h"
+
+/* What turns rows into coefficients and back. All pointers belong to somebody else. */
+typedef struct xkv_transform {
+    uint32_t rank, width;
+    const float *mean;      /* [width], or NULL for 0 */
+    const float *synthesis; /* [rank][width]; NULL: the diagonal below */
+    const float *analysis;  /* [rank][width] and */
+    const float *offset;    /* [rank]: y_j = x . analysis_j - offset_j; NULL for 0 */
+    const float *diagonal;  /* [width] scalar: x_i = mean_i + y_i * diagonal_i */
+    const float *blocks;    /* metric blocks of the group's heads, one behind the other; NULL: no metric */
+} xkv_transform;
+
+xkv_transform xkv_transform_of_basis(const xkv_basis *basis);
+
+/* The coefficients of a run of tokens. */
+typedef struct xkv_coded {
+    uint32_t rank, tokens;
+    float step;
+    uint8_t *tables;                      /* [rank]; 0: not coded */
+    uint32_t coded;                       /* how many are */
+    uint8_t *coded_tables;                /* [coded] their tables */
+    int16_t *q;                           /* [coded][tokens] their integers */
+    double bits;                          /* of the coded components */
+    double metric_squares, metric_energy; /* sums of |(x - y) W|^2 and |x W - mu|^2; 0 without a metric */
+} xkv_coded;
+
+/* Coefficients of x [tokens][width] into y, component-major: y[j * stride + t]. */
+void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, const float *x, uint32_t tokens, float *y,
+                 size_t stride);
+
+/* Quantize one component and choose its table, or 0 when coding it is not worth its bits: it must lower
+ * squared error + lambda * step^2 * bits. q is [n]; *bits is 0 when not coded. False when a value does not fit. */
+bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, int16_t *q, uint8_t *table,
+                        double *bits, double *squares);
+
+/* The rows of the coded components, times step: what xkv_synthesize takes. [coded][width], or for a diagonal its
+ * indices are used directly and the array is empty. */
+XKV_MUST_CHECK xkv_status xkv_scaled_rows(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step,
+                                          float **rows_p);
+
+/* Rows x [tokens][width] (K before RoPE) from the coded components' integers: q[i * stride + t] for the i-th coded one.
+ * `a` is scratch of coded * tokens f32. */
+void xkv_synthesize(const xkv_kernels *k, const xkv_transform *t, const uint8_t *tables, float step, const float *rows,
+                    uint32_t coded, const int16_t *q, size_t stride, uint32_t tokens, float *a, float *x);
+
+/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors.
+ * Errors: TARGET when a coefficient exceeds 32767 steps. */
+XKV_MUST_CHECK xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
+                                         const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
+                                         float step, xkv_coded *coded);
+void xkv_coded_free(xkv_ctx *ctx, xkv_coded *coded);
+
+#endif

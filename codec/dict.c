@@ -1,0 +1,379 @@
+#include "dict.h"
+
+#include "parts.h"
+#include "rans.h"
+#include "rows.h"
+
+#include <math.h>
+#include <stdio.h>
+
+enum { QUALITY_MIDDLE = 50, QUALITY_OCTAVE = 16 };
+
+double xkv_dict_step(const xkv_dict *dict, double quality)
+{
+    return 2.0 / 3 * dict->unit * exp2((QUALITY_MIDDLE - quality) / QUALITY_OCTAVE);
+}
+
+xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group *g)
+{
+    xkv_basis_header h = {.mu = 0, .sigma = 4ull * g->width};
+
+    h.d = h.sigma + 4ull * g->rank;
+    h.tables = h.d + 4ull * g->rank;
+    h.blocks = h.size = h.tables + g->rank;
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        const xkv_plane *p = &geometry->planes[g->planes[i]];
+        h.size += p->heads * (4 + 2ull * p->head_dim * p->head_dim);
+    }
+    return h;
+}
+
+bool xkv_dict_find_plane(const xkv_dict *dict, const xkv_plane *plane, uint32_t *group)
+{
+    for (uint32_t i = 0; i < dict->c.group_count; i++)
+        for (uint32_t k = 0; k < dict->c.groups[i].plane_count; k++) {
+            const xkv_plane *p = &dict->c.geometry.planes[dict->c.groups[i].planes[k]];
+            if (p->layer == plane->layer && p->kind == plane->kind) {
+                *group = i;
+                return true;
+            }
+        }
+    return false;
+}
+
+static bool same_plane(const xkv_plane *a, const xkv_plane *b)
+{
+    return a->layer == b->layer && a->kind == b->kind && a->heads == b->heads && a->head_dim == b->head_dim;
+}
+
+const xkv_basis *xkv_dict_basis(const xkv_dict *dict, const xkv_geometry *geometry, const xkv_group *g)
+{
+    const xkv_group *d;
+    uint32_t group;
+
+    if (!xkv_dict_find_plane(dict, &geometry->planes[g->planes[0]], &group))
+        return NULL;
+    d = &dict->c.groups[group];
+    if (d->plane_count != g->plane_count)
+        return NULL;
+    for (uint32_t i = 0; i < g->plane_count; i++)
+        if (!same_plane(&dict->c.geometry.planes[d->planes[i]], &geometry->planes[g->planes[i]]))
+            return NULL;
+    return &dict->bases[group];
+}
+
+/* --- Opening ------------------------------------------------------------------------------------------------------ */
+
+/* The load of one group, on one thread. */
+typedef struct loader {
+    xkv_ctx *ctx;
+    const xkv_kernels *kernels;
+    const xkv_input *input;
+    const xkv_container *c;
+    const xkv_group *g;
+    xkv_basis *b;
+    bool for_packing;
+    char where[32];
+    uint8_t *header; /* decoded part 0 */
+    xkv_basis_header at;
+    float *u;    /* [rank][width] components */
+    float *dual; /* [rank][width] what rows are analysed with; NULL unless for packing */
+} loader;
+
+static xkv_status bad(const loader *l, const char *what, const char *rule)
+{
+    return xkv_fail(l->ctx, XKV_ERROR_CORRUPT, "%s: %s [%s]", l->where, what, rule);
+}
+
+static xkv_status load_floats(const loader *l, uint64_t at, uint32_t n, bool positive, float **array)
+{
+    XKV_TRY(XKV_NEW(l->ctx, n, array));
+    for (uint32_t i = 0; i < n; i++) {
+        (*array)[i] = xkv_loadf32(l->header + at + 4ull * i);
+        if (!isfinite((*array)[i]) || (positive && (*array)[i] < 0))
+            return bad(l, "a value of the header is not finite, or negative", "Y2");
+    }
+    return XKV_OK;
+}
+
+/* Components: integers times d. */
+static xkv_status load_components(loader *l)
+{
+    const xkv_coder *coder = xkv_coder_cpu();
+    const xkv_part *part = &l->g->parts[1];
+    size_t width = l->g->width, rank = l->g->rank;
+    xkv_rans_shape shape = {(uint32_t)width, (uint32_t)rank, width, l->header + l->at.tables};
+    uint8_t *packed = NULL;
+    int16_t *q = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(XKV_NEW(l->ctx, rank * width, &l->u));
+    XKV_TRY_GOTO(XKV_NEW(l->ctx, (size_t)part->size, &packed), out);
+    XKV_TRY_GOTO(XKV_NEW_ZERO(l->ctx, rank * width, &q), out);
+    XKV_TRY_GOTO(xkv_container_read_part(l->ctx, l->input, l->c, part, packed), out);
+    XKV_TRY_GOTO(xkv_rans_decode(l->ctx, coder, &shape, packed, part->size, l->where, q), out);
+    for (size_t j = 0; j < rank; j++) {
+        float d = xkv_loadf32(l->header + l->at.d + 4 * j);
+        if (!isfinite(d) || d <= 0) {
+            status = bad(l, "a component's step is not finite and positive", "Y2");
+            goto out;
+        }
+        xkv_dequantize(coder, q + j * width, width, d, l->u + j * width);
+    }
+out:
+    xkv_release(l->ctx, packed);
+    xkv_release(l->ctx, q);
+    return status;
+}
+
+/* Fold one head's block into the columns [column, column + n) of everything. */
+static xkv_status fold_block(loader *l, const uint8_t *stored, uint32_t n, size_t column, double *inverse, float *block,
+                             float *kept)
+{
+    xkv_basis *b = l->b;
+    float scale = xkv_loadf32(stored);
+    size_t width = b->width, elements = (size_t)n * n;
+    const float *mu = b->mean + column; /* mu, until fold_mean */
+
+    l->kernels->to_f32(XKV_F16, stored + 4, block, elements);
+    for (size_t i = 0; i < elements; i++) {
+        block[i] *= scale;
+        inverse[i] = (double)block[i];
+        if (!isfinite(block[i]))
+            return bad(l, "a metric block is not finite", "Y2");
+    }
+    if (b->analysis) {
+        l->kernels->gemm_nn(b->rank, n, n, l->dual + column, width, block, n, 0, b->analysis + column, width);
+        memcpy(kept, block, elements * sizeof *kept);
+    }
+    if (!xkv_spd_inverse(n, inverse))
+        return bad(l, "a metric block is not positive definite", "Y2");
+    for (uint32_t j = 0; b->offset && j < b->rank; j++)
+        for (uint32_t i = 0; i < n; i++)
+            b->offset[j] += mu[i] * l->dual[j * width + column + i];
+    for (size_t i = 0; i < elements; i++)
+        block[i] = (float)inverse[i];
+    l->kernels->gemm_nn(b->rank, n, n, l->u + column, width, block, n, 0, b->synthesis + column, width);
+    return XKV_OK;
+}
+
+static void fold_mean(float *mean, uint32_t n, const float *inverse, float *scratch)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (uint32_t k = 0; k < n; k++)
+            sum += (double)mean[k] * (double)inverse[(size_t)k * n + i];
+        scratch[i] = (float)sum;
+    }
+    memcpy(mean, scratch, n * sizeof *mean);
+}
+
+static xkv_status fold(loader *l)
+{
+    const uint8_t *stored = l->header + l->at.blocks;
+    size_t column = 0;
+    float *kept = l->b->blocks;
+    double *inverse = NULL;
+    float *block = NULL, *scratch = NULL;
+    xkv_status status = XKV_OK;
+
+    for (uint32_t i = 0; i < l->g->plane_count; i++) {
+        const xkv_plane *p = &l->c->geometry.planes[l->g->planes[i]];
+        size_t elements = (size_t)p->head_dim * p->head_dim;
+        xkv_release(l->ctx, inverse);
+        xkv_release(l->ctx, block);
+        xkv_release(l->ctx, scratch);
+        inverse = NULL;
+        block = scratch = NULL;
+        XKV_TRY_GOTO(XKV_NEW(l->ctx, elements, &inverse), out);
+        XKV_TRY_GOTO(XKV_NEW(l->ctx, elements, &block), out);
+        XKV_TRY_GOTO(XKV_NEW(l->ctx, p->head_dim, &scratch), out);
+        for (uint32_t h = 0; h < p->heads; h++) {
+            XKV_TRY_GOTO(fold_block(l, stored, p->head_dim, column, inverse, block, kept), out);
+            fold_mean(l->b->mean + column, p->head_dim, block, scratch);
+            stored += 4 + 2 * elements;
+            column += p->head_dim;
+            kept += l->for_packing ? elements : 0;
+        }
+    }
+out:
+    xkv_release(l->ctx, inverse);
+    xkv_release(l->ctx, block);
+    xkv_release(l->ctx, scratch);
+    return status;
+}
+
+/* Rounding has cost the components their orthonormality, and a small one would pick up the noise of the large ones. So
+ * rows are analysed with a dual basis: the largest quarter T of the components, which carries nearly all energy, is
+ * inverted exactly, and the others are made orthogonal to it: dual_T = (U_T U_T^T)^-1 U_T, dual_j = u_j - (u_j U_T^T)
+ * dual_T. */
+static xkv_status make_dual(loader *l, float **dual_p)
+{
+    size_t rank = l->b->rank, width = l->b->width, top = rank < 64 ? rank : rank / 4;
+    float *gram = NULL, *dual = NULL; /* gram [rank][top] */
+    double *inverse = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY_GOTO(XKV_NEW(l->ctx, rank * top, &gram), out);
+    XKV_TRY_GOTO(XKV_NEW(l->ctx, top * top, &inverse), out);
+    XKV_TRY_GOTO(XKV_NEW(l->ctx, rank * width, &dual), out);
+    l->kernels->gemm_nt(rank, top, width, l->u, width, l->u, width, 0, gram, top);
+    for (size_t i = 0; i < top * top; i++) /* a component that was rounded to nothing shall not make it singular */
+        inverse[i] = (double)gram[i] + (i % (top + 1) == 0 && gram[i] == 0 ? 1 : 0);
+    if (!xkv_spd_inverse((uint32_t)top, inverse)) {
+        status = bad(l, "the components are linearly dependent", "Y2");
+        goto out;
+    }
+    for (size_t i = 0; i < top * top; i++)
+        gram[i] = (float)inverse[i];
+    l->kernels->gemm_nn(top, width, top, gram, top, l->u, width, 0, dual, width);
+    for (size_t i = top * top; i < rank * top; i++)
+        gram[i] = -gram[i];
+    memcpy(dual + top * width, l->u + top * width, (rank - top) * width * sizeof *dual);
+    if (rank > top)
+        l->kernels->gemm_nn(rank - top, width, top, gram + top * top, top, dual, width, 1, dual + top * width, width);
+    *dual_p = dual;
+    dual = NULL;
+out:
+    xkv_release(l->ctx, gram);
+    xkv_release(l->ctx, inverse);
+    xkv_release(l->ctx, dual);
+    return status;
+}
+
+static xkv_status load_basis(loader *l)
+{
+    xkv_basis *b = l->b;
+    size_t n = (size_t)l->g->rank * l->g->width;
+
+    l->at = xkv_basis_layout(&l->c->geometry, l->g);
+    b->rank = l->g->rank;
+    b->width = l->g->width;
+    XKV_TRY(xkv_read_matrix(l->ctx, l->input, l->c, l->g, 0, l->where, &l->header));
+    XKV_TRY(load_floats(l, l->at.mu, b->width, false, &b->mean));
+    XKV_TRY(load_floats(l, l->at.sigma, b->rank, true, &b->sigma));
+    XKV_TRY(load_components(l));
+    XKV_TRY(XKV_NEW(l->ctx, n, &b->synthesis));
+    if (l->for_packing) {
+        XKV_TRY(make_dual(l, &l->dual));
+        XKV_TRY(XKV_NEW(l->ctx, n, &b->analysis));
+        XKV_TRY(XKV_NEW_ZERO(l->ctx, b->rank, &b->offset));
+        XKV_TRY(XKV_NEW(l->ctx, (size_t)(l->at.size - l->at.blocks) / 2, &b->blocks)); /* a little more than needed */
+    }
+    return fold(l);
+}
+
+typedef struct load_all {
+    xkv_ctx *ctx;
+    const xkv_input *input;
+    xkv_dict *dict;
+    bool for_packing;
+} load_all;
+
+static xkv_status load_task(void *user, uint32_t worker, uint64_t index)
+{
+    load_all *all = user;
+    loader l = {.ctx = all->ctx,
+                .kernels = xkv_kernels_cpu(),
+                .input = all->input,
+                .c = &all->dict->c,
+                .g = &all->dict->c.groups[index],
+                .b = &all->dict->bases[index],
+                .for_packing = all->for_packing};
+    xkv_status status;
+
+    (void)worker;
+    (void)snprintf(l.where, sizeof l.where, "basis of group %u", (unsigned)index);
+    status = load_basis(&l);
+    xkv_release(l.ctx, l.header);
+    xkv_release(l.ctx, l.u);
+    xkv_release(l.ctx, l.dual);
+    return status;
+}
+
+static const xkv_meta_value *find_value(const xkv_dict *dict, const char *key, uint32_t type, uint32_t size)
+{
+    for (uint32_t i = 0; i < dict->c.value_count; i++) {
+        const xkv_meta_value *v = &dict->c.values[i];
+        if (strcmp(v->key, key) == 0 && v->type == type && v->size == size)
+            return v;
+    }
+    return NULL;
+}
+
+static xkv_status find_unit(xkv_ctx *ctx, xkv_dict *dict)
+{
+    const xkv_meta_value *v = find_value(dict, "dict.unit", XKV_VALUE_F64, 8);
+
+    dict->unit = v ? xkv_loadf64(v->bytes) : 0;
+    if (!(isfinite(dict->unit) && dict->unit > 0))
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "META: no dict.unit, or one that is not positive [Y3]");
+    return XKV_OK;
+}
+
+void xkv_dict_get_info(const xkv_dict *dict, xkv_dict_info *info)
+{
+    const xkv_meta_value *tokens = find_value(dict, "dict.tokens", XKV_VALUE_U64, 8);
+    const xkv_meta_value *quality = find_value(dict, "dict.quality.max", XKV_VALUE_F64, 8);
+    const xkv_meta_value *fingerprint = find_value(dict, "model.fingerprint", XKV_VALUE_BYTES, 16);
+
+    memset(info, 0, sizeof *info);
+    memcpy(info->id, dict->c.content_id, 16);
+    info->file_size = dict->c.file_size;
+    info->layer_count = dict->c.geometry.layer_count;
+    info->group_count = dict->c.group_count;
+    for (uint32_t i = 0; i < dict->c.group_count; i++)
+        info->component_count += dict->bases[i].rank;
+    info->unit = dict->unit;
+    info->tokens = tokens ? xkv_load64(tokens->bytes) : 0;
+    info->max_quality = quality ? xkv_loadf64(quality->bytes) : 0;
+    if (fingerprint)
+        memcpy(info->fingerprint, fingerprint->bytes, 16);
+}
+
+const float *xkv_dict_sigma(const xkv_dict *dict, uint32_t group, uint32_t *count)
+{
+    *count = dict->bases[group].rank;
+    return dict->bases[group].sigma;
+}
+
+xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing, xkv_dict **dict_p)
+{
+    xkv_dict *dict = NULL;
+    xkv_pool *pool = NULL;
+    load_all all;
+    xkv_status status = XKV_OK;
+
+    xkv_ctx_begin(ctx);
+    XKV_TRY(XKV_NEW_ZERO(ctx, 1, &dict));
+    XKV_TRY_GOTO(xkv_container_read(ctx, input, XKV_KIND_DICTIONARY, &dict->c), out);
+    XKV_TRY_GOTO(find_unit(ctx, dict), out);
+    XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, dict->c.group_count, &dict->bases), out);
+    XKV_TRY_GOTO(xkv_pool_create(ctx, xkv_ctx_threads(ctx), &pool), out);
+    all = (load_all){ctx, input, dict, for_packing != 0};
+    XKV_TRY_GOTO(xkv_pool_run(ctx, pool, dict->c.group_count, load_task, &all), out);
+    *dict_p = dict;
+    dict = NULL;
+out:
+    xkv_pool_free(ctx, pool);
+    xkv_dict_close(ctx, dict);
+    return status;
+}
+
+void xkv_dict_close(xkv_ctx *ctx, xkv_dict *dict)
+{
+    if (!dict)
+        return;
+    for (uint32_t i = 0; dict->bases && i < dict->c.group_count; i++) {
+        xkv_basis *b = &dict->bases[i];
+        xkv_release(ctx, b->mean);
+        xkv_release(ctx, b->sigma);
+        xkv_release(ctx, b->synthesis);
+        xkv_release(ctx, b->analysis);
+        xkv_release(ctx, b->offset);
+        xkv_release(ctx, b->blocks);
+    }
+    xkv_release(ctx, dict->bases);
+    xkv_container_free(ctx, &dict->c);
+    xkv_release(ctx, dict);
+}
