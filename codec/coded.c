@@ -195,7 +195,7 @@ static xkv_status code_task(void *user, uint32_t worker, uint64_t component)
     (void)worker;
     if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, c->q + at, &c->tables[component],
                             &j->bits[component], &squares))
-        return xkv_fail(j->ctx, XKV_ERROR_TARGET, "a coefficient is more than 32767 steps of %g", (double)c->step);
+        j->bits[component] = INFINITY;
     return XKV_OK;
 }
 
@@ -314,6 +314,9 @@ static xkv_status run(job *j, xkv_pool *pool, xkv_group *g)
         c->bits += j->bits[i];
     xkv_release(j->ctx, j->y);
     j->y = NULL;
+    c->overflow = !isfinite(c->bits);
+    if (c->overflow)
+        return XKV_OK;
     close_up(c);
     XKV_TRY(xkv_scaled_rows(j->ctx, j->t, c->tables, c->step, &j->rows));
     XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, measure_tile, j));

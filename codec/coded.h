@@ -28,6 +28,7 @@ typedef struct xkv_coded {
     uint32_t coded;                       /* how many are */
     uint8_t *coded_tables;                /* [coded] their tables */
     int16_t *q;                           /* [coded][tokens] their integers */
+    bool overflow;                        /* a coefficient exceeds 32767 steps: nothing else is set */
     double bits;                          /* of the coded components */
     double metric_squares, metric_energy; /* sums of |(x - y) W|^2 and |x W - mu|^2; 0 without a metric */
 } xkv_coded;
@@ -51,8 +52,7 @@ XKV_MUST_CHECK xkv_status xkv_scaled_rows(xkv_ctx *ctx, const xkv_transform *t, 
 void xkv_synthesize(const xkv_kernels *k, const xkv_transform *t, const uint8_t *tables, float step, const float *rows,
                     uint32_t coded, const int16_t *q, size_t stride, uint32_t tokens, float *a, float *x);
 
-/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors.
- * Errors: TARGET when a coefficient exceeds 32767 steps. */
+/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors. */
 XKV_MUST_CHECK xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
                                          const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
                                          float step, xkv_coded *coded);

@@ -126,6 +126,15 @@ out:
     return status;
 }
 
+static bool is_symmetric(const float *block, uint32_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < i; k++)
+            if (block[i * n + k] != block[k * n + i])
+                return false;
+    return true;
+}
+
 /* Fold one head's block into the columns [column, column + n) of everything. */
 static xkv_status fold_block(loader *l, const uint8_t *stored, uint32_t n, size_t column, double *inverse, float *block,
                              float *kept)
@@ -142,6 +151,8 @@ static xkv_status fold_block(loader *l, const uint8_t *stored, uint32_t n, size_
         if (!isfinite(block[i]))
             return bad(l, "a metric block is not finite", "Y2");
     }
+    if (!is_symmetric(block, n))
+        return bad(l, "a metric block is not symmetric", "Y2");
     if (b->analysis) {
         l->kernels->gemm_nn(b->rank, n, n, l->dual + column, width, block, n, 0, b->analysis + column, width);
         memcpy(kept, block, elements * sizeof *kept);
@@ -241,6 +252,19 @@ out:
     return status;
 }
 
+/* Values that are finite by themselves may not be so together. */
+static xkv_status check_folded(const loader *l)
+{
+    const xkv_basis *b = l->b;
+    size_t n = (size_t)b->rank * b->width;
+
+    if (!l->kernels->all_finite(XKV_F32, b->mean, b->width) || !l->kernels->all_finite(XKV_F32, b->synthesis, n) ||
+        (b->analysis && !l->kernels->all_finite(XKV_F32, b->analysis, n)) ||
+        (b->offset && !l->kernels->all_finite(XKV_F32, b->offset, b->rank)))
+        return bad(l, "the basis overflows when its metric is folded into it", "Y2");
+    return XKV_OK;
+}
+
 static xkv_status load_basis(loader *l)
 {
     xkv_basis *b = l->b;
@@ -260,7 +284,8 @@ static xkv_status load_basis(loader *l)
         XKV_TRY(XKV_NEW_ZERO(l->ctx, b->rank, &b->offset));
         XKV_TRY(XKV_NEW(l->ctx, (size_t)(l->at.size - l->at.blocks) / 2, &b->blocks)); /* a little more than needed */
     }
-    return fold(l);
+    XKV_TRY(fold(l));
+    return check_folded(l);
 }
 
 typedef struct load_all {
@@ -291,44 +316,64 @@ static xkv_status load_task(void *user, uint32_t worker, uint64_t index)
     return status;
 }
 
-static const xkv_meta_value *find_value(const xkv_dict *dict, const char *key, uint32_t type, uint32_t size)
+static const xkv_meta_value *find_value(const xkv_container *c, const char *key, uint32_t type, uint32_t size)
 {
-    for (uint32_t i = 0; i < dict->c.value_count; i++) {
-        const xkv_meta_value *v = &dict->c.values[i];
+    for (uint32_t i = 0; i < c->value_count; i++) {
+        const xkv_meta_value *v = &c->values[i];
         if (strcmp(v->key, key) == 0 && v->type == type && v->size == size)
             return v;
     }
     return NULL;
 }
 
-static xkv_status find_unit(xkv_ctx *ctx, xkv_dict *dict)
+static xkv_status find_unit(xkv_ctx *ctx, const xkv_container *c, double *unit)
 {
-    const xkv_meta_value *v = find_value(dict, "dict.unit", XKV_VALUE_F64, 8);
+    const xkv_meta_value *v = find_value(c, "dict.unit", XKV_VALUE_F64, 8);
 
-    dict->unit = v ? xkv_loadf64(v->bytes) : 0;
-    if (!(isfinite(dict->unit) && dict->unit > 0))
+    *unit = v ? xkv_loadf64(v->bytes) : 0;
+    if (!(isfinite(*unit) && *unit > 0))
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "META: no dict.unit, or one that is not positive [Y3]");
     return XKV_OK;
 }
 
-void xkv_dict_get_info(const xkv_dict *dict, xkv_dict_info *info)
+static void fill_info(const xkv_container *c, double unit, xkv_dict_info *info)
 {
-    const xkv_meta_value *tokens = find_value(dict, "dict.tokens", XKV_VALUE_U64, 8);
-    const xkv_meta_value *quality = find_value(dict, "dict.quality.max", XKV_VALUE_F64, 8);
-    const xkv_meta_value *fingerprint = find_value(dict, "model.fingerprint", XKV_VALUE_BYTES, 16);
+    const xkv_meta_value *tokens = find_value(c, "dict.tokens", XKV_VALUE_U64, 8);
+    const xkv_meta_value *quality = find_value(c, "dict.quality.max", XKV_VALUE_F64, 8);
+    const xkv_meta_value *fingerprint = find_value(c, "model.fingerprint", XKV_VALUE_BYTES, 16);
 
     memset(info, 0, sizeof *info);
-    memcpy(info->id, dict->c.content_id, 16);
-    info->file_size = dict->c.file_size;
-    info->layer_count = dict->c.geometry.layer_count;
-    info->group_count = dict->c.group_count;
-    for (uint32_t i = 0; i < dict->c.group_count; i++)
-        info->component_count += dict->bases[i].rank;
-    info->unit = dict->unit;
+    memcpy(info->id, c->content_id, 16);
+    info->file_size = c->file_size;
+    info->layer_count = c->geometry.layer_count;
+    info->group_count = c->group_count;
+    for (uint32_t i = 0; i < c->group_count; i++)
+        info->component_count += c->groups[i].rank;
+    info->unit = unit;
     info->tokens = tokens ? xkv_load64(tokens->bytes) : 0;
     info->max_quality = quality ? xkv_loadf64(quality->bytes) : 0;
     if (fingerprint)
         memcpy(info->fingerprint, fingerprint->bytes, 16);
+}
+
+void xkv_dict_get_info(const xkv_dict *dict, xkv_dict_info *info)
+{
+    fill_info(&dict->c, dict->unit, info);
+}
+
+xkv_status xkv_dict_read_info(xkv_ctx *ctx, const xkv_input *input, xkv_dict_info *info)
+{
+    xkv_container c = {0};
+    double unit;
+    xkv_status status = XKV_OK;
+
+    xkv_ctx_begin(ctx);
+    XKV_TRY(xkv_container_read(ctx, input, XKV_KIND_DICTIONARY, &c));
+    XKV_TRY_GOTO(find_unit(ctx, &c, &unit), out);
+    fill_info(&c, unit, info);
+out:
+    xkv_container_free(ctx, &c);
+    return status;
 }
 
 const float *xkv_dict_sigma(const xkv_dict *dict, uint32_t group, uint32_t *count)
@@ -347,7 +392,10 @@ xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing, 
     xkv_ctx_begin(ctx);
     XKV_TRY(XKV_NEW_ZERO(ctx, 1, &dict));
     XKV_TRY_GOTO(xkv_container_read(ctx, input, XKV_KIND_DICTIONARY, &dict->c), out);
-    XKV_TRY_GOTO(find_unit(ctx, dict), out);
+    XKV_TRY_GOTO(xkv_container_check_gaps(ctx, input, &dict->c), out);
+    XKV_TRY_GOTO(xkv_container_check_gaps(ctx, input, &dict->c), out);
+    XKV_TRY_GOTO(find_unit(ctx, &dict->c, &dict->unit), out);
+    dict->for_packing = for_packing != 0;
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, dict->c.group_count, &dict->bases), out);
     XKV_TRY_GOTO(xkv_pool_create(ctx, xkv_ctx_threads(ctx), &pool), out);
     all = (load_all){ctx, input, dict, for_packing != 0};

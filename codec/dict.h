@@ -21,6 +21,7 @@ struct xkv_dict {
     xkv_container c;  /* geometry and one group per basis */
     xkv_basis *bases; /* [c.group_count] */
     double unit;      /* dict.unit */
+    bool for_packing; /* bases have what packing needs */
 };
 
 /* Where the arrays of a basis group's header lie, and its size (spec section 3). */

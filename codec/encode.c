@@ -10,6 +10,10 @@
 #include <stdlib.h>
 #include <xxhash.h>
 
+/* How often the step is made finer for an asked error, as long as that lowers the error to this share of it. */
+enum { MAX_REFINEMENTS = 4 };
+#define SMALLEST_GAIN 0.95
+
 /* Chunks are encoded a batch at a time, one per slot, and written in order. */
 typedef struct slot {
     ZSTD_CCtx *zstd;
@@ -236,6 +240,12 @@ static void make_lossless(xkv_group *g, uint32_t reason)
     memset(g->plane_errors, 0, g->plane_count * sizeof *g->plane_errors);
 }
 
+static void fall_back(encoder *e, xkv_group *g)
+{
+    make_lossless(g, XKV_REASON_NO_GAIN);
+    e->fallbacks++;
+}
+
 /* Bytes of the group when stored lossless. */
 static xkv_status lossless_bytes(encoder *e, const xkv_group *g, uint64_t *bytes)
 {
@@ -297,8 +307,7 @@ static xkv_status pack_svd(encoder *e, xkv_group *g)
         count_error(e, g);
     } else {
         xkv_factors_free(e->ctx, &f);
-        make_lossless(g, XKV_REASON_NO_GAIN);
-        e->fallbacks++;
+        fall_back(e, g);
     }
     XKV_TRY_GOTO(write_group(e, g, &f, NULL, NULL), out);
 out:
@@ -306,18 +315,36 @@ out:
     return status;
 }
 
-static xkv_status pack_coded(encoder *e, xkv_group *g)
+static xkv_status code_group(encoder *e, xkv_group *g, xkv_coded *coded)
 {
     uint32_t end = e->c.geometry.token_count - e->c.window;
+
+    XKV_TRY(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &e->transforms[g - e->c.groups],
+                           e->step, coded));
+    if (coded->overflow)
+        return XKV_OK;
+    if (coded->metric_energy == 0) { /* no metric: that of the planes */
+        coded->metric_squares = g->error * g->error * g->energy;
+        coded->metric_energy = g->energy;
+    }
+    e->metric_squares += coded->metric_squares;
+    e->metric_energy += coded->metric_energy;
+    return XKV_OK;
+}
+
+/* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. */
+static xkv_status pack_coded(encoder *e, xkv_group *g)
+{
     xkv_coded coded = {0};
     xkv_status status = XKV_OK;
 
-    XKV_TRY_GOTO(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end,
-                                &e->transforms[g - e->c.groups], e->step, &coded),
-                 out);
+    XKV_TRY_GOTO(code_group(e, g, &coded), out);
+    if (coded.overflow) {
+        fall_back(e, g);
+        XKV_TRY_GOTO(write_group(e, g, NULL, NULL, NULL), out);
+        goto out;
+    }
     count_error(e, g);
-    e->metric_squares += coded.metric_energy > 0 ? coded.metric_squares : g->error * g->error * g->energy;
-    e->metric_energy += coded.metric_energy > 0 ? coded.metric_energy : g->energy;
     e->components += coded.coded;
     e->component_total += coded.rank;
     XKV_TRY_GOTO(write_group(e, g, NULL, &coded, NULL), out);
@@ -419,6 +446,50 @@ static xkv_status stream_budget(encoder *e, double *bytes)
     return XKV_OK;
 }
 
+static double metric_error(const encoder *e)
+{
+    return e->metric_energy > 0 ? sqrt(e->metric_squares / e->metric_energy) : 0;
+}
+
+/* The error of all coded groups at e->step; with `drop`, groups that exceed `drop` by themselves become lossless. */
+static xkv_status measure_error(encoder *e, double drop, double *error)
+{
+    e->metric_squares = e->metric_energy = 0;
+    for (uint32_t i = 0; i < e->c.group_count; i++) {
+        xkv_group *g = &e->c.groups[i];
+        xkv_coded coded = {0};
+        if (g->codec != XKV_CODEC_DICT && g->codec != XKV_CODEC_SCALAR)
+            continue;
+        XKV_TRY(code_group(e, g, &coded));
+        if (drop > 0 && coded.metric_squares > drop * drop * coded.metric_energy)
+            fall_back(e, g);
+        xkv_coded_free(e->ctx, &coded);
+        XKV_TRY(xkv_check_cancel(e->ctx));
+    }
+    *error = metric_error(e);
+    e->metric_squares = e->metric_energy = 0;
+    return XKV_OK;
+}
+
+/* The step was chosen on a sample, as if the basis were orthonormal: refine it until the measured error is as asked. On
+ * rows unlike those it was trained on the rounding of a basis sets a floor, which no step gets below; then the groups
+ * that are above the error by themselves are stored lossless, which leaves the rest below it. */
+static xkv_status keep_error(encoder *e)
+{
+    double error = 0, before = INFINITY;
+
+    for (int i = 0; i < MAX_REFINEMENTS; i++) {
+        XKV_TRY(measure_error(e, 0, &error));
+        if (error <= e->o.error)
+            return XKV_OK;
+        if (error > SMALLEST_GAIN * before)
+            break;
+        before = error;
+        e->step *= (float)(e->o.error / error * 0.99);
+    }
+    return measure_error(e, e->o.error, &error);
+}
+
 static xkv_status choose_step(encoder *e)
 {
     xkv_sample *sample = NULL;
@@ -433,6 +504,10 @@ static xkv_status choose_step(encoder *e)
         XKV_TRY(stream_budget(e, &bytes));
     XKV_TRY_GOTO(xkv_sample_create(e->ctx, e->pool, e->rotators, &e->c, e->views, e->transforms, &sample), out);
     XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error, &e->step), out);
+    xkv_sample_free(e->ctx, sample);
+    sample = NULL;
+    if (e->o.error > 0)
+        XKV_TRY_GOTO(keep_error(e), out);
 out:
     xkv_sample_free(e->ctx, sample);
     return status;
@@ -559,11 +634,6 @@ static uint8_t *set_values(const encoder *e, xkv_values *v)
 }
 
 /* --- Report ------------------------------------------------------------------------------------------------------- */
-
-static double metric_error(const encoder *e)
-{
-    return e->metric_energy > 0 ? sqrt(e->metric_squares / e->metric_energy) : 0;
-}
 
 static void fill_report(const encoder *e, uint64_t file_size, xkv_pack_report *r)
 {

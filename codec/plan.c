@@ -58,6 +58,8 @@ static xkv_status check_target(xkv_ctx *ctx, const xkv_pack_options *o, int targ
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile dict takes a ratio, an error or a quality");
     if (o->profile == XKV_PROFILE_DICT && !o->dict)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile dict needs a dictionary");
+    if (o->profile == XKV_PROFILE_DICT && !o->dict->for_packing)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the dictionary was not opened for packing");
     return XKV_OK;
 }
 
@@ -104,12 +106,13 @@ static plane_key make_key(const xkv_pack_options *o, bool joint, const xkv_geome
                           uint32_t plane)
 {
     const xkv_plane *p = &geometry->planes[plane];
-    plane_key key = {p->layer / o->group_layers, joint ? 0 : p->kind, nonfinite[plane], p->dtype, plane};
+    bool own_kind = !joint || p->kind == XKV_PLANE_K_ROPE;
+    plane_key key = {p->layer / o->group_layers, own_kind ? p->kind : 0, nonfinite[plane], p->dtype, plane};
     uint32_t group;
 
     if (o->profile != XKV_PROFILE_DICT || !xkv_dict_find_plane(o->dict, p, &group))
         return key;
-    key.run = group;
+    key.run = XKV_MAX_LAYERS + group; /* apart from the runs of planes that it does not know */
     key.kind = 0;
     for (uint32_t i = 0; i < geometry->plane_count; i++) {
         uint32_t other;

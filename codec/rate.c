@@ -187,7 +187,7 @@ xkv_status xkv_sample_step(xkv_ctx *ctx, xkv_pool *pool, xkv_sample *s, double b
         double mid = (lo + hi) / 2;
         XKV_TRY(evaluate(s, pool, exp2(mid), &sum));
         /* Finer, while there is room or while the error is too large. */
-        if (bytes > 0 ? total_bytes(s, &sum) <= bytes : sqrt(sum.squares / s->energy) > error)
+        if (bytes > 0 ? total_bytes(s, &sum) <= bytes : isfinite(sum.bits) && sqrt(sum.squares / s->energy) > error)
             hi = mid;
         else
             lo = mid;

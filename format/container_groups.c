@@ -80,7 +80,7 @@ static bool is_lossy(const xkv_group *g)
 static xkv_status check_group(const xkv_cursor *cur, const uint8_t *p, const xkv_container *c, const xkv_group *g)
 {
     bool lossy = is_lossy(g);
-    bool known = c->kind == XKV_KIND_DICTIONARY ? g->codec == XKV_GROUP_BASIS : g->codec < XKV_GROUP_BASIS;
+    bool known = c->kind == XKV_KIND_DICTIONARY ? g->codec == XKV_GROUP_BASIS : g->codec <= XKV_GROUP_SCALAR;
     if (!known)
         return xkv_cursor_fail_as(cur, XKV_ERROR_FEATURE, p, "R2", "codec is %u, which this reader does not know",
                                   g->codec);
@@ -118,6 +118,10 @@ static xkv_status parse_group_planes(xkv_cursor *cur, const xkv_geometry *geomet
         XKV_REQUIRE(cur, xkv_load32(p + 4) == 0, p + 4, "R6", "reserved field is not 0");
         XKV_REQUIRE(cur, isfinite(error) && error >= 0 && (is_lossy(g) || error == 0), p + 8, "R6",
                     "error of plane %u is %g, expected finite and >= 0, and 0 unless the group is lossy", plane, error);
+        XKV_REQUIRE(cur, geometry->planes[plane].dtype == geometry->planes[g->planes[0]].dtype, p, "D1",
+                    "plane %u has another dtype than plane %u, expected one dtype in a group", plane, g->planes[0]);
+        XKV_REQUIRE(cur, g->codec == XKV_GROUP_LOSSLESS || geometry->planes[plane].kind != XKV_PLANE_K_ROPE, p, "D1",
+                    "plane %u has kind K-rope, expected K, V or latent in a group that is not lossless", plane);
         seen[plane] = 1;
         g->width += geometry->planes[plane].heads * geometry->planes[plane].head_dim;
         XKV_REQUIRE(cur, g->width <= XKV_MAX_WIDTH, p, "R4", "width of the group is at least %u, expected at most %u",
@@ -146,6 +150,8 @@ static xkv_status check_part_size(const xkv_cursor *cur, const uint8_t *p, const
     xkv_shape shape = xkv_part_shape(c, g, index);
     uint64_t decoded = xkv_shape_bytes(shape), least = 4 + 4 * (uint64_t)shape.elem;
     uint32_t most = part->size == 0 ? XKV_METHOD_STORED : XKV_METHOD_ZSTD;
+    if (shape.coded && part->size == 0) /* right when no component is coded, which the side part tells [E2] */
+        decoded = 0;
     XKV_REQUIRE(cur, (part->size == 0) == (decoded == 0), p + 8, "P2",
                 "size of part %u is %llu, expected 0 exactly when it holds nothing (%llu bytes decoded)", index,
                 (unsigned long long)part->size, (unsigned long long)decoded);
