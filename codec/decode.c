@@ -238,28 +238,35 @@ static xkv_status find_basis(decoder *d)
     return XKV_OK;
 }
 
-static xkv_status load_side(decoder *d)
+/* Step and tables: what all codecs have in their side part. */
+static xkv_status read_side(decoder *d)
 {
     part_name where = name_part(d, XKV_PART_COMPONENTS);
-    bool scalar = d->g->codec == XKV_CODEC_SCALAR;
-    uint8_t *p;
 
     XKV_TRY(xkv_read_matrix(d->ctx, &d->entry->input, d->c, d->g, XKV_PART_COMPONENTS, where.text, &d->side));
-    p = d->side + 8;
     d->step = xkv_loadf32(d->side);
     if (!isfinite(d->step) || d->step <= 0 || xkv_load32(d->side + 4) != 0)
         return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: step is %g, expected finite and positive, then zeros [Q3]",
                         where.text, (double)d->step);
-    if (scalar) {
-        XKV_TRY(
-            xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, p, p + 4ull * d->g->plane_count, where.text, &d->scalar));
+    d->tables = d->side + 8;
+    if (d->g->codec == XKV_CODEC_SCALAR)
+        d->tables += 4ull * d->g->plane_count + 2ull * d->g->width;
+    return check_tables(d);
+}
+
+static xkv_status load_side(decoder *d)
+{
+    const uint8_t *scales;
+
+    XKV_TRY(read_side(d));
+    scales = d->side + 8;
+    if (d->g->codec == XKV_CODEC_SCALAR) {
+        XKV_TRY(xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, scales, scales + 4ull * d->g->plane_count,
+                                 name_part(d, XKV_PART_COMPONENTS).text, &d->scalar));
         d->transform = xkv_transform_of_scalar(&d->scalar);
-        p += 4ull * d->g->plane_count + 2ull * d->g->width;
     } else {
         XKV_TRY(find_basis(d));
     }
-    d->tables = p;
-    XKV_TRY(check_tables(d));
     return xkv_scaled_rows(d->ctx, &d->transform, d->tables, d->step, &d->components);
 }
 
@@ -470,4 +477,20 @@ xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_o
     if (!views)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "no views to restore into");
     return xkv_entry_decode(ctx, entry, options, views);
+}
+
+xkv_status xkv_entry_read_coding(xkv_ctx *ctx, const xkv_entry *entry, uint32_t group, xkv_group_coding *coding)
+{
+    const xkv_group *g = &entry->c.groups[group];
+    decoder d = {.ctx = ctx, .entry = entry, .c = &entry->c, .g = g, .group = group};
+    xkv_status status = XKV_OK;
+
+    xkv_ctx_begin(ctx);
+    if (g->codec == XKV_CODEC_DICT || g->codec == XKV_CODEC_SCALAR)
+        XKV_TRY_GOTO(read_side(&d), out);
+    *coding = (xkv_group_coding){.step = (double)d.step, .coded = d.coded};
+out:
+    xkv_release(ctx, d.side);
+    xkv_release(ctx, d.coded_tables);
+    return status;
 }

@@ -16,6 +16,13 @@
 /* Without a metric: planes are divided by their deviation, and keys weigh more. */
 #define KEY_WEIGHT 1.4
 
+/* A cache with the planes that are coded only: those of the dictionary, numbered alike. */
+typedef struct source {
+    xkv_geometry geometry;
+    xkv_view *views;
+    xkv_rotator rotator; /* of its own: positions differ */
+} source;
+
 typedef struct trainer {
     xkv_ctx *ctx;
     const xkv_kernels *kernels;
@@ -23,8 +30,8 @@ typedef struct trainer {
     const xkv_cache *const *caches;
     uint32_t cache_count;
     xkv_pool *pool;
-    xkv_rotator *rotators; /* [caches]: positions differ */
-    xkv_container c;       /* of the dictionary */
+    source *sources; /* [caches] */
+    xkv_container c; /* of the dictionary */
     xkv_container_writer w;
     uint64_t rows;         /* training rows: all tokens but sinks */
     float **blocks;        /* [plane_count] metric blocks of its heads, as a reader will see them */
@@ -58,10 +65,11 @@ static xkv_status check_finite(const trainer *t, uint32_t cache, const float *x,
 static xkv_status each_tile(trainer *t, const xkv_group *g, float *x, tile_fn use, void *user)
 {
     for (uint32_t i = 0; i < t->cache_count; i++) {
-        uint32_t n = xkv_cache_geometry(t->caches[i])->token_count, t1;
+        source *s = &t->sources[i];
+        uint32_t n = s->geometry.token_count, t1;
         for (uint32_t t0 = t->o.sinks; t0 < n; t0 = t1) {
             t1 = (uint32_t)xkv_min64(n, (uint64_t)t0 + XKV_TILE_ROWS);
-            XKV_TRY(xkv_gather_rows(t->ctx, &t->rotators[i], g, xkv_cache_views(t->caches[i]), t0, t1, x));
+            XKV_TRY(xkv_gather_rows(t->ctx, &s->rotator, g, s->views, t0, t1, x));
             XKV_TRY(check_finite(t, i, x, (size_t)(t1 - t0) * g->width));
             XKV_TRY(use(user, x, t1 - t0));
             XKV_TRY(report_progress(t, (uint64_t)(t1 - t0) * g->plane_count));
@@ -200,11 +208,11 @@ static xkv_status square_root(trainer *t, const float *metric, uint32_t n, float
         u[i * n + i] += RIDGE * trace / n;
     XKV_TRY_GOTO(xkv_syevd(t->ctx, n, u, w), out);
     for (size_t i = 0; i < n; i++)
-        for (size_t k = 0; k < n; k++) {
+        for (size_t k = 0; k <= i; k++) {
             double sum = 0; /* eigenvectors are columns of a column-major matrix: vector j starts at u + j n */
             for (size_t j = 0; j < n; j++)
-                sum += u[j * n + i] * sqrt(fmax(w[j], 1e-12 * trace / n)) * u[j * n + k];
-            root[i * n + k] = (float)sum;
+                sum += u[j * n + i] * sqrt(fmax(w[j], RIDGE * trace / n)) * u[j * n + k];
+            root[i * n + k] = root[k * n + i] = (float)sum;
         }
 out:
     xkv_release(t->ctx, u);
@@ -233,9 +241,10 @@ static void store_block(trainer *t, uint32_t plane, uint32_t head, size_t elemen
 
 static const float *given_metric(const trainer *t, const xkv_plane *p, uint32_t head)
 {
-    const float *all = p->kind == XKV_PLANE_V ? t->o.v_metric : t->o.k_metric;
+    const xkv_metric *m = t->o.metric;
+    size_t block = (size_t)p->head_dim * p->head_dim;
 
-    return all ? all + ((size_t)p->layer * p->heads + head) * p->head_dim * p->head_dim : NULL;
+    return m ? (p->kind == XKV_PLANE_V ? m->v : m->k) + ((size_t)p->layer * p->heads + head) * block : NULL;
 }
 
 /* Trace of block C block, C the covariance of one head's columns. */
@@ -481,6 +490,26 @@ static xkv_status set_geometry(trainer *t)
     return XKV_OK;
 }
 
+static xkv_status check_metric(const trainer *t)
+{
+    const xkv_geometry *g = &t->c.geometry;
+    const xkv_metric *m = t->o.metric;
+
+    if (!m)
+        return XKV_OK;
+    if (m->layers != g->layer_count)
+        return xkv_fail(t->ctx, XKV_ERROR_MISMATCH, "the metric has %u layers, the caches %u", m->layers,
+                        g->layer_count);
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        const xkv_plane *p = &g->planes[i];
+        if (p->heads != m->heads || p->head_dim != m->head_dim)
+            return xkv_fail(t->ctx, XKV_ERROR_MISMATCH,
+                            "layer %u, %s: the metric has %u heads of %u elements, the caches %u of %u", p->layer,
+                            xkv_plane_kind_name(p->kind), m->heads, m->head_dim, p->heads, p->head_dim);
+    }
+    return XKV_OK;
+}
+
 /* The planner forms the groups; they become bases of full rank. */
 static xkv_status form_groups(trainer *t)
 {
@@ -501,19 +530,34 @@ static xkv_status form_groups(trainer *t)
     return XKV_OK;
 }
 
-/* Views are numbered as in the caches: a plane's index there. Without K-rope planes both agree. */
+static xkv_status init_source(trainer *t, const xkv_cache *cache, source *s)
+{
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    uint32_t n = 0;
+
+    XKV_TRY(XKV_NEW(t->ctx, t->c.geometry.plane_count, &s->views));
+    for (uint32_t i = 0; i < g->plane_count; i++)
+        if (g->planes[i].kind != XKV_PLANE_K_ROPE)
+            s->views[n++] = xkv_cache_views(cache)[i];
+    s->geometry = *g;
+    s->geometry.planes = t->c.geometry.planes;
+    s->geometry.plane_count = n;
+    return xkv_rotator_init(t->ctx, &s->geometry, t->kernels, true, &s->rotator);
+}
+
 static xkv_status init(trainer *t)
 {
     uint32_t planes;
 
     XKV_TRY(check_caches(t));
     XKV_TRY(set_geometry(t));
+    XKV_TRY(check_metric(t));
     planes = t->c.geometry.plane_count;
     XKV_TRY(form_groups(t));
     XKV_TRY(xkv_pool_create(t->ctx, xkv_ctx_threads(t->ctx), &t->pool));
-    XKV_TRY(XKV_NEW_ZERO(t->ctx, t->cache_count, &t->rotators));
+    XKV_TRY(XKV_NEW_ZERO(t->ctx, t->cache_count, &t->sources));
     for (uint32_t i = 0; i < t->cache_count; i++)
-        XKV_TRY(xkv_rotator_init(t->ctx, xkv_cache_geometry(t->caches[i]), t->kernels, true, &t->rotators[i]));
+        XKV_TRY(init_source(t, t->caches[i], &t->sources[i]));
     XKV_TRY(XKV_NEW_ZERO(t->ctx, planes, &t->blocks));
     XKV_TRY(XKV_NEW_ZERO(t->ctx, planes, &t->stored));
     return XKV_NEW_ZERO(t->ctx, planes, &t->stored_scales);
@@ -529,13 +573,15 @@ static void fini(trainer *t)
         if (t->stored_scales)
             xkv_release(t->ctx, t->stored_scales[i]);
     }
-    for (uint32_t i = 0; t->rotators && i < t->cache_count; i++)
-        if (t->rotators[i].geometry)
-            xkv_rotator_free(t->ctx, &t->rotators[i]);
+    for (uint32_t i = 0; t->sources && i < t->cache_count; i++) {
+        xkv_release(t->ctx, t->sources[i].views);
+        if (t->sources[i].rotator.geometry)
+            xkv_rotator_free(t->ctx, &t->sources[i].rotator);
+    }
     xkv_release(t->ctx, t->blocks);
     xkv_release(t->ctx, t->stored);
     xkv_release(t->ctx, t->stored_scales);
-    xkv_release(t->ctx, t->rotators);
+    xkv_release(t->ctx, t->sources);
     xkv_pool_free(t->ctx, t->pool);
     xkv_container_writer_free(t->ctx, &t->w);
     xkv_plan_release(t->ctx, &t->c);

@@ -74,6 +74,24 @@ XKV_MUST_CHECK xkv_status xkv_llama_open(xkv_ctx *ctx, xkv_cache *cache, const x
 XKV_MUST_CHECK xkv_status xkv_safetensors_open(xkv_ctx *ctx, xkv_cache *cache, const xkv_model *model,
                                                bool *understood);
 
+/* A tensor of a safetensors file. Its data is `file`'s and as long as shape and type say. */
+#define XKV_SAFETENSOR_DIMS 8u
+typedef struct xkv_safetensor {
+    const uint8_t *data;
+    uint64_t shape[XKV_SAFETENSOR_DIMS];
+    uint32_t dims; /* 0: none, or more than XKV_SAFETENSOR_DIMS */
+    bool is_f32;
+} xkv_safetensor;
+
+/* Find the tensors wanted[count] in a safetensors file, every one of them. `name` is for messages.
+ * Errors: FORMAT, TRUNCATED, CORRUPT [SF1..SF4], MEMORY. */
+XKV_MUST_CHECK xkv_status xkv_safetensors_find(xkv_ctx *ctx, const char *name, const xkv_map *file,
+                                               const char *const *wanted, uint32_t count, xkv_safetensor *found);
+
+/* xkv_metric_open() over memory, which is not kept. */
+XKV_MUST_CHECK xkv_status xkv_metric_from_memory(xkv_ctx *ctx, const uint8_t *data, uint64_t size, const char *name,
+                                                 xkv_metric **metric_p);
+
 /* Cut framings to their first tokens; 1 <= token_count <= geometry->token_count. */
 XKV_MUST_CHECK xkv_status xkv_llama_first(xkv_ctx *ctx, const xkv_framing *framing, const xkv_geometry *geometry,
                                           uint32_t token_count, xkv_framing *cut);

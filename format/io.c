@@ -337,6 +337,20 @@ xkv_status xkv_file_map(xkv_ctx *ctx, xkv_file *file, uint64_t size, uint8_t **d
     return XKV_OK;
 }
 
+static xkv_status file_read_back(void *user, xkv_ctx *ctx, uint64_t offset, void *dst, size_t size)
+{
+    const xkv_file *file = user;
+    return read_at(ctx, file->fd, file_name(file), offset, dst, size);
+}
+
+xkv_input xkv_file_input(const xkv_file *file)
+{
+    return (xkv_input){.user = (void *)(uintptr_t)file, /* file_read_back() gives the const back */
+                       .size = file->size,
+                       .read = file_read_back,
+                       .name = file_name(file)};
+}
+
 /* Write to a pipe, a terminal or a file, at its own position; waits when it is in non-blocking mode. */
 static xkv_status write_all(xkv_ctx *ctx, int fd, const uint8_t *src, size_t size)
 {

@@ -7,7 +7,6 @@
 #include <stdlib.h>
 
 #define HEADER_CAP      100000000u /* the format's own limit */
-#define MAX_DIMS        8u
 
 #define KEY_LAYOUT      "xkv.layout"
 #define KEY_START       "xkv.positions_start"
@@ -26,7 +25,7 @@ typedef struct tensor {
     json_t *entry;
     uint64_t begin, end; /* data offsets */
     uint32_t dims;
-    uint64_t shape[MAX_DIMS];
+    uint64_t shape[XKV_SAFETENSOR_DIMS];
     uint32_t dtype; /* xkv_dtype; only for planes */
     bool is_plane;
     uint32_t layer, kind;
@@ -149,7 +148,7 @@ static xkv_status parse_entry(header *h, tensor *t)
     uint64_t elements = 1, bytes, dim;
     for (size_t i = 0; ok && i < dims; i++) {
         ok = get_size(shape, i, &dim) && xkv_mul64(elements, dim, &elements);
-        if (ok && i < MAX_DIMS)
+        if (ok && i < XKV_SAFETENSOR_DIMS)
             t->shape[i] = dim;
     }
     uint32_t size = ok ? element_size(dtype) : 0;
@@ -157,12 +156,13 @@ static xkv_status parse_entry(header *h, tensor *t)
     if (!ok)
         return xkv_fail(h->ctx, XKV_ERROR_CORRUPT,
                         "%s: tensor \"%s\": dtype, shape and data_offsets do not agree [SF3]", h->name, t->name);
-    t->dims = dims <= MAX_DIMS ? (uint32_t)dims : 0;
-    if (t->dims == 4 && t->shape[0] == 1) { /* a batch of one */
+    t->dims = dims <= XKV_SAFETENSOR_DIMS ? (uint32_t)dims : 0;
+    t->is_plane = parse_name(t->name, &t->layer, &t->kind) && plane_dtype(dtype, &t->dtype);
+    if (t->is_plane && t->dims == 4 && t->shape[0] == 1) { /* a batch of one */
         t->dims = 3;
         memmove(t->shape, t->shape + 1, 3 * sizeof *t->shape);
     }
-    t->is_plane = t->dims == 3 && parse_name(t->name, &t->layer, &t->kind) && plane_dtype(dtype, &t->dtype);
+    t->is_plane = t->is_plane && t->dims == 3;
     return XKV_OK;
 }
 
@@ -557,10 +557,47 @@ static xkv_status open_header(header *h, const uint8_t *file, uint64_t available
     return parse_tensors(h, file_size - 8 - h->size);
 }
 
+/* Whether `file` begins as safetensors files do. */
+static bool is_safetensors(const xkv_map *file)
+{
+    return file->size >= 9 && file->data[8] == '{' && xkv_load64(file->data) >= 2 &&
+           xkv_load64(file->data) <= HEADER_CAP;
+}
+
+/* Copy what is known of tensor `wanted` to *found, if it is there. */
+static bool find_tensor(const header *h, const uint8_t *data, const char *wanted, xkv_safetensor *found)
+{
+    for (uint32_t i = 0; i < h->count; i++) {
+        const tensor *t = &h->tensors[i];
+        if (strcmp(t->name, wanted) != 0)
+            continue;
+        const char *dtype = json_string_value(json_object_get(t->entry, "dtype"));
+        *found = (xkv_safetensor){.dims = t->dims, .data = data + t->begin};
+        found->is_f32 = strcmp(dtype, "F32") == 0;
+        memcpy(found->shape, t->shape, sizeof found->shape);
+        return true;
+    }
+    return false;
+}
+
+xkv_status xkv_safetensors_find(xkv_ctx *ctx, const char *name, const xkv_map *file, const char *const *wanted,
+                                uint32_t count, xkv_safetensor *found)
+{
+    header h = {.ctx = ctx, .name = name};
+    if (!is_safetensors(file))
+        return xkv_fail(ctx, XKV_ERROR_FORMAT, "%s: not a safetensors file [SF1]", name);
+    xkv_status status = open_header(&h, file->data, file->size, file->size);
+    for (uint32_t i = 0; status == XKV_OK && i < count; i++)
+        if (!find_tensor(&h, file->data + 8 + h.size, wanted[i], &found[i]))
+            status = xkv_fail(ctx, XKV_ERROR_FORMAT, "%s: no tensor \"%s\"", name, wanted[i]);
+    header_free(&h);
+    return status;
+}
+
 xkv_status xkv_safetensors_open(xkv_ctx *ctx, xkv_cache *cache, const xkv_model *model, bool *understood)
 {
     const xkv_map *file = &cache->file;
-    if (file->size < 9 || file->data[8] != '{' || xkv_load64(file->data) < 2 || xkv_load64(file->data) > HEADER_CAP)
+    if (!is_safetensors(file))
         return XKV_OK;
     header h = {.ctx = ctx, .name = cache->name};
     xkv_status status = open_header(&h, file->data, file->size, file->size);

@@ -51,7 +51,9 @@ typedef struct xkv_pack_options {
                                 share by layers, rounded down, at least 1 */
     double ratio;            /* > 1: raw 16-bit bytes / all bytes of the entry; ranks K : V = 1 : 1.5 as in the paper */
     double error;  /* 0 < error < 1: svd: largest relative error of each group, guaranteed by measurement; dict and
-                      scalar: relative error of all coded planes together, in the dictionary's metric */
+                      scalar: relative error of all coded planes together, in the dictionary's metric, guaranteed
+                      likewise: groups that no step brings below it, and groups with a coefficient beyond 32767 steps,
+                      fall back to lossless */
     double energy; /* 0 < energy < 1: share of each group's sum of squares to keep; error = sqrt(1 - energy) */
 
     uint32_t iterations;   /* power iterations, 1 .. 8; default 2 */
@@ -156,7 +158,7 @@ typedef enum xkv_group_codec {
 } xkv_group_codec;
 typedef enum xkv_lossless_reason {
     XKV_REASON_ASKED = 0,
-    XKV_REASON_NO_GAIN = 1,
+    XKV_REASON_NO_GAIN = 1, /* svd would not shrink it, or its basis does not fit its rows */
     XKV_REASON_NONFINITE = 2,
     XKV_REASON_EXACT_KIND = 3,
     XKV_REASON_NO_TOKENS = 4,
@@ -177,6 +179,16 @@ typedef struct xkv_group_info {
 } xkv_group_info;
 /* `group` < group_count. */
 XKV_API void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info *info);
+
+/* How a group of codec dict or scalar is quantized. */
+typedef struct xkv_group_coding {
+    double step;
+    uint32_t coded; /* of the group's `rank` components */
+} xkv_group_coding;
+/* Read it; the dictionary is not needed. `group` < group_count. Zero for other codecs.
+ * Errors: CHECKSUM, CORRUPT, MEMORY, and what the input returns. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read_coding(xkv_ctx *ctx, const xkv_entry *entry, uint32_t group,
+                                                        xkv_group_coding *coding);
 
 typedef enum xkv_value_type {
     XKV_VALUE_STRING = 1,
@@ -273,6 +285,10 @@ typedef struct xkv_dict_info {
 } xkv_dict_info;
 XKV_API void xkv_dict_get_info(const xkv_dict *dict, xkv_dict_info *info);
 
+/* The same from the tables of a dictionary, without decoding its bases: to choose among many.
+ * Errors: as xkv_entry_open(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_dict_read_info(xkv_ctx *ctx, const xkv_input *input, xkv_dict_info *info);
+
 /* Standard deviations of the coefficients of a group in training, by falling size: sigma[*count]. */
 XKV_API const float *xkv_dict_sigma(const xkv_dict *dict, uint32_t group, uint32_t *count);
 
@@ -286,9 +302,8 @@ typedef struct xkv_train_options {
     uint32_t sinks;        /* tokens at the start of each cache to leave out; default 4 */
     double max_quality;    /* finest quality the components are rounded for; default 75, about 8x */
     int32_t zstd_level;    /* default 19 */
-    /* What errors cost: e^T M e for an error e of one head, M [layers][kv_heads][head_dim][head_dim], K before RoPE.
-     * NULL: planes are divided by their standard deviation, and keys weigh 1.4. */
-    const float *k_metric, *v_metric;
+    /* What errors cost. NULL: planes are divided by their standard deviation, and keys weigh 1.4. */
+    const xkv_metric *metric;
     const xkv_model *model; /* for the metadata */
     const char *writer;
     xkv_progress_fn progress;
@@ -309,8 +324,8 @@ static inline xkv_train_options xkv_train_options_default(void)
 
 /* Train a dictionary on caches of one model: PCA of all planes of a group together, in the metric (spec/dictionary.md,
  * section 3). The caches are read group by group, tile by tile: memory is four matrices of the widest group, whatever
- * the number of caches. Errors: ARGUMENT (no rows, a NaN or Inf, caches of different geometry), LIMIT, MEMORY,
- * CANCELLED, BACKEND, and what `output` returns. */
+ * the number of caches. Errors: ARGUMENT (no rows, a NaN or Inf, caches of different geometry), MISMATCH (a metric of
+ * other layers, heads or head_dim), LIMIT, MEMORY, CANCELLED, BACKEND, and what `output` returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_train(xkv_ctx *ctx, const xkv_cache *const *caches, uint32_t cache_count,
                                             const xkv_train_options *options, const xkv_output *output);
 

@@ -3,6 +3,7 @@
  *
  *   xkv_geometry  planes, widths, RoPE: everything the codec needs to know about a cache
  *   xkv_model     geometry facts and fingerprint of a model, read from a GGUF header or given by the caller
+ *   xkv_metric    what errors of a model's keys and values cost, for training
  *   xkv_cache     a cache opened from an engine's file (llama.cpp sequence file, safetensors) as planes in memory
  *   xkv_output    where bytes go: a file written atomically, memory, or the caller's functions
  *   xkv_input     where bytes come from
@@ -142,10 +143,13 @@ XKV_API xkv_output xkv_file_output(xkv_file *file);
 XKV_API XKV_MUST_CHECK xkv_status xkv_file_map(xkv_ctx *ctx, xkv_file *file, uint64_t size, uint8_t **data_p);
 /* Write everything so far to a descriptor (a pipe, standard output), in order. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_file_copy_to_fd(xkv_ctx *ctx, xkv_file *file, int fd);
+/* Read back what has been written so far; valid until commit or abort. */
+XKV_API xkv_input xkv_file_input(const xkv_file *file);
 /* Sync and rename; frees the handle whatever the outcome (on failure the temporary file is gone). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_file_commit(xkv_ctx *ctx, xkv_file *file);
 /* Remove the temporary file and free the handle; accepts NULL. */
 XKV_API void xkv_file_abort(xkv_ctx *ctx, xkv_file *file);
+
 /* --- Models ------------------------------------------------------------------------------------------------------- */
 
 /* One layer of a model, as far as its cache is concerned. */
@@ -208,6 +212,19 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_model_from_options(xkv_ctx *ctx, uint32_t 
                                                          const xkv_rope_options *options, xkv_model **model_p);
 
 XKV_API void xkv_model_free(xkv_ctx *ctx, xkv_model *model);
+
+/* --- Metrics ------------------------------------------------------------------------------------------------------ */
+
+/* What the errors of a cache cost: e^T M e for an error e of one head's row, K before RoPE. Each M is symmetric. */
+typedef struct xkv_metric {
+    uint32_t layers, heads, head_dim;
+    const float *k, *v; /* [layers][heads][head_dim][head_dim] */
+} xkv_metric;
+
+/* Read the tensors k_metric and v_metric, F32 of that shape, of a safetensors file; others are ignored
+ * (spec/engines.md, section 6). Errors: IO, FORMAT (no such file or tensors), TRUNCATED, CORRUPT, LIMIT, MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_metric_open(xkv_ctx *ctx, const char *path, xkv_metric **metric_p);
+XKV_API void xkv_metric_free(xkv_ctx *ctx, xkv_metric *metric);
 
 /* --- Engine files ------------------------------------------------------------------------------------------------- */
 
