@@ -1,5 +1,7 @@
 #include "support.h"
 
+#include "engine_file.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -209,7 +211,8 @@ static void make_row(const synthetic *s, const synthetic_options *o, uint32_t pl
 {
     const xkv_plane *p = &s->planes[plane];
     uint32_t width = p->heads * p->head_dim, group = o->group_layers ? p->layer / o->group_layers : p->layer;
-    uint64_t token = 1000003ull * (group * 4 + p->kind) + 7919ull * t + 1, noise = 31 + plane * 1000003ull + t;
+    uint64_t token = 1000003ull * (group * 4 + p->kind) + 7919ull * t + 1 + (o->seed << 32),
+             noise = 31 + plane * 1000003ull + t + (o->seed << 33);
 
     memset(row, 0, width * sizeof *row);
     for (uint32_t j = 0; j < o->rank; j++) {
@@ -259,4 +262,67 @@ void free_synthetic(synthetic *s)
     free(s->positions);
     free(s->views);
     free(s->data);
+}
+
+/* --- Packing --- */
+
+xkv_ctx *new_ctx(uint32_t threads)
+{
+    xkv_ctx_options o = xkv_ctx_options_default();
+    xkv_ctx *ctx = NULL;
+
+    o.threads = threads;
+    assert_int_equal(xkv_ctx_create(&o, &ctx), XKV_OK);
+    return ctx;
+}
+
+packed pack_planes(xkv_ctx *ctx, const synthetic *s, const xkv_pack_options *o)
+{
+    packed p = {{0}, {0}, {0}, NULL};
+    xkv_output output = memory_output(&p.m);
+    xkv_entry_info info;
+
+    /* The memory moves: the output must point to the final place. */
+    memory *m = calloc(1, sizeof *m);
+    output.user = m;
+    assert_ok(ctx, xkv_pack(ctx, &s->geometry, s->views, NULL, NULL, 0, o, &output, &p.report));
+    p.m = *m;
+    free(m);
+    assert_int_equal(p.m.size, p.report.entry_bytes);
+    p.input = xkv_input_from_memory(p.m.data, p.m.size);
+    assert_ok(ctx, xkv_entry_open(ctx, &p.input, &p.entry));
+    xkv_entry_get_info(p.entry, &info);
+    if (info.needs_dict)
+        assert_ok(ctx, xkv_entry_attach(ctx, p.entry, o->dict));
+    return p;
+}
+
+void free_packed(xkv_ctx *ctx, packed *p)
+{
+    xkv_entry_close(ctx, p->entry);
+    memory_free(&p->m);
+}
+
+uint8_t *restore(xkv_ctx *ctx, const synthetic *s, const xkv_entry *entry)
+{
+    uint8_t *data = malloc(s->size + 1);
+    xkv_view *views = views_into(s, data);
+
+    memset(data, 0x5a, s->size + 1);
+    assert_ok(ctx, xkv_entry_read(ctx, entry, NULL, views));
+    free(views);
+    return data;
+}
+
+xkv_status train_on(xkv_ctx *ctx, const synthetic *const *list, uint32_t count, const xkv_train_options *o, memory *m)
+{
+    xkv_output output = memory_output(m);
+    xkv_cache caches[8];
+    const xkv_cache *pointers[8];
+
+    for (uint32_t i = 0; i < count; i++) {
+        caches[i] = (xkv_cache){.geometry = list[i]->geometry, .views = list[i]->views};
+        pointers[i] = &caches[i];
+    }
+    return xkv_train(ctx, pointers, count, o, &output);
 }

@@ -12,6 +12,13 @@
 
 #include "xkv/codec.h"
 
+#define assert_ok(ctx, expr)                                                                                           \
+    do {                                                                                                               \
+        xkv_status assert_status_ = (expr);                                                                            \
+        if (assert_status_ != XKV_OK)                                                                                  \
+            fail_msg("%s: %s", xkv_status_string(assert_status_), xkv_ctx_error(ctx));                                 \
+    } while (0)
+
 /* --- Memory output --- */
 
 typedef struct memory {
@@ -57,6 +64,7 @@ typedef struct synthetic_options {
     int rope;     /* rotate K */
     int mla;      /* latent and K-rope instead of K and V */
     int32_t first_position;
+    uint64_t seed; /* other tokens of the same model */
 } synthetic_options;
 
 synthetic make_synthetic(const synthetic_options *o);
@@ -67,5 +75,26 @@ xkv_view *views_into(const synthetic *s, uint8_t *data);
 
 /* Element (t, i) of plane p in `data`, whatever its dtype. */
 double element(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, uint32_t i);
+
+/* --- Packing --- */
+
+xkv_ctx *new_ctx(uint32_t threads);
+
+/* An entry in memory, opened, with its dictionary attached. */
+typedef struct packed {
+    memory m;
+    xkv_pack_report report;
+    xkv_input input;
+    xkv_entry *entry;
+} packed;
+
+packed pack_planes(xkv_ctx *ctx, const synthetic *s, const xkv_pack_options *o);
+void free_packed(xkv_ctx *ctx, packed *p);
+
+/* The whole entry restored into a buffer laid out like s->data. */
+uint8_t *restore(xkv_ctx *ctx, const synthetic *s, const xkv_entry *entry);
+
+/* Train on synthetic caches (at most 8). */
+xkv_status train_on(xkv_ctx *ctx, const synthetic *const *list, uint32_t count, const xkv_train_options *o, memory *m);
 
 #endif

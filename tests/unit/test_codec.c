@@ -6,65 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static xkv_ctx *new_ctx(uint32_t threads)
-{
-    xkv_ctx_options o = xkv_ctx_options_default();
-    xkv_ctx *ctx = NULL;
-
-    o.threads = threads;
-    assert_int_equal(xkv_ctx_create(&o, &ctx), XKV_OK);
-    return ctx;
-}
-
-#define assert_ok(ctx, expr)                                                                                           \
-    do {                                                                                                               \
-        xkv_status assert_status_ = (expr);                                                                            \
-        if (assert_status_ != XKV_OK)                                                                                  \
-            fail_msg("%s: %s", xkv_status_string(assert_status_), xkv_ctx_error(ctx));                                 \
-    } while (0)
-
-typedef struct packed {
-    memory m;
-    xkv_pack_report report;
-    xkv_input input;
-    xkv_entry *entry;
-} packed;
-
-static packed pack_planes(xkv_ctx *ctx, const synthetic *s, const xkv_pack_options *o)
-{
-    packed p = {{0}, {0}, {0}, NULL};
-    xkv_output output = memory_output(&p.m);
-
-    /* The memory moves: the output must point to the final place. */
-    memory *m = calloc(1, sizeof *m);
-    output.user = m;
-    assert_ok(ctx, xkv_pack(ctx, &s->geometry, s->views, NULL, NULL, 0, o, &output, &p.report));
-    p.m = *m;
-    free(m);
-    assert_int_equal(p.m.size, p.report.entry_bytes);
-    p.input = xkv_input_from_memory(p.m.data, p.m.size);
-    assert_ok(ctx, xkv_entry_open(ctx, &p.input, &p.entry));
-    return p;
-}
-
-static void free_packed(xkv_ctx *ctx, packed *p)
-{
-    xkv_entry_close(ctx, p->entry);
-    memory_free(&p->m);
-}
-
-/* The whole entry restored into a buffer laid out like s->data. */
-static uint8_t *restore(xkv_ctx *ctx, const synthetic *s, const xkv_entry *entry)
-{
-    uint8_t *data = malloc(s->size + 1);
-    xkv_view *views = views_into(s, data);
-
-    memset(data, 0x5a, s->size + 1);
-    assert_ok(ctx, xkv_entry_read(ctx, entry, NULL, views));
-    free(views);
-    return data;
-}
-
 /* --- Lossless --- */
 
 static void lossless_is_exact(void **state)
