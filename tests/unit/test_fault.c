@@ -44,6 +44,8 @@ static xkv_status make_ctx(failing *f, xkv_ctx **ctx)
 
 /* --- Runs under test: the whole of packing, opening, reading, verifying --- */
 
+enum { LOSSLESS, SVD_RANKS, SVD_ERROR, SVD_RATIO, DICT_QUALITY, DICT_ERROR, SCALAR_RATIO, PROFILES };
+
 static synthetic sample(void)
 {
     return make_synthetic(&(synthetic_options){.layers = 2,
@@ -61,28 +63,73 @@ static xkv_pack_options sample_options(int profile)
 {
     xkv_pack_options o = xkv_pack_options_default();
 
-    if (profile == 1)
+    if (profile >= SVD_RANKS && profile <= SVD_RATIO)
+        o.profile = XKV_PROFILE_SVD;
+    if (profile == DICT_QUALITY || profile == DICT_ERROR)
+        o.profile = XKV_PROFILE_DICT;
+    if (profile == SCALAR_RATIO)
+        o.profile = XKV_PROFILE_SCALAR;
+    if (profile == SVD_RANKS)
         o.rank_k = o.rank_v = 3;
-    if (profile == 2)
+    if (profile == SVD_ERROR || profile == DICT_ERROR)
         o.error = 0.05;
-    if (profile == 3)
+    if (profile == SVD_RATIO || profile == SCALAR_RATIO)
         o.ratio = 3;
     return o;
 }
 
-static xkv_status pack_run(xkv_ctx *ctx, const synthetic *s, int profile, memory *m)
+/* What the runs of the dict profiles train, open and attach. */
+static xkv_status train_run(xkv_ctx *ctx, const synthetic *s, memory *m)
+{
+    xkv_train_options o = xkv_train_options_default();
+
+    o.zstd_level = 1;
+    return train_on(ctx, &s, 1, &o, m);
+}
+
+/* A dictionary in a context of its own, for runs that shall not fail in it. */
+typedef struct steady {
+    xkv_ctx *ctx;
+    memory m;
+    xkv_input input;
+    xkv_dict *dict;
+} steady;
+
+static void make_steady(const synthetic *s, steady *d)
+{
+    memset(d, 0, sizeof *d);
+    d->ctx = new_ctx(1);
+    assert_ok(d->ctx, train_run(d->ctx, s, &d->m));
+    d->input = xkv_input_from_memory(d->m.data, d->m.size);
+    assert_ok(d->ctx, xkv_dict_open(d->ctx, &d->input, 1, &d->dict));
+}
+
+static void free_steady(steady *d)
+{
+    xkv_dict_close(d->ctx, d->dict);
+    memory_free(&d->m);
+    xkv_ctx_free(d->ctx);
+}
+
+static xkv_status pack_run(xkv_ctx *ctx, const synthetic *s, int profile, const xkv_dict *dict, memory *m)
 {
     xkv_pack_options o = sample_options(profile);
     xkv_output output = memory_output(m);
 
+    o.dict = dict;
     return xkv_pack(ctx, &s->geometry, s->views, NULL, NULL, 0, &o, &output, NULL);
 }
 
-static xkv_status read_run(xkv_ctx *ctx, const xkv_input *input, const xkv_view *views)
+static xkv_status read_run(xkv_ctx *ctx, const xkv_input *input, const xkv_dict *dict, const xkv_view *views)
 {
     xkv_entry *entry = NULL;
+    xkv_entry_info info = {0};
     xkv_status status = xkv_entry_open(ctx, input, &entry);
 
+    if (status == XKV_OK)
+        xkv_entry_get_info(entry, &info);
+    if (status == XKV_OK && info.needs_dict)
+        status = xkv_entry_attach(ctx, entry, dict);
     if (status == XKV_OK)
         status = xkv_entry_read(ctx, entry, NULL, views);
     if (status == XKV_OK)
@@ -94,7 +141,7 @@ static xkv_status read_run(xkv_ctx *ctx, const xkv_input *input, const xkv_view 
 /* --- Allocation --- */
 
 /* One attempt with the n-th allocation failing; true when it succeeded. */
-static int attempt(long n, int for_ever, int profile, const synthetic *s, const memory *good)
+static int attempt(long n, int for_ever, int profile, const synthetic *s, const steady *d, const memory *good)
 {
     failing f = {.fail_at = n, .for_ever = for_ever};
     memory m = {0};
@@ -105,9 +152,9 @@ static int attempt(long n, int for_ever, int profile, const synthetic *s, const 
     xkv_status status = make_ctx(&f, &ctx);
 
     if (status == XKV_OK)
-        status = pack_run(ctx, s, profile, &m);
+        status = pack_run(ctx, s, profile, d->dict, &m);
     if (status == XKV_OK)
-        status = read_run(ctx, &input, views);
+        status = read_run(ctx, &input, d->dict, views);
     if (status != XKV_OK)
         assert_int_equal(status, XKV_ERROR_MEMORY);
     xkv_ctx_free(ctx);
@@ -121,32 +168,79 @@ static int attempt(long n, int for_ever, int profile, const synthetic *s, const 
 static void allocations_fail_one_by_one(void **state)
 {
     synthetic s = sample();
+    steady d;
 
     (void)state;
-    for (int profile = 0; profile < 4; profile++) {
+    make_steady(&s, &d);
+    for (int profile = 0; profile < PROFILES; profile++) {
         failing f = {0};
         memory good = {0};
         xkv_ctx *ctx = NULL;
         assert_int_equal(make_ctx(&f, &ctx), XKV_OK);
-        assert_int_equal(pack_run(ctx, &s, profile, &good), XKV_OK);
+        assert_int_equal(pack_run(ctx, &s, profile, d.dict, &good), XKV_OK);
         xkv_ctx_free(ctx);
         for (int for_ever = 0; for_ever < 2; for_ever++) {
             long n = 1;
-            while (!attempt(n, for_ever, profile, &s, &good))
+            while (!attempt(n, for_ever, profile, &s, &d, &good))
                 n++;
             assert_true(n > 30); /* so that the loop is known to have reached the inside */
         }
         memory_free(&good);
     }
+    free_steady(&d);
     free_synthetic(&s);
 }
 
-static void memory_limit_is_kept(void **state)
+/* Training, then opening what was trained. */
+static int train_attempt(long n, int for_ever, const synthetic *s, const xkv_input *input)
+{
+    failing f = {.fail_at = n, .for_ever = for_ever};
+    memory m = {0};
+    xkv_ctx *ctx = NULL;
+    xkv_dict *dict = NULL;
+    xkv_status status = make_ctx(&f, &ctx);
+
+    if (status == XKV_OK)
+        status = train_run(ctx, s, &m);
+    if (status == XKV_OK)
+        status = xkv_dict_open(ctx, input, 1, &dict);
+    if (status != XKV_OK)
+        assert_int_equal(status, XKV_ERROR_MEMORY);
+    xkv_dict_close(ctx, dict);
+    xkv_ctx_free(ctx);
+    assert_int_equal(f.alive, 0);
+    memory_free(&m);
+    return status == XKV_OK;
+}
+
+static void allocations_of_training_fail_one_by_one(void **state)
 {
     synthetic s = sample();
-    int refused = 0, done = 0;
+    steady d;
 
     (void)state;
+    make_steady(&s, &d);
+    for (int for_ever = 0; for_ever < 2; for_ever++) {
+        long n = 1;
+        while (!train_attempt(n, for_ever, &s, &d.input))
+            n++;
+        assert_true(n > 60);
+    }
+    free_steady(&d);
+    free_synthetic(&s);
+}
+
+enum { TRAIN = PROFILES }; /* what else the loops below run */
+
+static xkv_status any_run(xkv_ctx *ctx, const synthetic *s, int run, const steady *d, memory *m)
+{
+    return run == TRAIN ? train_run(ctx, s, m) : pack_run(ctx, s, run, d->dict, m);
+}
+
+static void limit_run(const synthetic *s, int run, const steady *d)
+{
+    int refused = 0, done = 0;
+
     for (uint64_t limit = 1024; !done; limit += limit / 4) {
         xkv_ctx_options o = xkv_ctx_options_default();
         xkv_ctx *ctx = NULL;
@@ -156,7 +250,7 @@ static void memory_limit_is_kept(void **state)
         o.memory_limit = limit;
         status = xkv_ctx_create(&o, &ctx);
         if (status == XKV_OK)
-            status = pack_run(ctx, &s, 1, &m);
+            status = any_run(ctx, s, run, d, &m);
         assert_true(status == XKV_OK || status == XKV_ERROR_LIMIT);
         assert_true(!ctx || xkv_ctx_memory_peak(ctx) <= limit);
         refused += status != XKV_OK;
@@ -165,6 +259,19 @@ static void memory_limit_is_kept(void **state)
         memory_free(&m);
     }
     assert_true(refused > 3);
+}
+
+static void memory_limit_is_kept(void **state)
+{
+    static const int runs[] = {SVD_RANKS, DICT_ERROR, SCALAR_RATIO, TRAIN};
+    synthetic s = sample();
+    steady d;
+
+    (void)state;
+    make_steady(&s, &d);
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++)
+        limit_run(&s, runs[i], &d);
+    free_steady(&d);
     free_synthetic(&s);
 }
 
@@ -182,44 +289,68 @@ static xkv_status failing_read(void *user, xkv_ctx *ctx, uint64_t offset, void *
     return ++f->calls == f->fail_at ? XKV_ERROR_IO : f->good.read(f->good.user, ctx, offset, dst, size);
 }
 
-static void reads_and_writes_fail_one_by_one(void **state)
+/* Every write fails once; the entry or dictionary that is complete in the end. */
+static memory write_run(xkv_ctx *ctx, const synthetic *s, int run, const steady *d)
 {
-    synthetic s = sample();
-    failing f = {0};
-    memory good = {0};
-    xkv_ctx *ctx = NULL;
-    uint8_t *data = malloc(s.size);
-    xkv_view *views = views_into(&s, data);
     xkv_status status = XKV_ERROR_IO;
+    memory good = {0};
     int n;
 
-    (void)state;
-    assert_int_equal(make_ctx(&f, &ctx), XKV_OK);
     for (n = 1; status != XKV_OK; n++) {
         memory m = {.fail_at = n};
-        status = pack_run(ctx, &s, 1, &m);
+        status = any_run(ctx, s, run, d, &m);
         assert_true(status == XKV_OK || status == XKV_ERROR_IO);
         if (status == XKV_OK)
             good = m;
         else
             memory_free(&m);
     }
-    assert_true(n > 10);
-    status = XKV_ERROR_IO;
-    for (n = 1; status != XKV_OK; n++) {
-        failing_input fi = {xkv_input_from_memory(good.data, good.size), n, 0};
-        xkv_input input = fi.good;
-        input.user = &fi;
-        input.read = failing_read;
-        status = read_run(ctx, &input, views);
-        assert_true(status == XKV_OK || status == XKV_ERROR_IO);
+    assert_true(n > 8);
+    return good;
+}
+
+static xkv_status open_run(xkv_ctx *ctx, const xkv_input *input)
+{
+    xkv_dict *dict = NULL;
+    xkv_status status = xkv_dict_open(ctx, input, 1, &dict);
+
+    xkv_dict_close(ctx, dict);
+    return status;
+}
+
+static void reads_and_writes_fail_one_by_one(void **state)
+{
+    static const int runs[] = {SVD_RANKS, DICT_QUALITY, SCALAR_RATIO, TRAIN};
+    synthetic s = sample();
+    steady d;
+    failing f = {0};
+    xkv_ctx *ctx = NULL;
+    uint8_t *data = malloc(s.size);
+    xkv_view *views = views_into(&s, data);
+
+    (void)state;
+    make_steady(&s, &d);
+    assert_int_equal(make_ctx(&f, &ctx), XKV_OK);
+    for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+        memory good = write_run(ctx, &s, runs[i], &d);
+        xkv_status status = XKV_ERROR_IO;
+        int n;
+        for (n = 1; status != XKV_OK; n++) {
+            failing_input fi = {xkv_input_from_memory(good.data, good.size), n, 0};
+            xkv_input input = fi.good;
+            input.user = &fi;
+            input.read = failing_read;
+            status = runs[i] == TRAIN ? open_run(ctx, &input) : read_run(ctx, &input, d.dict, views);
+            assert_true(status == XKV_OK || status == XKV_ERROR_IO);
+        }
+        assert_true(n > 8);
+        memory_free(&good);
     }
-    assert_true(n > 10);
     xkv_ctx_free(ctx);
     assert_int_equal(f.alive, 0);
-    memory_free(&good);
     free(views);
     free(data);
+    free_steady(&d);
     free_synthetic(&s);
 }
 
@@ -227,6 +358,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(allocations_fail_one_by_one),
+        cmocka_unit_test(allocations_of_training_fail_one_by_one),
         cmocka_unit_test(memory_limit_is_kept),
         cmocka_unit_test(reads_and_writes_fail_one_by_one),
     };
