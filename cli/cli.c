@@ -267,6 +267,18 @@ bool cli_parse_double(cli *c, const char *option, const char *text, double min, 
     return true;
 }
 
+bool cli_parse_quality(cli *c, const char *option, const char *text, double *value)
+{
+    char *end;
+    double number = strtod(text, &end);
+    if (end == text || *end != '\0' || !(number >= 1 && number <= 100)) {
+        cli_error(c, "%s: '%s' is not a number from 1 to 100", option, text);
+        return false;
+    }
+    *value = number;
+    return true;
+}
+
 bool cli_parse_choice(cli *c, const char *option, const char *text, const char *const *names, uint32_t *value)
 {
     char list[128] = "";
@@ -384,6 +396,10 @@ static bool take_common_option(cli *c, int option, const char *value)
     case 'k':
         c->remove = false;
         return true;
+    case 'D':
+        c->dict_path = value;
+        c->dict_given = true;
+        return true;
     case CLI_OPT_RM:
         c->remove = true;
         return true;
@@ -433,7 +449,7 @@ static bool check_options(cli *c)
     const char *problem = NULL;
     if (c->to_stdout && c->output != NULL)
         problem = "-c and -o exclude each other";
-    else if (c->input_count > 1 && (to_stdout || c->output != NULL))
+    else if (c->tool->process_all == NULL && c->input_count > 1 && (to_stdout || c->output != NULL))
         problem = "-o and -c take one input";
     else if (c->json && to_stdout)
         problem = "--json and -c both write to standard output";
@@ -446,16 +462,27 @@ static bool check_options(cli *c)
     return c->tool->check == NULL || c->tool->check(c);
 }
 
-/* One file; its failure as JSON too where that is asked for. */
-static cli_exit process_file(cli *c, const char *path)
+/* A failure as JSON too where that is asked for. */
+static cli_exit finish_file(cli *c, const char *path, cli_exit code)
 {
-    c->progress_name = strcmp(path, "-") == 0 ? "stdin" : path;
-    cli_exit code = c->tool->process(c, path);
     cli_progress_end(c);
     if (code != CLI_OK && c->json)
         cli_json_print(json_pack("{s:o, s:b, s:i, s:o}", "file", cli_json_string(path), "ok", 0, "exit_code", (int)code,
                                  "message", cli_json_string(c->last_error)));
     return code;
+}
+
+static cli_exit process_file(cli *c, const char *path)
+{
+    c->progress_name = strcmp(path, "-") == 0 ? "stdin" : path;
+    return finish_file(c, path, c->tool->process(c, path));
+}
+
+static cli_exit process_together(cli *c, int count, char **paths)
+{
+    c->progress_name = c->output;
+    cli_exit code = finish_file(c, c->output, c->tool->process_all(c, (uint32_t)count, paths));
+    return interrupted ? CLI_INTERRUPTED : code;
 }
 
 static cli_exit process_files(cli *c, int count, char **paths)
@@ -484,12 +511,14 @@ static cli_exit run(cli *c, int count, char **paths)
     interrupt_ctx = c->ctx;
     catch_signals(on_signal);
     signal(SIGXFSZ, SIG_IGN); /* a file-size limit is then an error like a full disk */
+    signal(SIGPIPE, SIG_IGN); /* and so is a reader that went away: no output is left half made */
 
     cli_exit code = c->tool->begin == NULL ? CLI_OK : c->tool->begin(c);
     if (code == CLI_OK)
-        code = process_files(c, count, paths);
+        code = c->tool->process_all != NULL ? process_together(c, count, paths) : process_files(c, count, paths);
     if (c->tool->end != NULL)
         c->tool->end(c);
+    cli_dict_close(c);
 
     catch_signals(SIG_DFL);
     interrupt_ctx = NULL;
@@ -503,14 +532,16 @@ int cli_main(const cli_tool *tool, void *user, int argc, char **argv)
     char dash[] = "-";
     char *standard_input = dash;
     cli_exit code;
+    const char *folder = getenv("XKV_DICT_PATH");
+    c.dict_path = folder != NULL && folder[0] != '\0' ? folder : NULL;
     if (parse_options(&c, argc, argv, &code)) {
         int count = argc - optind;
         char **paths = argv + optind;
+        c.input_count = (uint32_t)count;
         if (count == 0) {
             count = 1;
             paths = &standard_input;
         }
-        c.input_count = (uint32_t)count;
         code = check_options(&c) ? run(&c, count, paths) : CLI_USAGE;
     }
     if (code == CLI_USAGE && c.ctx == NULL)

@@ -19,7 +19,7 @@ typedef enum cli_exit {
     CLI_FAILED = 1,        /* a file could not be read or written, disk full, output exists */
     CLI_USAGE = 2,         /* wrong options or arguments */
     CLI_BAD_INPUT = 3,     /* the input is damaged, foreign, or made by a newer version */
-    CLI_MISMATCH = 4,      /* the input belongs to another model */
+    CLI_MISMATCH = 4,      /* the input belongs to another model, or needs a dictionary that is not there */
     CLI_TARGET = 5,        /* the asked ratio, error or energy cannot be reached */
     CLI_LIMIT = 6,         /* out of memory, or beyond a limit */
     CLI_INTERRUPTED = 130, /* SIGINT, SIGTERM or SIGHUP */
@@ -60,6 +60,11 @@ enum {
     {                                                                                                                  \
         "fingerprint", required_argument, NULL, CLI_OPT_FINGERPRINT                                                    \
     }
+#define CLI_DICT_LETTERS "D:"
+#define CLI_DICT_OPTIONS                                                                                               \
+    {                                                                                                                  \
+        "dictionary", required_argument, NULL, 'D'                                                                     \
+    }
 #define CLI_END_OPTIONS                                                                                                \
     {                                                                                                                  \
         NULL, 0, NULL, 0                                                                                               \
@@ -77,10 +82,13 @@ typedef struct cli {
     const char *output; /* -o; NULL: none */
     uint32_t threads;
     uint64_t memory_limit;
-    const char *model_path;  /* --model; NULL: none */
-    bool has_fingerprint;    /* --fingerprint */
-    uint8_t fingerprint[16]; /* of --fingerprint */
-    uint32_t input_count;
+    const char *model_path;    /* --model; NULL: none */
+    bool has_fingerprint;      /* --fingerprint */
+    uint8_t fingerprint[16];   /* of --fingerprint */
+    const char *dict_path;     /* -D, else $XKV_DICT_PATH: a dictionary or a folder of them; NULL: none */
+    bool dict_given;           /* by -D */
+    xkv_dict *dict;            /* the one last used */
+    uint32_t input_count;      /* named inputs */
     const char *progress_name; /* file whose progress is shown */
     bool progress_shown;
     double progress_time; /* of the last update */
@@ -102,6 +110,8 @@ struct cli_tool {
     void (*end)(cli *c);
     /* One input, "-" for standard input; failures have been reported. */
     cli_exit (*process)(cli *c, const char *path);
+    /* In place of `process`: all inputs together. */
+    cli_exit (*process_all)(cli *c, uint32_t count, char **paths);
 };
 
 int cli_main(const cli_tool *tool, void *user, int argc, char **argv);
@@ -140,6 +150,8 @@ bool cli_parse_u64(cli *c, const char *option, const char *text, uint64_t min, u
 bool cli_parse_u32(cli *c, const char *option, const char *text, uint32_t min, uint32_t max, uint32_t *value);
 /* A number between min and max, both excluded. */
 bool cli_parse_double(cli *c, const char *option, const char *text, double min, double max, double *value);
+/* A number from 1 to 100. */
+bool cli_parse_quality(cli *c, const char *option, const char *text, double *value);
 /* Index of `text` in `names` (NULL-terminated). */
 bool cli_parse_choice(cli *c, const char *option, const char *text, const char *const *names, uint32_t *value);
 bool cli_parse_hex16(cli *c, const char *option, const char *text, uint8_t bytes[16]);
@@ -160,9 +172,11 @@ typedef struct cli_input {
 cli_exit cli_input_open(cli *c, const char *path, cli_input *input);
 void cli_input_close(cli_input *input);
 
-/* Open the entry at `path`, hand it to `process`, close it. */
+/* Open the entry at `path`, hand it to `process`, close it. A dictionary is handed to `describe` instead, unless that
+ * is NULL: then it is refused. */
 cli_exit cli_process_entry(cli *c, const char *path,
-                           cli_exit (*process)(cli *c, const cli_input *input, const xkv_entry *entry));
+                           cli_exit (*process)(cli *c, const cli_input *file, xkv_entry *entry),
+                           cli_exit (*describe)(cli *c, const cli_input *file, const xkv_input *dictionary));
 
 typedef struct cli_output {
     const char *name; /* for messages */
@@ -171,6 +185,8 @@ typedef struct cli_output {
     xkv_file *file;
 } cli_output;
 
+/* Report, and return false, when the output `path` is the file of `input`. */
+bool cli_distinct(cli *c, const cli_input *input, const char *path);
 /* Begin the output for `input`: -o, -c, or `default_path` (NULL: the name does not tell, and -o is asked for). */
 cli_exit cli_output_open(cli *c, const cli_input *input, const char *default_path, cli_output *output);
 /* Make the output appear, then remove the input if --rm was given. */
@@ -196,5 +212,16 @@ cli_exit cli_model_load(cli *c, const xkv_rope_options *rope, xkv_model **model_
 void cli_model_mark(const cli *c, xkv_model *model);
 /* What is known of the model without a file: NULL, or `bare` with nothing but the fingerprint. */
 const xkv_model *cli_model_bare(const cli *c, xkv_model *bare);
+
+/* --- Dictionaries (cli_dict.c) -------------------------------------------------------------------------------------
+ */
+
+/* Have c->dict be the dictionary to pack a cache of `layer_count` layers with: the file of -D, or the one of its folder
+ * that was trained on `model` (may be NULL), or else the only one of as many layers. Without `required` a folder in
+ * which none or several fit leaves c->dict NULL. */
+cli_exit cli_dict_choose(cli *c, const char *name, const xkv_model *model, uint32_t layer_count, bool required);
+/* Give the entry the dictionary that it needs, if any. */
+cli_exit cli_dict_attach(cli *c, const char *name, xkv_entry *entry);
+void cli_dict_close(cli *c);
 
 #endif

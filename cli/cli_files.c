@@ -82,8 +82,18 @@ void cli_input_close(cli_input *input)
     input->spool = NULL;
 }
 
+/* Magic and kind, as in the header of spec/container.md. */
+static bool is_dictionary(cli *c, const xkv_input *input)
+{
+    static const uint8_t magic[8] = {0x89, 'X', 'K', 'V', '\r', '\n', 0x1a, '\n'};
+    uint8_t header[16];
+    return input->size >= sizeof header && input->read(input->user, c->ctx, 0, header, sizeof header) == XKV_OK &&
+           memcmp(header, magic, sizeof magic) == 0 && header[12] == 2;
+}
+
 cli_exit cli_process_entry(cli *c, const char *path,
-                           cli_exit (*process)(cli *c, const cli_input *input, const xkv_entry *entry))
+                           cli_exit (*process)(cli *c, const cli_input *file, xkv_entry *entry),
+                           cli_exit (*describe)(cli *c, const cli_input *file, const xkv_input *dictionary))
 {
     cli_input file;
     xkv_input input = {0};
@@ -91,9 +101,13 @@ cli_exit cli_process_entry(cli *c, const char *path,
     cli_exit code = cli_input_open(c, path, &file);
     if (code == CLI_OK) {
         xkv_status status = xkv_input_open(c->ctx, file.path, &input);
-        if (status == XKV_OK)
-            status = xkv_entry_open(c->ctx, &input, &entry);
-        code = status == XKV_OK ? process(c, &file, entry) : cli_fail(c, file.name, status);
+        if (status == XKV_OK && describe != NULL && is_dictionary(c, &input)) {
+            code = describe(c, &file, &input);
+        } else {
+            if (status == XKV_OK)
+                status = xkv_entry_open(c->ctx, &input, &entry);
+            code = status == XKV_OK ? process(c, &file, entry) : cli_fail(c, file.name, status);
+        }
         xkv_entry_close(c->ctx, entry);
         if (input.read != NULL)
             xkv_input_close(c->ctx, &input);
@@ -116,14 +130,21 @@ static cli_exit open_stream(cli *c, cli_output *output)
     return status == XKV_OK ? CLI_OK : cli_fail(c, output->name, status);
 }
 
+bool cli_distinct(cli *c, const cli_input *input, const char *path)
+{
+    struct stat st;
+    if (stat(path, &st) != 0 || st.st_dev != input->st.st_dev || st.st_ino != input->st.st_ino)
+        return true;
+    cli_error(c, "%s: is the input as well", path);
+    return false;
+}
+
 static cli_exit open_file(cli *c, const cli_input *input, cli_output *output)
 {
     struct stat st;
+    if (!cli_distinct(c, input, output->path))
+        return CLI_USAGE;
     if (stat(output->path, &st) == 0) {
-        if (st.st_dev == input->st.st_dev && st.st_ino == input->st.st_ino) {
-            cli_error(c, "%s: is the input as well", output->name);
-            return CLI_USAGE;
-        }
         if (S_ISDIR(st.st_mode)) {
             cli_error(c, "%s: is a folder", output->name);
             return CLI_FAILED;

@@ -8,17 +8,20 @@
 
 enum { OPT_VERIFY = CLI_OPT_TOOL };
 
-static const char letters[] = CLI_COMMON_LETTERS;
+static const char letters[] = CLI_COMMON_LETTERS CLI_DICT_LETTERS;
 static const struct option long_options[] = {
     CLI_COMMON_OPTIONS,
+    CLI_DICT_OPTIONS,
     {"verify", no_argument, NULL, OPT_VERIFY},
     CLI_END_OPTIONS,
 };
 
 static const char help[] =
-    "List .xkv entries: one line each, with -v a table of groups, with -vv also metadata and sections.\n"
+    "List .xkv entries: one line each, with -v a table of groups, with -vv also metadata and sections;\n"
+    "describe .xkvd dictionaries.\n"
     "\n"
     "      --verify          check every checksum and rule, and decode everything\n"
+    "  -D, --dictionary PATH dictionary of the entries (.xkvd), or a folder that has it; for --verify\n"
     "  -T, --threads N       worker threads, 0 for all cores [0]\n"
     "  -M, --memory N        memory limit in bytes; suffixes K, M, G [none]\n"
     "      --json            one JSON object per file on standard output, with everything\n"
@@ -31,8 +34,8 @@ static const char help[] =
     "Ratio is raw 16-bit bytes / packed; ErrK and ErrV are relative errors, measured while packing\n"
     "(0: lossless, -: no such planes; latents count as K).\n"
     "\n"
-    "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 6 memory or limit, 130 interrupted.\n"
-    "See xkv-info(1).\n";
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 no dictionary, 6 memory or limit,\n"
+    "130 interrupted. See xkv-info(1).\n";
 
 typedef struct info_tool {
     bool verify;
@@ -63,14 +66,47 @@ static const char *group_kind(const xkv_geometry *g, const xkv_group_info *group
 
 static const char *codec_name(const xkv_group_info *group)
 {
-    return group->codec == XKV_CODEC_SVD ? "svd" : "lossless";
+    static const char *const names[] = {"lossless", "svd", "dict", "scalar"};
+    return group->codec < sizeof names / sizeof *names ? names[group->codec] : "unknown";
+}
+
+/* That of the first group coded with loss. */
+static const char *entry_codec(const xkv_entry *entry, const xkv_entry_info *info)
+{
+    xkv_group_info group = {.codec = XKV_CODEC_LOSSLESS};
+    for (uint32_t i = 0; i < info->group_count && group.codec == XKV_CODEC_LOSSLESS; i++)
+        xkv_entry_get_group(entry, i, &group);
+    return codec_name(&group);
+}
+
+static bool is_coded(const xkv_group_info *group)
+{
+    return group->codec == XKV_CODEC_DICT || group->codec == XKV_CODEC_SCALAR;
 }
 
 /* Why a group is lossless; NULL when that was asked for. */
 static const char *lossless_reason(const xkv_group_info *group)
 {
-    static const char *const reasons[] = {NULL, "no gain", "NaN or Inf", "exact kind", "no tokens"};
-    return group->codec == XKV_CODEC_LOSSLESS && group->reason <= XKV_REASON_NO_TOKENS ? reasons[group->reason] : NULL;
+    static const char *const reasons[] = {NULL, "no gain", "NaN or Inf", "exact kind", "no tokens", "not trained"};
+    return group->codec == XKV_CODEC_LOSSLESS && group->reason <= XKV_REASON_NOT_TRAINED ? reasons[group->reason]
+                                                                                         : NULL;
+}
+
+/* Mean square of the relative errors of a group's planes of `kind`; -1 without such planes. Of a group that holds no
+ * other kind the exact value is on record. */
+static double group_square(const xkv_geometry *g, const xkv_group_info *group, uint32_t kind)
+{
+    double squares = 0;
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < group->plane_count; i++) {
+        if (g->planes[group->planes[i]].kind != kind)
+            continue;
+        squares += group->errors[i] * group->errors[i];
+        count++;
+    }
+    if (count == 0)
+        return -1;
+    return count == group->plane_count ? group->error * group->error : squares / count;
 }
 
 /* The relative error over all groups that hold planes of `kind`, weighted by their energy; -1 without such planes.
@@ -83,14 +119,12 @@ static double kind_error(const xkv_entry *entry, uint32_t group_count, uint32_t 
     for (uint32_t i = 0; i < group_count; i++) {
         xkv_group_info group;
         xkv_entry_get_group(entry, i, &group);
-        for (uint32_t j = 0; j < group.plane_count; j++) {
-            if (g->planes[group.planes[j]].kind != kind)
-                continue;
-            found = true;
-            squares += group.error * group.error * group.energy;
-            energy += group.energy;
-            break;
-        }
+        double square = group_square(g, &group, kind);
+        if (square < 0)
+            continue;
+        found = true;
+        squares += square * group.energy;
+        energy += group.energy;
     }
     return found ? (energy > 0 ? sqrt(squares / energy) : 0) : -1;
 }
@@ -127,42 +161,47 @@ static void print_row(cli *c, const char *name, const xkv_entry *entry, const xk
     char visible[1024];
     cli_printable(visible, sizeof visible, name);
     if (!tool->header_shown)
-        printf("%10s %6s %6s %11s %11s %7s %7s %7s %s%-18s %s\n", "Tokens", "Layers", "Groups", "Raw", "Packed",
-               "Ratio", "ErrK", "ErrV", tool->verify ? "Check " : "", "Engine", "File");
+        printf("%10s %6s %6s %11s %11s %7s %7s %7s %-8s %s%-18s %s\n", "Tokens", "Layers", "Groups", "Raw", "Packed",
+               "Ratio", "ErrK", "ErrV", "Codec", tool->verify ? "Check " : "", "Engine", "File");
     tool->header_shown = c->verbosity < 2; /* again after the details of a file */
     char ratio[32] = "-";
     if (info->raw16_bytes > 0)
         snprintf(ratio, sizeof ratio, "%.2f", ratio_of(info));
-    printf("%10u %6u %6u %11s %11s %7s %7s %7s %s%-18s %s\n", g->token_count, g->layer_count, info->group_count,
+    printf("%10u %6u %6u %11s %11s %7s %7s %7s %-8s %s%-18s %s\n", g->token_count, g->layer_count, info->group_count,
            cli_size_text(info->raw_bytes).text, cli_size_text(info->file_size).text, ratio, error_text(error_k).text,
-           error_text(error_v).text, check, engine_name(entry), visible);
+           error_text(error_v).text, entry_codec(entry, info), check, engine_name(entry), visible);
 }
 
-static void print_group(const xkv_geometry *g, uint32_t index, const xkv_group_info *group)
+static void print_group(const xkv_geometry *g, uint32_t index, const xkv_group_info *group,
+                        const xkv_group_coding *coding)
 {
     const char *reason = lossless_reason(group);
-    char layers[32], rank[16] = "-";
+    char layers[32], rank[32] = "-", step[16] = "-";
     uint32_t first = g->planes[group->planes[0]].layer;
     uint32_t last = g->planes[group->planes[group->plane_count - 1]].layer;
     snprintf(layers, sizeof layers, first == last ? "%u" : "%u-%u", first, last);
     if (group->codec == XKV_CODEC_SVD)
         snprintf(rank, sizeof rank, "%u", group->rank);
-    printf("  %5u %-6s %9s %6u %6s %7u %11s %11s %7.2f %7s  %s%s%s%s\n", index, group_kind(g, group), layers,
-           group->plane_count, rank, group->width, cli_size_text(group->raw_bytes).text,
+    if (is_coded(group)) {
+        snprintf(rank, sizeof rank, "%u/%u", coding->coded, group->rank);
+        snprintf(step, sizeof step, "%.4g", coding->step);
+    }
+    printf("  %5u %-6s %9s %6u %11s %9s %7u %11s %11s %7.2f %7s  %s%s%s%s\n", index, group_kind(g, group), layers,
+           group->plane_count, rank, step, group->width, cli_size_text(group->raw_bytes).text,
            cli_size_text(group->packed_bytes).text,
            group->packed_bytes > 0 ? (double)group->raw_bytes / (double)group->packed_bytes : 0,
            error_text(group->error).text, codec_name(group), reason ? " (" : "", reason ? reason : "",
            reason ? ")" : "");
 }
 
-static void print_groups(const xkv_entry *entry, const xkv_entry_info *info)
+static void print_groups(const xkv_entry *entry, const xkv_entry_info *info, const xkv_group_coding *codings)
 {
-    printf("  %5s %-6s %9s %6s %6s %7s %11s %11s %7s %7s  %s\n", "Group", "Kind", "Layers", "Planes", "Rank", "Width",
-           "Raw", "Packed", "Ratio", "Error", "Codec");
+    printf("  %5s %-6s %9s %6s %11s %9s %7s %11s %11s %7s %7s  %s\n", "Group", "Kind", "Layers", "Planes", "Rank",
+           "Step", "Width", "Raw", "Packed", "Ratio", "Error", "Codec");
     for (uint32_t i = 0; i < info->group_count; i++) {
         xkv_group_info group;
         xkv_entry_get_group(entry, i, &group);
-        print_group(xkv_entry_geometry(entry), i, &group);
+        print_group(xkv_entry_geometry(entry), i, &group, &codings[i]);
     }
 }
 
@@ -217,7 +256,7 @@ static json_t *json_hex(const uint8_t *bytes, size_t size)
     return json_string(cli_hex_text(bytes, size).text);
 }
 
-static json_t *groups_json(const xkv_entry *entry, const xkv_entry_info *info)
+static json_t *groups_json(const xkv_entry *entry, const xkv_entry_info *info, const xkv_group_coding *codings)
 {
     const xkv_geometry *g = xkv_entry_geometry(entry);
     json_t *groups = json_array();
@@ -230,11 +269,15 @@ static json_t *groups_json(const xkv_entry *entry, const xkv_entry_info *info)
             json_array_append_new(planes, json_pack("{s:i, s:s, s:f}", "layer", (int)plane->layer, "kind",
                                                     xkv_plane_kind_name(plane->kind), "error", group.errors[j]));
         }
-        json_array_append_new(
-            groups, json_pack("{s:s, s:s?, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", codec_name(&group), "reason",
-                              lossless_reason(&group), "planes", planes, "rank", (int)group.rank, "width",
-                              (int)group.width, "raw_bytes", (json_int_t)group.raw_bytes, "packed_bytes",
-                              (json_int_t)group.packed_bytes, "energy", group.energy, "error", group.error));
+        json_t *object = json_pack("{s:s, s:s?, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", codec_name(&group),
+                                   "reason", lossless_reason(&group), "planes", planes, "rank", (int)group.rank,
+                                   "width", (int)group.width, "raw_bytes", (json_int_t)group.raw_bytes, "packed_bytes",
+                                   (json_int_t)group.packed_bytes, "energy", group.energy, "error", group.error);
+        if (is_coded(&group)) {
+            json_object_set_new(object, "step", json_real(codings[i].step));
+            json_object_set_new(object, "coded", json_integer(codings[i].coded));
+        }
+        json_array_append_new(groups, object);
     }
     return groups;
 }
@@ -254,7 +297,8 @@ static json_t *metadata_json(const xkv_entry *entry)
     return object;
 }
 
-static void print_json(const cli *c, const char *name, const xkv_entry *entry, const xkv_entry_info *info)
+static void print_json(const cli *c, const char *name, const xkv_entry *entry, const xkv_entry_info *info,
+                       const xkv_group_coding *codings)
 {
     const info_tool *tool = c->user;
     const xkv_geometry *g = xkv_entry_geometry(entry);
@@ -272,43 +316,132 @@ static void print_json(const cli *c, const char *name, const xkv_entry *entry, c
         "read_version", (int)info->read_version, "sinks", (int)info->sinks, "window", (int)info->window);
     json_object_set_new(object, "verified", json_boolean(tool->verify));
     json_object_set_new(object, "lossless", json_boolean(info->lossless != 0));
+    json_object_set_new(object, "codec", json_string(entry_codec(entry, info)));
+    json_object_set_new(object, "dictionary_id", info->needs_dict ? json_hex(info->dictionary_id, 16) : json_null());
     json_object_set_new(object, "chunk_tokens", json_integer(info->chunk_tokens));
     json_object_set_new(object, "token_ids", json_integer(g->token_id_count));
     json_object_set_new(object, "content_id", json_hex(info->content_id, 16));
     json_object_set_new(object, "source_hash", json_hex(info->source_hash, 16));
     json_object_set_new(object, "metadata", metadata_json(entry));
-    json_object_set_new(object, "groups", groups_json(entry, info));
+    json_object_set_new(object, "groups", groups_json(entry, info, codings));
     cli_json_print(object);
 }
 
 /* --- One file -------------------------------------------------------------------------------------------------------
  */
 
-static cli_exit process_entry(cli *c, const cli_input *input, const xkv_entry *entry)
+static cli_exit verify(cli *c, const cli_input *input, xkv_entry *entry)
+{
+    cli_exit code = cli_dict_attach(c, input->name, entry);
+    if (code != CLI_OK)
+        return code;
+    xkv_status status = xkv_entry_verify(c->ctx, entry, cli_progress, c);
+    cli_progress_end(c);
+    return status == XKV_OK ? CLI_OK : cli_fail(c, input->name, status);
+}
+
+/* How each group is quantized, for those that want to know. */
+static cli_exit read_codings(cli *c, const cli_input *input, const xkv_entry *entry, uint32_t group_count,
+                             xkv_group_coding *codings)
+{
+    for (uint32_t i = 0; i < group_count && (c->json || c->verbosity >= 2); i++) {
+        xkv_status status = xkv_entry_read_coding(c->ctx, entry, i, &codings[i]);
+        if (status != XKV_OK)
+            return cli_fail(c, input->name, status);
+    }
+    return CLI_OK;
+}
+
+static void print_entry(cli *c, const cli_input *input, const xkv_entry *entry, const xkv_entry_info *info,
+                        const xkv_group_coding *codings)
+{
+    const info_tool *tool = c->user;
+    if (c->json) {
+        print_json(c, input->name, entry, info, codings);
+        return;
+    }
+    if (c->verbosity >= 1)
+        print_row(c, input->name, entry, info, tool->verify ? "OK    " : "");
+    if (c->verbosity >= 3)
+        print_details(entry, info);
+    if (c->verbosity >= 2)
+        print_groups(entry, info, codings);
+}
+
+static cli_exit process_entry(cli *c, const cli_input *input, xkv_entry *entry)
 {
     const info_tool *tool = c->user;
     xkv_entry_info info;
     xkv_entry_get_info(entry, &info);
-    xkv_status status = tool->verify ? xkv_entry_verify(c->ctx, entry, cli_progress, c) : XKV_OK;
+    cli_exit code = tool->verify ? verify(c, input, entry) : CLI_OK;
+    if (code != CLI_OK)
+        return code;
+    xkv_group_coding *codings = calloc(info.group_count + 1u, sizeof *codings);
+    if (codings == NULL)
+        return cli_fail(c, input->name, XKV_ERROR_MEMORY);
+    code = read_codings(c, input, entry, info.group_count, codings);
+    if (code == CLI_OK)
+        print_entry(c, input, entry, &info, codings);
+    free(codings);
+    return code;
+}
+
+/* --- Dictionaries ---------------------------------------------------------------------------------------------------
+ */
+
+static void print_dictionary_json(const cli *c, const char *name, const xkv_dict_info *info)
+{
+    const info_tool *tool = c->user;
+    cli_json_print(json_pack("{s:o, s:b, s:s, s:o, s:o, s:i, s:i, s:i, s:I, s:f, s:f, s:I, s:b}", "file",
+                             cli_json_string(name), "ok", 1, "kind", "dictionary", "id", json_hex(info->id, 16),
+                             "model_fingerprint", json_hex(info->fingerprint, 16), "layers", (int)info->layer_count,
+                             "groups", (int)info->group_count, "components", (int)info->component_count, "tokens",
+                             (json_int_t)info->tokens, "unit", info->unit, "max_quality", info->max_quality,
+                             "dictionary_bytes", (json_int_t)info->file_size, "verified", (int)tool->verify));
+}
+
+static void print_dictionary(cli *c, const char *name, const xkv_dict_info *info)
+{
+    info_tool *tool = c->user;
+    static const uint8_t none[16];
+    bool known = memcmp(info->fingerprint, none, sizeof none) != 0;
+    char visible[1024];
+    cli_printable(visible, sizeof visible, name);
+    printf("%s: dictionary%s\n", visible, tool->verify ? ", OK" : "");
+    printf("  %-24s %s\n", "id", cli_hex_text(info->id, 16).text);
+    printf("  %-24s %s\n", "model.fingerprint", known ? cli_hex_text(info->fingerprint, 16).text : "unknown");
+    printf("  %-24s %u\n", "layers", info->layer_count);
+    printf("  %-24s %u\n", "groups", info->group_count);
+    printf("  %-24s %u\n", "components", info->component_count);
+    printf("  %-24s %" PRIu64 "\n", "training tokens", info->tokens);
+    printf("  %-24s %.6g\n", "unit", info->unit);
+    printf("  %-24s %g\n", "max quality", info->max_quality);
+    printf("  %-24s %" PRIu64 " (%s)\n", "bytes", info->file_size, cli_size_text(info->file_size).text);
+    tool->header_shown = false;
+}
+
+/* With --verify all bases are decoded, and the gaps between the parts checked. */
+static cli_exit describe_dictionary(cli *c, const cli_input *file, const xkv_input *dictionary)
+{
+    const info_tool *tool = c->user;
+    xkv_dict_info info;
+    xkv_dict *dict = NULL;
+    xkv_status status = xkv_dict_read_info(c->ctx, dictionary, &info);
+    if (status == XKV_OK && tool->verify)
+        status = xkv_dict_open(c->ctx, dictionary, 0, &dict);
+    xkv_dict_close(c->ctx, dict);
     if (status != XKV_OK)
-        return cli_fail(c, input->name, status);
-    cli_progress_end(c);
-    if (c->json) {
-        print_json(c, input->name, entry, &info);
-        return CLI_OK;
-    }
-    if (c->verbosity >= 1)
-        print_row(c, input->name, entry, &info, tool->verify ? "OK    " : "");
-    if (c->verbosity >= 3)
-        print_details(entry, &info);
-    if (c->verbosity >= 2)
-        print_groups(entry, &info);
+        return cli_fail(c, file->name, status);
+    if (c->json)
+        print_dictionary_json(c, file->name, &info);
+    else if (c->verbosity >= 1)
+        print_dictionary(c, file->name, &info);
     return CLI_OK;
 }
 
 static cli_exit process(cli *c, const char *path)
 {
-    return cli_process_entry(c, path, process_entry);
+    return cli_process_entry(c, path, process_entry, describe_dictionary);
 }
 
 int main(int argc, char **argv)

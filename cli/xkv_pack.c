@@ -14,6 +14,7 @@ enum {
     OPT_RATIO,
     OPT_ERROR,
     OPT_ENERGY,
+    OPT_QUALITY,
     OPT_SINKS,
     OPT_WINDOW,
     OPT_ITERATIONS,
@@ -21,11 +22,12 @@ enum {
 };
 
 static const char letters[] =
-    CLI_COMMON_LETTERS CLI_OUTPUT_LETTERS "1::2::3::4::5::6::7::8::9::"; /* -19: letter 1, value 9 */
+    CLI_COMMON_LETTERS CLI_OUTPUT_LETTERS CLI_DICT_LETTERS "1::2::3::4::5::6::7::8::9::"; /* -19: letter 1, value 9 */
 static const struct option long_options[] = {
     CLI_COMMON_OPTIONS,
     CLI_OUTPUT_OPTIONS,
     CLI_MODEL_OPTIONS,
+    CLI_DICT_OPTIONS,
     {"rope-base", required_argument, NULL, CLI_OPT_ROPE_BASE},
     {"rope-dim", required_argument, NULL, CLI_OPT_ROPE_DIM},
     {"rope-style", required_argument, NULL, CLI_OPT_ROPE_STYLE},
@@ -39,6 +41,7 @@ static const struct option long_options[] = {
     {"ratio", required_argument, NULL, OPT_RATIO},
     {"error", required_argument, NULL, OPT_ERROR},
     {"energy", required_argument, NULL, OPT_ENERGY},
+    {"quality", required_argument, NULL, OPT_QUALITY},
     {"sinks", required_argument, NULL, OPT_SINKS},
     {"window", required_argument, NULL, OPT_WINDOW},
     {"iterations", required_argument, NULL, OPT_ITERATIONS},
@@ -51,21 +54,24 @@ static const char help[] =
     "Each FILE becomes FILE.xkv. Without FILE, or for -, standard input is packed to standard output.\n"
     "\n"
     "Codec:\n"
-    "      --lossless        exact (the default when no rank, ratio, error or energy is given)\n"
-    "      --profile NAME    auto, lossless or svd (grouped cross-layer SVD) [auto]\n"
+    "      --lossless        exact (the default without dictionary, rank, ratio, error, energy)\n"
+    "  -D, --dictionary PATH trained dictionary (.xkvd), or a folder with one for the model\n"
+    "      --profile NAME    auto, lossless, svd (grouped cross-layer SVD), dict (dictionary) or\n"
+    "                        scalar (for want of a dictionary) [auto]\n"
+    "      --quality N       with a dictionary: 1 to 100; each 16 halve the step [50]\n"
     "      --group N         layers in a group [4]\n"
     "      --rank-k N        components of a full group of K planes (with --rank-v)\n"
     "      --rank-v N        components of a full group of V planes (with --rank-k)\n"
-    "      --ratio R         raw 16-bit bytes / all bytes of the entry; finds the ranks\n"
-    "      --error E         largest relative error of each group, 0 to 1\n"
+    "      --ratio R         raw 16-bit bytes / all bytes of the entry; finds the ranks or the step\n"
+    "      --error E         largest relative error, 0 to 1: of each group (svd), or over all\n"
     "      --energy E        share of each group's sum of squares to keep, 0 to 1\n"
     "      --sinks N         exact tokens at the start [4]\n"
     "      --window N        exact tokens at the end [0]\n"
     "      --iterations N    power iterations of the SVD, 1 to 8 [2]\n"
-    "  -1 .. -19             zstd level [3]\n"
+    "  -1 .. -19             zstd level [4]\n"
     "      --zstd-factors    compress SVD factors with zstd too\n"
     "\n"
-    "Model (lets svd undo RoPE before it codes K):\n"
+    "Model (lets all but lossless undo RoPE before K is coded):\n"
     "      --model FILE      GGUF file of the model; its header is enough\n"
     "      --fingerprint HEX identity of the model, 32 digits, instead of the GGUF's\n"
     "      --rope-base F     base of the RoPE frequencies\n"
@@ -137,7 +143,7 @@ static bool take_level(cli *c, xkv_pack_options *options, int digit, const char 
 
 static bool take_option(cli *c, int option, const char *value)
 {
-    static const char *const profiles[] = {"auto", "lossless", "svd", NULL};
+    static const char *const profiles[] = {"auto", "lossless", "svd", "dict", "scalar", NULL};
     pack_tool *tool = c->user;
     xkv_pack_options *o = &tool->options;
     switch (option) {
@@ -165,6 +171,8 @@ static bool take_option(cli *c, int option, const char *value)
         return cli_parse_double(c, "--error", value, 0, 1, &o->error);
     case OPT_ENERGY:
         return cli_parse_double(c, "--energy", value, 0, 1, &o->energy);
+    case OPT_QUALITY:
+        return cli_parse_quality(c, "--quality", value, &o->quality);
     case OPT_SINKS:
         return cli_parse_u32(c, "--sinks", value, 0, XKV_MAX_TOKENS, &o->sinks);
     case OPT_WINDOW:
@@ -179,29 +187,58 @@ static bool take_option(cli *c, int option, const char *value)
     }
 }
 
-static bool asks_for_svd(const xkv_pack_options *o)
+static bool asks_for_loss(const xkv_pack_options *o)
 {
-    return o->profile == XKV_PROFILE_SVD ||
-           (o->profile == XKV_PROFILE_AUTO && (o->rank_k > 0 || o->ratio > 0 || o->error > 0 || o->energy > 0));
+    return o->profile > XKV_PROFILE_LOSSLESS || o->dict != NULL || o->rank_k > 0 || o->ratio > 0 || o->error > 0 ||
+           o->energy > 0;
+}
+
+/* Whether there has to be a dictionary. One that only the environment names must not make lossless packing lossy. */
+static bool needs_dictionary(const cli *c, const xkv_pack_options *o)
+{
+    return c->dict_given || o->profile == XKV_PROFILE_DICT || o->quality > 0;
+}
+
+/* Whether one is used if it is there. */
+static bool takes_dictionary(const cli *c, const xkv_pack_options *o)
+{
+    return needs_dictionary(c, o) || (o->profile == XKV_PROFILE_AUTO && (o->ratio > 0 || o->error > 0));
+}
+
+/* What a profile, given or implied, does not go with. */
+static const char *profile_problem(const cli *c, const xkv_pack_options *o)
+{
+    bool svd_only = o->rank_k > 0 || o->energy > 0;
+    if (o->profile == XKV_PROFILE_SCALAR && (svd_only || (o->ratio <= 0 && o->error <= 0)))
+        return "--profile scalar needs --ratio or --error";
+    if (needs_dictionary(c, o) && o->profile != XKV_PROFILE_AUTO && o->profile != XKV_PROFILE_DICT)
+        return "-D and --quality go with --profile dict or auto";
+    if (needs_dictionary(c, o) && svd_only)
+        return "a dictionary goes with --quality, --ratio or --error, not with ranks or --energy";
+    if (needs_dictionary(c, o) && c->dict_path == NULL)
+        return "--profile dict and --quality need a dictionary: -D, or XKV_DICT_PATH";
+    return NULL;
 }
 
 static bool check_options(cli *c)
 {
     const pack_tool *tool = c->user;
     const xkv_pack_options *o = &tool->options;
-    int targets = (o->rank_k > 0) + (o->ratio > 0) + (o->error > 0) + (o->energy > 0);
+    int targets = (o->rank_k > 0) + (o->ratio > 0) + (o->error > 0) + (o->energy > 0) + (o->quality > 0);
     const char *problem = NULL;
     if ((o->rank_k > 0) != (o->rank_v > 0))
         problem = "--rank-k and --rank-v go together";
     else if (targets > 1)
-        problem = "ranks, --ratio, --error and --energy exclude each other";
+        problem = "ranks, --ratio, --error, --energy and --quality exclude each other";
     else if (targets > 0 && o->profile == XKV_PROFILE_LOSSLESS)
-        problem = "a lossless entry has no rank, ratio, error or energy";
+        problem = "a lossless entry has no rank, ratio, error, energy or quality";
     else if (targets == 0 && o->profile == XKV_PROFILE_SVD)
         problem = "--profile svd needs --rank-k and --rank-v, --ratio, --error or --energy";
     else if (tool->rope_given && c->model_path == NULL &&
              (tool->rope.base <= 0 || tool->rope.head_dim == 0 || tool->rope.style < 0))
         problem = "a model without --model needs --rope-base, --rope-style and --head-dim";
+    else
+        problem = profile_problem(c, o);
     if (problem != NULL)
         cli_error(c, "%s", problem);
     return problem == NULL;
@@ -241,13 +278,16 @@ static void note_warnings(cli *c, const char *name, const xkv_cache *cache, cons
     const xkv_geometry *g = xkv_cache_geometry(cache);
     if (xkv_cache_framing(cache)->engine == XKV_ENGINE_OPAQUE)
         cli_note(c, "%s: warning: not a known engine file; stored byte for byte", name);
-    if (asks_for_svd(&tool->options) && has_kind(g, XKV_PLANE_K) && g->rope_count == 0)
+    if (asks_for_loss(&tool->options) && has_kind(g, XKV_PLANE_K) && g->rope_count == 0)
         cli_note(c, "%s: warning: K is coded as rotated, at a worse ratio; give --model", name);
     if (r->nonfinite_planes > 0)
         cli_note(c, "%s: warning: %u planes hold NaN or Inf and are stored losslessly", name, r->nonfinite_planes);
     if (r->fallback_groups > 0)
-        cli_note(c, "%s: warning: svd would not shrink %u of %u groups; they are stored losslessly", name,
-                 r->fallback_groups, r->group_count);
+        cli_note(c, "%s: warning: %s %u of %u groups; they are stored losslessly", name,
+                 r->step > 0 ? "no step suits" : "svd would not shrink", r->fallback_groups, r->group_count);
+    if (tool->options.dict != NULL && r->component_total == 0 && g->token_count > 0 && r->nonfinite_planes == 0 &&
+        r->fallback_groups == 0)
+        cli_note(c, "%s: warning: the dictionary has no basis for these planes; they are stored losslessly", name);
 }
 
 /* "error K 0.031 V 0.054", or "lossless". */
@@ -264,7 +304,40 @@ static cli_text error_text(const xkv_geometry *g, const xkv_pack_report *r)
     return t;
 }
 
-static void print_json(const cli_input *input, const cli_output *output, const xkv_geometry *g,
+/* "step 0.0123, metric error 0.0912, 3021 of 11520 components, dictionary 0011aabb, " for quantized entries. */
+static void coded_text(const pack_tool *tool, const xkv_pack_report *r, char *text, size_t size)
+{
+    xkv_dict_info info;
+    size_t n;
+    text[0] = '\0';
+    if (r->component_total == 0)
+        return;
+    n = (size_t)snprintf(text, size, "step %.4g, %s%.4f, %u of %u components, ", r->step,
+                         tool->options.dict != NULL ? "metric error " : "error ", r->error_metric, r->components,
+                         r->component_total);
+    if (tool->options.dict == NULL)
+        return;
+    xkv_dict_get_info(tool->options.dict, &info);
+    snprintf(text + n, size - n, "dictionary %.8s, ", cli_hex_text(info.id, 16).text);
+}
+
+static void add_coded_json(json_t *object, const pack_tool *tool, const xkv_pack_report *r)
+{
+    xkv_dict_info info;
+    if (r->component_total == 0)
+        return;
+    json_object_set_new(object, "step", json_real(r->step));
+    json_object_set_new(object, "error_metric", json_real(r->error_metric));
+    json_object_set_new(object, "components", json_integer(r->components));
+    json_object_set_new(object, "component_total", json_integer(r->component_total));
+    if (tool->options.dict == NULL)
+        return;
+    xkv_dict_get_info(tool->options.dict, &info);
+    json_object_set_new(object, "dictionary_id", json_string(cli_hex_text(info.id, 16).text));
+    json_object_set_new(object, "dictionary_bytes", json_integer((json_int_t)info.file_size));
+}
+
+static void print_json(const pack_tool *tool, const cli_input *input, const cli_output *output, const xkv_geometry *g,
                        const xkv_pack_report *r, double seconds)
 {
     json_t *errors = json_object();
@@ -272,32 +345,43 @@ static void print_json(const cli_input *input, const cli_output *output, const x
         if (has_kind(g, kind))
             json_object_set_new(errors, xkv_plane_kind_name(kind), json_real(r->error[kind]));
     }
-    cli_json_print(json_pack(
+    json_t *object = json_pack(
         "{s:o, s:b, s:o, s:i, s:I, s:I, s:I, s:f, s:o, s:i, s:i, s:i, s:i, s:f}", "file", cli_json_string(input->name),
         "ok", 1, "output", cli_json_string(output->name), "tokens", (int)g->token_count, "raw_bytes",
         (json_int_t)r->raw_bytes, "raw16_bytes", (json_int_t)r->raw16_bytes, "entry_bytes", (json_int_t)r->entry_bytes,
         "ratio", r->ratio, "error", errors, "groups", (int)r->group_count, "lossless_groups", (int)r->lossless_groups,
-        "fallback_groups", (int)r->fallback_groups, "nonfinite_planes", (int)r->nonfinite_planes, "seconds", seconds));
+        "fallback_groups", (int)r->fallback_groups, "nonfinite_planes", (int)r->nonfinite_planes, "seconds", seconds);
+    add_coded_json(object, tool, r);
+    cli_json_print(object);
 }
 
 static void print_result(cli *c, const cli_input *input, const cli_output *output, const xkv_cache *cache,
                          const xkv_pack_report *r, double seconds)
 {
+    const pack_tool *tool = c->user;
     const xkv_geometry *g = xkv_cache_geometry(cache);
     uint64_t file_size;
+    char coded[128];
     xkv_cache_data(cache, &file_size);
     note_warnings(c, input->name, cache, r);
+    coded_text(tool, r, coded, sizeof coded);
     /* A file without tensors has no ratio of its own. */
     double ratio = r->raw16_bytes > 0 ? r->ratio : (double)file_size / (double)r->entry_bytes;
-    cli_note(c, "%s: %s -> %s (%.2fx), %s, %.2f s", input->name,
+    cli_note(c, "%s: %s -> %s (%.2fx), %s%s, %.2f s", input->name,
              cli_size_text(r->raw_bytes > 0 ? r->raw_bytes : file_size).text, cli_size_text(r->entry_bytes).text, ratio,
-             error_text(g, r).text, seconds);
+             coded, error_text(g, r).text, seconds);
+    if (c->verbosity >= 2 && tool->options.dict != NULL) {
+        xkv_dict_info info;
+        xkv_dict_get_info(tool->options.dict, &info);
+        cli_note(c, "%s: dictionary %s, %s, %u groups, %u components", input->name, cli_hex_text(info.id, 16).text,
+                 cli_size_text(info.file_size).text, info.group_count, info.component_count);
+    }
     if (c->verbosity >= 2)
         cli_note(c, "%s: %u tokens, %u layers, %u groups (%u lossless), %s, peak memory %s", input->name,
                  g->token_count, g->layer_count, r->group_count, r->lossless_groups,
                  xkv_engine_name(xkv_cache_framing(cache)->engine), cli_size_text(xkv_ctx_memory_peak(c->ctx)).text);
     if (c->json)
-        print_json(input, output, g, r, seconds);
+        print_json(tool, input, output, g, r, seconds);
 }
 
 /* --- One file -------------------------------------------------------------------------------------------------------
@@ -319,6 +403,18 @@ static xkv_status open_with_options(cli *c, const char *path, xkv_model **model_
     return xkv_cache_open(c->ctx, path, *model_p, cache_p);
 }
 
+/* A file without planes is carried as it is, whatever else was asked for. */
+static xkv_pack_options options_for(const pack_tool *tool, const xkv_cache *cache)
+{
+    xkv_pack_options o = tool->options;
+    if (xkv_cache_geometry(cache)->plane_count > 0)
+        return o;
+    o.profile = XKV_PROFILE_LOSSLESS;
+    o.rank_k = o.rank_v = 0;
+    o.ratio = o.error = o.energy = o.quality = 0;
+    return o;
+}
+
 static cli_exit pack_cache(cli *c, const cli_input *input, const xkv_model *model, const xkv_cache *cache)
 {
     pack_tool *tool = c->user;
@@ -334,13 +430,31 @@ static cli_exit pack_cache(cli *c, const cli_input *input, const xkv_model *mode
     cli_exit code = cli_output_open(c, input, path, &output);
     if (code == CLI_OK) {
         xkv_output sink = xkv_file_output(output.file);
-        tool->options.model = model != NULL ? model : cli_model_bare(c, &bare);
-        xkv_status status = xkv_pack_cache(c->ctx, cache, &tool->options, &sink, &report);
+        xkv_pack_options options = options_for(tool, cache);
+        options.model = model != NULL ? model : cli_model_bare(c, &bare);
+        xkv_status status = xkv_pack_cache(c->ctx, cache, &options, &sink, &report);
         code = status == XKV_OK ? cli_output_commit(c, input, &output) : cli_fail(c, input->name, status);
     }
     if (code == CLI_OK)
         print_result(c, input, &output, cache, &report, cli_seconds() - start);
     cli_output_abort(c, &output);
+    return code;
+}
+
+/* Set the dictionary that this cache is packed with, if any. */
+static cli_exit choose_dictionary(cli *c, const cli_input *input, const xkv_model *model, const xkv_cache *cache)
+{
+    pack_tool *tool = c->user;
+    uint32_t layers = xkv_cache_geometry(cache)->layer_count;
+    xkv_model bare;
+    cli_exit code = CLI_OK;
+    tool->options.dict = NULL;
+    if (layers == 0 || c->dict_path == NULL || !takes_dictionary(c, &tool->options))
+        return CLI_OK;
+    if (model == NULL)
+        model = cli_model_bare(c, &bare);
+    code = cli_dict_choose(c, input->name, model, layers, needs_dictionary(c, &tool->options));
+    tool->options.dict = c->dict;
     return code;
 }
 
@@ -355,8 +469,10 @@ static cli_exit process(cli *c, const char *path)
         xkv_status status = tool->rope_given && tool->model == NULL
                                 ? open_with_options(c, input.path, &model, &cache)
                                 : xkv_cache_open(c->ctx, input.path, tool->model, &cache);
-        code = status == XKV_OK ? pack_cache(c, &input, model != NULL ? model : tool->model, cache)
-                                : cli_fail(c, input.name, status);
+        const xkv_model *known = model != NULL ? model : tool->model;
+        code = status == XKV_OK ? choose_dictionary(c, &input, known, cache) : cli_fail(c, input.name, status);
+        if (code == CLI_OK)
+            code = pack_cache(c, &input, known, cache);
     }
     xkv_cache_free(c->ctx, cache);
     xkv_model_free(c->ctx, model);

@@ -6,11 +6,12 @@
 
 enum { OPT_FIRST = CLI_OPT_TOOL, OPT_SAFETENSORS, OPT_ANY_MODEL };
 
-static const char letters[] = CLI_COMMON_LETTERS CLI_OUTPUT_LETTERS "t";
+static const char letters[] = CLI_COMMON_LETTERS CLI_OUTPUT_LETTERS CLI_DICT_LETTERS "t";
 static const struct option long_options[] = {
     CLI_COMMON_OPTIONS,
     CLI_OUTPUT_OPTIONS,
     CLI_MODEL_OPTIONS,
+    CLI_DICT_OPTIONS,
     {"test", no_argument, NULL, 't'},
     {"first", required_argument, NULL, OPT_FIRST},
     {"safetensors", optional_argument, NULL, OPT_SAFETENSORS},
@@ -28,6 +29,7 @@ static const char help[] =
     "      --safetensors[=L] write the planes as safetensors; L is tokens ([tokens, heads, dim], default)\n"
     "                        or heads ([heads, tokens, dim])\n"
     "  -t, --test            check everything, write nothing\n"
+    "  -D, --dictionary PATH dictionary of the entries (.xkvd), or a folder that has it\n"
     "\n"
     "Model:\n"
     "      --model FILE      refuse entries that this model (GGUF) did not make\n"
@@ -50,8 +52,8 @@ static const char help[] =
     "  -h, --help            this text\n"
     "  -V, --version         version\n"
     "\n"
-    "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 other model, 6 memory or limit,\n"
-    "130 interrupted. See xkv-unpack(1).\n";
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 other model or no\n"
+    "dictionary, 6 memory or limit, 130 interrupted. See xkv-unpack(1).\n";
 
 typedef struct unpack_tool {
     bool test, safetensors, any_model;
@@ -257,12 +259,14 @@ static cli_exit check_model(cli *c, const cli_input *input, const xkv_entry *ent
     return status == XKV_OK ? CLI_OK : cli_fail(c, input->name, status);
 }
 
-static cli_exit process_entry(cli *c, const cli_input *input, const xkv_entry *entry)
+static cli_exit process_entry(cli *c, const cli_input *input, xkv_entry *entry)
 {
     const unpack_tool *tool = c->user;
     xkv_entry_info info;
     xkv_entry_get_info(entry, &info);
     cli_exit code = check_model(c, input, entry);
+    if (code == CLI_OK)
+        code = cli_dict_attach(c, input->name, entry);
     if (code != CLI_OK)
         return code;
     return tool->test ? test_entry(c, input, entry, &info) : unpack_entry(c, input, entry, &info);
@@ -270,7 +274,7 @@ static cli_exit process_entry(cli *c, const cli_input *input, const xkv_entry *e
 
 static cli_exit process(cli *c, const char *path)
 {
-    return cli_process_entry(c, path, process_entry);
+    return cli_process_entry(c, path, process_entry, NULL);
 }
 
 int main(int argc, char **argv)
