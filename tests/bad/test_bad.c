@@ -647,7 +647,8 @@ static const bad_case cases[] = {
 };
 enum { CASE_COUNT = sizeof cases / sizeof cases[0] };
 
-/* Rules that the container alone cannot check: F7 needs the restored engine file (test_codec). */
+/* Rules that the container alone cannot check: F7 needs the restored engine file, D1 to Q6 are those of what it holds
+ * (test_bad_coded). */
 static const char *const checked_elsewhere[] = {"F7"};
 
 static void make_bad(xkv_ctx *ctx, const bad_case *b, image *f)

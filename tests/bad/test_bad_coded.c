@@ -1,0 +1,434 @@
+/*
+ * test_bad_coded.c - one bad file, or several, for each rule of spec/codec.md and spec/dictionary.md, and for [F7]: the
+ * rules of what the container holds, which need entries and dictionaries that decode.
+ *
+ * Each bad file breaks one rule only: checksums of parts, sections, table and header are made right again.
+ */
+#include "seal.h"
+#include "support.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+/* --- Good files --------------------------------------------------------------------------------------------------- */
+
+typedef enum base {
+    DICT,     /* joint, side part stored */
+    SCALAR,   /* likewise */
+    SVD,      /* factors stored */
+    LOSSLESS, /* zstd, with the engine's file around it */
+    BASIS,    /* the dictionary */
+    BASES
+} base;
+
+static xkv_ctx *ctx;
+static memory good[BASES];
+
+static xkv_dict *dictionary; /* that of DICT, and good[BASIS] */
+static xkv_dict *narrow;     /* one of fewer elements */
+static memory narrow_file;
+
+static synthetic sample(uint32_t head_dim, int rope)
+{
+    return make_synthetic(&(synthetic_options){.layers = 1,
+                                               .tokens = 70,
+                                               .heads = 1,
+                                               .head_dim = head_dim,
+                                               .dtype = XKV_F16,
+                                               .rank = 2,
+                                               .group_layers = 1,
+                                               .noise = 0.1,
+                                               .rope = rope});
+}
+
+static memory pack(const synthetic *s, const xkv_pack_options *o, const xkv_framing *framing, const uint8_t *image,
+                   const xkv_view *views)
+{
+    memory m = {0};
+    xkv_output output = memory_output(&m);
+
+    assert_ok(ctx,
+              xkv_pack(ctx, &s->geometry, views, framing, image, framing ? framing->source_size : 0, o, &output, NULL));
+    return m;
+}
+
+/* A safetensors file around the planes. K is left zero, so that its parts compress. */
+static memory pack_framed(const synthetic *s, const xkv_pack_options *o)
+{
+    xkv_framing *framing = NULL;
+    xkv_view views[2];
+    memory m;
+
+    assert_ok(ctx, xkv_framing_safetensors(ctx, &s->geometry, XKV_LAYOUT_TOKEN_MAJOR, &framing));
+    uint8_t *image = calloc(1, framing->source_size);
+    assert_ok(ctx, xkv_framing_views(ctx, framing, &s->geometry, image, views));
+    memcpy(image, framing->literals, framing->segments[0].size); /* the header is the only literal in front */
+    memcpy(views[1].data, s->views[1].data, s->size / 2);
+    m = pack(s, o, framing, image, views);
+    free(image);
+    xkv_framing_free(ctx, framing);
+    return m;
+}
+
+static xkv_dict *train(const synthetic *s, memory *m)
+{
+    xkv_dict *dict = NULL;
+
+    assert_ok(ctx, train_on(ctx, &s, 1, NULL, m));
+    xkv_input input = xkv_input_from_memory(m->data, m->size);
+    assert_ok(ctx, xkv_dict_open(ctx, &input, 1, &dict));
+    return dict;
+}
+
+static int make_good(void **state)
+{
+    synthetic s = sample(4, 0), small = sample(2, 0);
+    xkv_pack_options o[BASES];
+
+    (void)state;
+    ctx = new_ctx(1);
+    dictionary = train(&s, &good[BASIS]);
+    narrow = train(&small, &narrow_file);
+    for (int i = 0; i < BASES; i++) {
+        o[i] = xkv_pack_options_default();
+        o[i].chunk_tokens = 32;
+    }
+    o[DICT].profile = XKV_PROFILE_DICT;
+    o[DICT].dict = dictionary;
+    o[SCALAR].profile = XKV_PROFILE_SCALAR;
+    o[SCALAR].error = 0.1;
+    o[SVD].rank_k = o[SVD].rank_v = 1;
+    good[DICT] = pack(&s, &o[DICT], NULL, NULL, s.views);
+    good[SCALAR] = pack(&s, &o[SCALAR], NULL, NULL, s.views);
+    good[SVD] = pack(&s, &o[SVD], NULL, NULL, s.views);
+    good[LOSSLESS] = pack_framed(&s, &o[LOSSLESS]);
+    free_synthetic(&s);
+    free_synthetic(&small);
+    return 0;
+}
+
+static int free_good(void **state)
+{
+    (void)state;
+    for (int i = 0; i < BASES; i++)
+        memory_free(&good[i]);
+    xkv_dict_close(ctx, dictionary);
+    xkv_dict_close(ctx, narrow);
+    memory_free(&narrow_file);
+    int leaked = xkv_ctx_memory_used(ctx) != 0;
+    xkv_ctx_free(ctx);
+    return leaked;
+}
+
+/* --- Places in a file --------------------------------------------------------------------------------------------- */
+
+typedef enum place {
+    GEOM,   /* sections */
+    PLANES, /* of GEOM */
+    FRAM,
+    GROUP,  /* the first record of GRPS */
+    RECORD, /* of part `index` of the first group */
+    PART,   /* its bytes */
+    UNIT,   /* key and value in META */
+    ID
+} place;
+
+static size_t section(const memory *m, uint32_t type)
+{
+    for (uint32_t i = 0; i < xkv_load32(m->data + 32); i++)
+        if (xkv_load32(m->data + 64 + 32 * i) == type)
+            return (size_t)xkv_load64(m->data + 64 + 32 * i + 8);
+    fail_msg("no such section");
+    return 0;
+}
+
+static size_t key(const memory *m, const char *name)
+{
+    for (size_t i = section(m, XKV_SECTION_META); i < m->size; i++)
+        if (memcmp(m->data + i, name, strlen(name)) == 0)
+            return i;
+    fail_msg("no key %s", name);
+    return 0;
+}
+
+static size_t locate(const memory *m, place where, uint32_t index)
+{
+    size_t group = where == GEOM ? 0 : section(m, XKV_SECTION_GRPS) + 8;
+    size_t record = group + 48 + 16 * (group ? xkv_load32(m->data + group + 8) : 0) + 32 * index;
+
+    switch (where) {
+    case GEOM:
+        return section(m, XKV_SECTION_GEOM);
+    case PLANES:
+        return section(m, XKV_SECTION_GEOM) + 32;
+    case FRAM:
+        return section(m, XKV_SECTION_FRAM);
+    case GROUP:
+        return group;
+    case RECORD:
+        return record;
+    case PART:
+        return section(m, XKV_SECTION_PAYL) + (size_t)xkv_load64(m->data + record);
+    case UNIT:
+        return key(m, "dict.unit");
+    case ID:
+        return key(m, "dictionary.id");
+    }
+    return 0;
+}
+
+/* --- The bad files ------------------------------------------------------------------------------------------------ */
+
+typedef struct bad_case {
+    const char *rule, *what;
+    base base;
+    place where;
+    uint32_t index, offset, size;
+    uint64_t value;
+    xkv_status status;
+    int flip; /* the value is a mask */
+} bad_case;
+
+#define BAD         XKV_ERROR_CORRUPT
+#define F32_MINUS_1 0xbf800000u
+enum {
+    F32_NAN = 0x7fc00000,
+    F16_NAN = 0x7e00,
+    F16_INF = 0x7c00,
+    N = 8,                   /* width of the joint groups */
+    TABLES = 4 * N + 8 * N,  /* in the header of the basis */
+    BLOCK = TABLES + N,      /* scale of the first block, then 4 x 4 f16 */
+    SCALAR_MEAN = 8 + 4 * 2, /* in the side part */
+    SCALAR_TABLES = SCALAR_MEAN + 2 * N
+};
+
+static const bad_case cases[] = {
+    {"Q1", "rank of a scalar group", SCALAR, GROUP, 0, 12, 4, N - 1, BAD, 0},
+    {"Q2", "stored chunk", DICT, RECORD, 2, 24, 4, 0, BAD, 0},
+    {"Q2", "chunk of method 1", SCALAR, RECORD, 3, 24, 4, 1, BAD, 0},
+    {"Q2", "fewer bytes than lanes have", DICT, RECORD, 2, 8, 8, 111, BAD, 0},
+    {"Q2", "components of a dictionary stored", BASIS, RECORD, 1, 24, 4, 0, BAD, 0},
+    {"Q3", "step 0", DICT, PART, 0, 0, 4, 0, BAD, 0},
+    {"Q3", "step NaN", DICT, PART, 0, 0, 4, F32_NAN, BAD, 0},
+    {"Q3", "step negative", SCALAR, PART, 0, 0, 4, F32_MINUS_1, BAD, 0},
+    {"Q3", "reserved behind the step", DICT, PART, 0, 4, 4, 1, BAD, 0},
+    {"Q3", "scale of a plane 0", SCALAR, PART, 0, 8, 4, 0, BAD, 0},
+    {"Q3", "mean infinite", SCALAR, PART, 0, SCALAR_MEAN + 2 * (N - 1), 2, F16_INF, BAD, 0},
+    {"Q4", "table", DICT, PART, 0, 8 + N - 1, 1, 241, BAD, 0},
+    {"Q4", "table", SCALAR, PART, 0, SCALAR_TABLES, 1, 255, BAD, 0},
+    {"Q5", "no dictionary.id", DICT, ID, 0, 12, 1, 'e', BAD, 0},
+    {"Q5", "other dictionary", DICT, ID, 0, 13, 1, 1, XKV_ERROR_MISMATCH, 1},
+    {"D1", "dtypes", DICT, PLANES, 0, 24 + 5, 1, XKV_BF16, BAD, 0},
+    {"D1", "K-rope in an svd group", SVD, PLANES, 0, 24 + 4, 1, XKV_PLANE_K_ROPE, BAD, 0},
+    {"D1", "K-rope in a dict group", DICT, PLANES, 0, 24 + 4, 1, XKV_PLANE_K_ROPE, BAD, 0},
+    {"D2", "size of a frame", LOSSLESS, PART, 2, 0, 4, 1, BAD, 1},
+    {"D2", "size of the last frame", LOSSLESS, PART, 2, 4, 4, 1, BAD, 1},
+    {"D2", "magic of a frame", LOSSLESS, PART, 2, 8, 1, 1, BAD, 1},
+    {"D2", "content size", LOSSLESS, PART, 2, 8 + 5, 1, 1, BAD, 1},
+    {"D3", "component NaN", SVD, PART, 0, 2, 2, F16_NAN, BAD, 0},
+    {"D3", "component infinite", SVD, PART, 0, 6, 2, F16_INF, BAD, 0},
+    {"D3", "scale negative", SVD, PART, 0, 8, 4, F32_MINUS_1, BAD, 0},
+    {"D3", "scale NaN", SVD, PART, 0, 8, 4, F32_NAN, BAD, 0},
+    {"D3", "coefficient NaN", SVD, PART, 3, 10, 2, F16_NAN, BAD, 0},
+    {"E1", "table of a component", BASIS, PART, 0, TABLES, 1, 241, BAD, 0},
+    {"E2", "state below 2^16", DICT, PART, 2, 0, 4, 0xffff, BAD, 0},
+    {"E2", "state below 2^16", SCALAR, PART, 4, 4, 4, 0, BAD, 0},
+    {"E2", "state below 2^16", BASIS, PART, 1, 0, 4, 0, BAD, 0},
+    {"E3", "state that does not end at 2^16", DICT, PART, 2, 1, 1, 1, BAD, 1},
+    {"E3", "word", SCALAR, PART, 2, 4 * 28 + 1, 1, 0x10, BAD, 1},
+    {"Y1", "tokens", BASIS, GEOM, 0, 12, 4, 5, BAD, 0},
+    {"Y2", "mean NaN", BASIS, PART, 0, 0, 4, F32_NAN, BAD, 0},
+    {"Y2", "sigma negative", BASIS, PART, 0, 4 * N, 4, F32_MINUS_1, BAD, 0},
+    {"Y2", "d 0", BASIS, PART, 0, 8 * N, 4, 0, BAD, 0},
+    {"Y2", "d so large that components overflow", BASIS, PART, 0, 8 * N, 4, 0x7f7fffff, BAD, 0},
+    {"Y2", "block not symmetric", BASIS, PART, 0, BLOCK + 4 + 2, 2, 0x2c00, BAD, 0},
+    {"Y2", "block not positive definite", BASIS, PART, 0, BLOCK, 4, F32_MINUS_1, BAD, 0},
+    {"Y2", "block singular", BASIS, PART, 0, BLOCK, 4, 0, BAD, 0},
+    {"Y2", "block NaN", BASIS, PART, 0, BLOCK + 4, 2, F16_NAN, BAD, 0},
+    {"Y3", "no dict.unit", BASIS, UNIT, 0, 8, 1, 's', BAD, 0},
+    {"Y3", "dict.unit 0", BASIS, UNIT, 0, 9, 8, 0, BAD, 0},
+    {"Y3", "dict.unit infinite", BASIS, UNIT, 0, 9, 8, 0x7ff0000000000000, BAD, 0},
+    {"P1", "gap between the parts of a dictionary", BASIS, PART, 0, BLOCK + 2 * 36, 1, 1, BAD, 0},
+    {"R2", "codec 4, which is not known yet", DICT, GROUP, 0, 0, 4, 4, XKV_ERROR_FEATURE, 0},
+    {"F7", "hash of the engine's file", LOSSLESS, FRAM, 0, 16, 1, 1, XKV_ERROR_CHECKSUM, 1},
+};
+enum { CASE_COUNT = sizeof cases / sizeof *cases };
+
+/* Rules whose bad files have a test of their own below. */
+static const char *const tested_below[] = {"Q6"};
+
+static void put(memory *m, size_t at, uint32_t size, uint64_t value, int flip)
+{
+    for (uint32_t i = 0; i < size; i++) {
+        uint8_t byte = (uint8_t)(value >> 8 * i);
+        m->data[at + i] = flip ? m->data[at + i] ^ byte : byte;
+    }
+}
+
+static memory make_bad(const bad_case *b)
+{
+    memory m = {.data = malloc(good[b->base].size), .size = good[b->base].size};
+
+    memcpy(m.data, good[b->base].data, m.size);
+    put(&m, locate(&m, b->where, b->index) + (size_t)(int32_t)b->offset, b->size, b->value, b->flip);
+    seal((span){m.data, m.size});
+    return m;
+}
+
+static xkv_status check_dict(const memory *m)
+{
+    xkv_input input = xkv_input_from_memory(m->data, m->size);
+    xkv_dict *dict = NULL;
+    xkv_status status = xkv_dict_open(ctx, &input, 1, &dict);
+
+    xkv_dict_close(ctx, dict);
+    return status;
+}
+
+static xkv_status check_entry(const memory *m, const xkv_dict *dict)
+{
+    xkv_input input = xkv_input_from_memory(m->data, m->size);
+    xkv_entry *entry = NULL;
+    xkv_status status = xkv_entry_open(ctx, &input, &entry);
+
+    if (status == XKV_OK && dict)
+        status = xkv_entry_attach(ctx, entry, dict);
+    if (status == XKV_OK)
+        status = xkv_entry_verify(ctx, entry, NULL, NULL);
+    xkv_entry_close(ctx, entry);
+    return status;
+}
+
+static xkv_status check(const memory *m, base kind)
+{
+    return kind == BASIS ? check_dict(m) : check_entry(m, kind == DICT ? dictionary : NULL);
+}
+
+/* --- Tests -------------------------------------------------------------------------------------------------------- */
+
+static void good_files_are_accepted(void **state)
+{
+    (void)state;
+    for (int i = 0; i < BASES; i++)
+        assert_ok(ctx, check(&good[i], (base)i));
+}
+
+static void each_bad_file_is_refused(void **state)
+{
+    int failures = 0;
+
+    (void)state;
+    for (int i = 0; i < CASE_COUNT; i++) {
+        const bad_case *b = &cases[i];
+        memory m = make_bad(b);
+        xkv_status status = check(&m, b->base);
+        char number[8];
+        (void)snprintf(number, sizeof number, "[%s]", b->rule);
+        if (status != b->status || !strstr(xkv_ctx_error(ctx), number)) {
+            print_error("%s %s: expected \"%s\", got \"%s\": %s\n", number, b->what, xkv_status_string(b->status),
+                        xkv_status_string(status), xkv_ctx_error(ctx));
+            failures++;
+        }
+        memory_free(&m);
+    }
+    assert_int_equal(failures, 0);
+}
+
+/* The entry names a dictionary that has its planes in another width. */
+static void planes_that_the_dictionary_lacks(void **state)
+{
+    xkv_dict_info info;
+    memory m = {.data = malloc(good[DICT].size), .size = good[DICT].size};
+
+    (void)state;
+    xkv_dict_get_info(narrow, &info);
+    memcpy(m.data, good[DICT].data, m.size);
+    memcpy(m.data + locate(&m, ID, 0) + strlen("dictionary.id"), info.id, 16);
+    seal((span){m.data, m.size});
+    assert_int_equal(check_entry(&m, narrow), XKV_ERROR_CORRUPT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "[Q6]"));
+    memory_free(&m);
+}
+
+static void without_its_dictionary(void **state)
+{
+    (void)state;
+    assert_int_equal(check_entry(&good[DICT], NULL), XKV_ERROR_MISMATCH);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "[Q5]"));
+}
+
+/* All tables 0, but chunks that hold something; and the reverse: empty chunks of coded components. */
+static void chunks_that_disagree_with_the_tables(void **state)
+{
+    memory m = {.data = malloc(good[DICT].size), .size = good[DICT].size};
+
+    (void)state;
+    memcpy(m.data, good[DICT].data, m.size);
+    memset(m.data + locate(&m, PART, 0) + 8, 0, N);
+    seal((span){m.data, m.size});
+    assert_int_equal(check_entry(&m, dictionary), XKV_ERROR_CORRUPT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "[E2]"));
+    memory_free(&m);
+}
+
+static bool is_listed(const char *rule)
+{
+    for (int i = 0; i < CASE_COUNT; i++)
+        if (strcmp(cases[i].rule, rule) == 0)
+            return true;
+    for (size_t i = 0; i < sizeof tested_below / sizeof *tested_below; i++)
+        if (strcmp(tested_below[i], rule) == 0)
+            return true;
+    return false;
+}
+
+/* Rules of spec/container.md are those of test_bad. */
+static int missing_rules(const char *path, int *found)
+{
+    FILE *spec = fopen(path, "r");
+    int c, missing = 0;
+
+    assert_non_null(spec);
+    while ((c = getc(spec)) != EOF) {
+        char rule[8];
+        if (c != '[')
+            continue;
+        do {
+            if (fscanf(spec, " %1[A-Z]%3[0-9]", rule, rule + 1) != 2)
+                break;
+            if (!strchr("DEQY", rule[0]))
+                continue;
+            ++*found;
+            if (!is_listed(rule)) {
+                print_error("%s: rule [%s] has no bad file\n", path, rule);
+                missing++;
+            }
+        } while (getc(spec) == ',');
+    }
+    fclose(spec);
+    return missing;
+}
+
+static void each_rule_of_the_specifications_has_a_bad_file(void **state)
+{
+    int found = 0, missing = missing_rules(XKV_SPEC_DIR "/codec.md", &found);
+
+    (void)state;
+    missing += missing_rules(XKV_SPEC_DIR "/dictionary.md", &found);
+    assert_int_equal(missing, 0);
+    assert_true(found > 15);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(good_files_are_accepted),
+        cmocka_unit_test(each_bad_file_is_refused),
+        cmocka_unit_test(planes_that_the_dictionary_lacks),
+        cmocka_unit_test(without_its_dictionary),
+        cmocka_unit_test(chunks_that_disagree_with_the_tables),
+        cmocka_unit_test(each_rule_of_the_specifications_has_a_bad_file),
+    };
+
+    return cmocka_run_group_tests(tests, make_good, free_good);
+}
