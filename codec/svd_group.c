@@ -174,8 +174,11 @@ static xkv_status measure(job *j)
 /* One attempt: the rank asked for, or the smallest one that keeps `energy`. */
 static xkv_status attempt(job *j, const xkv_svd_target *target, double energy)
 {
-    xkv_svd_options o = {
-        .rank = target->rank, .energy = energy, .max_rank = target->max_rank, .iterations = target->iterations};
+    xkv_svd_options o = {.rank = target->rank,
+                         .energy = energy,
+                         .max_rank = target->max_rank,
+                         .iterations = target->iterations,
+                         .total = j->g->energy};
     xkv_svd_result svd = {0};
     xkv_status status = XKV_OK;
 

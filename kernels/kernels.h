@@ -110,6 +110,7 @@ typedef struct xkv_svd_options {
                             f32 can tell */
     uint32_t max_rank;   /* upper bound on the rank (0: none); with energy, stop there even if it is not reached */
     uint32_t iterations; /* power iterations q, 1..8 */
+    double total;        /* sum of squares of X in f64, where the caller knows it; 0: to be measured */
 } xkv_svd_options;
 
 typedef struct xkv_svd_result {

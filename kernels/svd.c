@@ -15,7 +15,7 @@ void dtrtri_(const char *uplo, const char *diag, const int *n, double *a, const 
 
 #define TRANSFORM_ROWS  128u /* rows in one task of an orthonormalisation; with f64 copies of input and output */
 #define ENERGY_START    32u  /* smallest first block when the rank is sought */
-#define SKETCH_ENTRIES  4u   /* of a row of the sketch: fewer may lose directions that only few tokens hold */
+#define SKETCH_ENTRIES  2u   /* of a row of the sketch: fewer may lose directions that only few tokens hold */
 #define PREFETCH_ROWS   8u
 #define MAX_QR_PASSES   6u
 #define MAX_EXPONENT    120 /* of the norm of X: singular values must fit in f32 with room for sums */
@@ -30,7 +30,7 @@ typedef struct svd {
     const xkv_kernels *k;
     const float *x; /* [rows, cols] */
     size_t rows, cols;
-    double energy; /* sum of squares of X */
+    double energy; /* sum of squares of X; 0 until known */
     double scale;  /* power of two that brings the norm of X to 0.5 .. 1; blocks are multiplied by it, so that neither
                       Y nor its Gram matrix leaves the range of f32 */
 
@@ -108,6 +108,8 @@ static xkv_status energy_task(void *user, uint32_t worker, uint64_t index)
 static xkv_status measure_energy(svd *s)
 {
     size_t tiles = tile_count(s->rows, XKV_TILE_ROWS);
+    if (s->energy > 0)
+        return XKV_OK;
     XKV_TRY(XKV_NEW(s->ctx, tiles, &s->tile_energy));
     XKV_TRY(run(s, tiles, energy_task));
     s->energy = 0;
@@ -657,7 +659,7 @@ static xkv_status solve(svd *s, const xkv_svd_options *o)
 xkv_status xkv_svd(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const float *x, size_t rows, size_t cols,
                    const xkv_svd_options *options, xkv_svd_result *result)
 {
-    svd s = {.ctx = ctx, .pool = pool, .k = k, .x = x, .rows = rows, .cols = cols};
+    svd s = {.ctx = ctx, .pool = pool, .k = k, .x = x, .rows = rows, .cols = cols, .energy = options->total};
     xkv_status status = solve(&s, options);
     release_block(&s);
     xkv_release(ctx, s.tile_energy);
