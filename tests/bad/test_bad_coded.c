@@ -2,6 +2,9 @@
  * test_bad_coded.c - one bad file, or several, for each rule of spec/codec.md and spec/dictionary.md, and for [F7]: the
  * rules of what the container holds, which need entries and dictionaries that decode.
  *
+ *     test_bad_coded             run the tests
+ *     test_bad_coded FOLDER      write the good files there: seeds of the fuzzers
+ *
  * Each bad file breaks one rule only: checksums of parts, sections, table and header are made right again.
  */
 #include "seal.h"
@@ -13,10 +16,10 @@
 /* --- Good files --------------------------------------------------------------------------------------------------- */
 
 typedef enum base {
-    DICT,     /* joint, side part stored */
+    DICT,     /* joint, side part stored, an engine's file around it */
     SCALAR,   /* likewise */
     SVD,      /* factors stored */
-    LOSSLESS, /* zstd, with the engine's file around it */
+    LOSSLESS, /* zstd, an engine's file around it */
     BASIS,    /* the dictionary */
     BASES
 } base;
@@ -52,7 +55,7 @@ static memory pack(const synthetic *s, const xkv_pack_options *o, const xkv_fram
     return m;
 }
 
-/* A safetensors file around the planes. K is left zero, so that its parts compress. */
+/* A safetensors file around the planes. For lossless K is left zero, so that its parts compress. */
 static memory pack_framed(const synthetic *s, const xkv_pack_options *o)
 {
     xkv_framing *framing = NULL;
@@ -63,7 +66,8 @@ static memory pack_framed(const synthetic *s, const xkv_pack_options *o)
     uint8_t *image = calloc(1, framing->source_size);
     assert_ok(ctx, xkv_framing_views(ctx, framing, &s->geometry, image, views));
     memcpy(image, framing->literals, framing->segments[0].size); /* the header is the only literal in front */
-    memcpy(views[1].data, s->views[1].data, s->size / 2);
+    for (int i = o->profile == XKV_PROFILE_AUTO; i < 2; i++)
+        memcpy(views[i].data, s->views[i].data, s->size / 2);
     m = pack(s, o, framing, image, views);
     free(image);
     xkv_framing_free(ctx, framing);
@@ -98,8 +102,8 @@ static int make_good(void **state)
     o[SCALAR].profile = XKV_PROFILE_SCALAR;
     o[SCALAR].error = 0.1;
     o[SVD].rank_k = o[SVD].rank_v = 1;
-    good[DICT] = pack(&s, &o[DICT], NULL, NULL, s.views);
-    good[SCALAR] = pack(&s, &o[SCALAR], NULL, NULL, s.views);
+    good[DICT] = pack_framed(&s, &o[DICT]);
+    good[SCALAR] = pack_framed(&s, &o[SCALAR]);
     good[SVD] = pack(&s, &o[SVD], NULL, NULL, s.views);
     good[LOSSLESS] = pack_framed(&s, &o[LOSSLESS]);
     free_synthetic(&s);
@@ -419,7 +423,24 @@ static void each_rule_of_the_specifications_has_a_bad_file(void **state)
     assert_true(found > 15);
 }
 
-int main(void)
+static int save_all(const char *folder)
+{
+    static const char *const names[BASES] = {"dict.xkv", "scalar.xkv", "svd.xkv", "lossless.xkv", "joint.xkvd"};
+
+    (void)make_good(NULL);
+    for (int i = 0; i < BASES; i++) {
+        char path[4096];
+        (void)snprintf(path, sizeof path, "%s/%s", folder, names[i]);
+        FILE *file = fopen(path, "wb");
+        if (!file || fwrite(good[i].data, 1, good[i].size, file) != good[i].size || fclose(file) != 0) {
+            perror(path);
+            return 1;
+        }
+    }
+    return free_good(NULL);
+}
+
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(good_files_are_accepted),
@@ -430,5 +451,5 @@ int main(void)
         cmocka_unit_test(each_rule_of_the_specifications_has_a_bad_file),
     };
 
-    return cmocka_run_group_tests(tests, make_good, free_good);
+    return argc > 1 ? save_all(argv[1]) : cmocka_run_group_tests(tests, make_good, free_good);
 }

@@ -1,8 +1,10 @@
-/* fuzz_entry.c - any bytes as an entry: opened, verified, restored whole and in part. Each input runs twice, as it is
- * and with all checksums made right, because a changed byte is otherwise refused before any table is looked at. */
+/* fuzz_entry.c - any bytes as an entry: opened, verified, restored whole and in part, with the dictionary of the seeds.
+ * Each input runs twice, as it is and with all checksums made right, because a changed byte is otherwise refused before
+ * any table is looked at. */
 #include "seal.h"
 #include "xkv/codec.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -44,6 +46,37 @@ static xkv_status restore(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens)
     return status;
 }
 
+/* The dictionary that the seeds with dict groups need, as bytes, read once. */
+static span dictionary(void)
+{
+    static uint8_t bytes[8192];
+    static span file;
+    if (file.data == NULL) {
+        FILE *f = fopen(XKV_FUZZ_DICT, "rb");
+        if (f == NULL)
+            abort();
+        file = (span){bytes, fread(bytes, 1, sizeof bytes, f)};
+        fclose(f);
+    }
+    return file;
+}
+
+/* The dictionary, attached when the entry names it. */
+static xkv_dict *attach(xkv_ctx *ctx, xkv_entry *entry)
+{
+    xkv_entry_info info;
+    xkv_dict *dict = NULL;
+    xkv_entry_get_info(entry, &info);
+    if (!info.needs_dict)
+        return NULL;
+    span file = dictionary();
+    xkv_input input = xkv_input_from_memory(file.data, file.size);
+    if (xkv_dict_open(ctx, &input, 0, &dict) != XKV_OK)
+        abort();
+    (void)!xkv_entry_attach(ctx, entry, dict);
+    return dict;
+}
+
 static void run(const uint8_t *data, size_t size)
 {
     xkv_ctx_options options = xkv_ctx_options_default();
@@ -56,6 +89,7 @@ static void run(const uint8_t *data, size_t size)
     xkv_input input = xkv_input_from_memory(data, size);
     if (xkv_entry_open(ctx, &input, &entry) == XKV_OK) {
         look(entry);
+        xkv_dict *dict = attach(ctx, entry);
         xkv_status verified = xkv_entry_verify(ctx, entry, NULL, NULL);
         xkv_status restored = restore(ctx, entry, 0);
         /* What verifies can be restored, unless it holds no engine file or is too big here. */
@@ -64,6 +98,7 @@ static void run(const uint8_t *data, size_t size)
             abort();
         (void)!restore(ctx, entry, 1);
         xkv_entry_close(ctx, entry);
+        xkv_dict_close(ctx, dict);
     }
     if (xkv_ctx_memory_used(ctx) != 0)
         abort();
