@@ -287,7 +287,8 @@ static void note_warnings(cli *c, const char *name, const xkv_cache *cache, cons
                  r->step > 0 ? "no step suits" : "svd would not shrink", r->fallback_groups, r->group_count);
     if (tool->options.dict != NULL && r->component_total == 0 && g->token_count > 0 && r->nonfinite_planes == 0 &&
         r->fallback_groups == 0)
-        cli_note(c, "%s: warning: the dictionary has no basis for these planes; they are stored losslessly", name);
+        cli_note(c, "%s: warning: the dictionary has no basis for these planes%s; they are stored losslessly", name,
+                 g->rope_count == 0 ? " (without --model)" : "");
 }
 
 /* "error K 0.031 V 0.054", or "lossless". */

@@ -1,4 +1,4 @@
-# bash completion for xkv-pack, xkv-unpack and xkv-info. The options come from --help, so that there is one list.
+# bash completion for xkv-pack, xkv-unpack, xkv-info and xkv-train. The options come from --help, so that there is one list.
 
 _xkv_options() {
     "$1" --help 2>/dev/null | grep -oE '(^|[ ,])--[a-z][a-z0-9-]*' | tr -d ' ,' | sort -u
@@ -14,20 +14,25 @@ _xkv() {
     local tool=$1 current=$2 previous=$3
     COMPREPLY=()
     case $previous in
-    --profile) mapfile -t COMPREPLY < <(compgen -W 'auto lossless svd' -- "$current"); return ;;
+    --profile) mapfile -t COMPREPLY < <(compgen -W 'auto lossless svd dict scalar' -- "$current"); return ;;
     --rope-style) mapfile -t COMPREPLY < <(compgen -W 'interleaved half-split' -- "$current"); return ;;
     --model) _xkv_files "$current" .gguf; return ;;
-    -o | --output) _xkv_files "$current"; return ;;
+    --metric) _xkv_files "$current" .safetensors; return ;;
+    -D | --dictionary) _xkv_files "$current" .xkvd; return ;;
+    -o | --output | --validate) _xkv_files "$current"; return ;;
     -T | -M | --threads | --memory | --fingerprint | --group | --rank-[kv] | --ratio | --error | --energy | --sinks | \
-        --window | --iterations | --rope-base | --rope-dim | --rope-scale | --head-dim | --first) return ;;
+        --window | --iterations | --quality | --max-quality | --rope-base | --rope-dim | --rope-scale | --head-dim | --first) return ;;
     esac
     if [[ $current == -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_xkv_options "$tool")" -- "$current")
-    elif [[ ${tool##*/} == xkv-pack ]]; then
+    elif [[ ${tool##*/} == xkv-pack || ${tool##*/} == xkv-train ]]; then
         _xkv_files "$current"
     else
         _xkv_files "$current" .xkv
+        if [[ ${tool##*/} == xkv-info ]]; then
+            mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -f -X '!*.xkvd' -- "$current")
+        fi
     fi
 }
 
-complete -F _xkv xkv-pack xkv-unpack xkv-info
+complete -F _xkv xkv-pack xkv-unpack xkv-info xkv-train

@@ -2,17 +2,21 @@
 # shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
-for tool in xkv-pack xkv-unpack xkv-info; do
+declare -A usages=([xkv-pack]='[options] [FILE...]' [xkv-unpack]='[options] [FILE...]' [xkv-info]='[options] [FILE...]'
+    [xkv-train]='[options] -o FILE CACHE...')
+out_is_usage() { is 'first line' "$(head -1 <<<"$out")" "Usage: $tool $1"; }
+
+for tool in xkv-pack xkv-unpack xkv-info xkv-train; do
     run 0 $tool --version
     out_is "$tool VERSION"
     err_is ''
     run 0 $tool -h
-    out_has "^Usage: $tool \[options\] \[FILE\.\.\.\]$"
+    out_is_usage "${usages[$tool]}"
     err_is ''
     run 2 $tool --no-such-option
     out_is ''
     err_is "$tool: unrecognized option '--no-such-option'
-Usage: $tool [options] [FILE...]
+Usage: $tool ${usages[$tool]}
 Try '$tool --help'."
     run 2 $tool -T
     err_has "^$tool: option requires an argument -- 'T'$"
@@ -22,11 +26,12 @@ Try '$tool --help'."
     err_has "^$tool: --memory: '-1' is not a number of bytes$"
     run 2 $tool -M 99999999999G file
     err_has "^$tool: --memory: '99999999999G' is not a number of bytes$"
-    run 1 $tool -q missing
+    to=() && [ $tool != xkv-train ] || to=(-o none)
+    run 1 $tool -q "${to[@]}" missing
     err_is "$tool: missing: cannot open: No such file or directory"
-    run 1 $tool -M 64MiB -T2 -vv -- -missing
+    run 1 $tool "${to[@]}" -M 64MiB -T2 -vv -- -missing
     err_has "^$tool: -missing: cannot open: No such file or directory$"
-    run 1 $tool .
+    run 1 $tool "${to[@]}" .
     err_is "$tool: .: is a folder"
 done
 
@@ -36,7 +41,7 @@ usage() { # MESSAGE COMMAND...
     shift
     run 2 "$@"
     err_is "$1: $message
-Usage: $1 [options] [FILE...]
+Usage: $1 ${usages[$1]}
 Try '$1 --help'."
 }
 usage '-o and -c take one input' xkv-pack -c a b
@@ -46,8 +51,19 @@ usage '--json and -c both write to standard output' xkv-pack --json -c a
 usage '--json and -c both write to standard output' xkv-unpack --json -o - a
 usage '--rm does not go with standard output' xkv-pack --rm -c a
 usage '--rank-k and --rank-v go together' xkv-pack --rank-k 3 a
-usage 'ranks, --ratio, --error and --energy exclude each other' xkv-pack --ratio 4 --error 0.1 a
-usage 'a lossless entry has no rank, ratio, error or energy' xkv-pack --lossless --ratio 4 a
+usage 'ranks, --ratio, --error, --energy and --quality exclude each other' xkv-pack --ratio 4 --error 0.1 a
+usage 'ranks, --ratio, --error, --energy and --quality exclude each other' xkv-pack --ratio 4 --quality 60 a
+usage '-D and --quality go with --profile dict or auto' xkv-pack -D d --profile svd --ratio 3 a
+usage '-D and --quality go with --profile dict or auto' xkv-pack --lossless -D d a
+usage 'a dictionary goes with --quality, --ratio or --error, not with ranks or --energy' xkv-pack -D d --energy 0.9 a
+usage '--profile dict and --quality need a dictionary: -D, or XKV_DICT_PATH' xkv-pack --profile dict a
+usage '--profile dict and --quality need a dictionary: -D, or XKV_DICT_PATH' xkv-pack --quality 50 a
+usage '--profile scalar needs --ratio or --error' xkv-pack --profile scalar a
+usage '--profile scalar needs --ratio or --error' xkv-pack --profile scalar --energy 0.9 a
+usage 'name the dictionary by -o' xkv-train a
+usage 'name caches to train on' xkv-train -o d
+usage '--json and -c both write to standard output' xkv-train --json -o - a
+usage 'a lossless entry has no rank, ratio, error, energy or quality' xkv-pack --lossless --ratio 4 a
 usage '--profile svd needs --rank-k and --rank-v, --ratio, --error or --energy' xkv-pack --profile svd a
 usage 'a model without --model needs --rope-base, --rope-style and --head-dim' xkv-pack --rope-base 10000 a
 usage '-t writes nothing: it does not go with -o, -c, --rm, --first or --safetensors' xkv-unpack -t -c a
@@ -56,11 +72,14 @@ usage '-t writes nothing: it does not go with -o, -c, --rm, --first or --safeten
 usage "--group: '0' is not a number from 1 to 4096" xkv-pack --group 0 a
 usage "--ratio: '1' is not a number above 1 and below 1e+06" xkv-pack --ratio 1 a
 usage "--error: 'nan' is not a number above 0 and below 1" xkv-pack --error nan a
-usage "--profile: 'best' is not one of auto, lossless, svd" xkv-pack --profile best a
+usage "--profile: 'best' is not one of auto, lossless, svd, dict, scalar" xkv-pack --profile best a
 usage "--rope-style: 'neox' is not one of interleaved, half-split" xkv-pack --rope-style neox a
 usage "--fingerprint: 'abc' is not 32 hexadecimal digits" xkv-pack --fingerprint abc a
 usage "--safetensors: 'rows' is not one of tokens, heads" xkv-unpack --safetensors=rows a
 usage "--first: '0' is not a number from 1 to 2147483647" xkv-unpack --first 0 a
+usage "--quality: '0' is not a number from 1 to 100" xkv-pack --quality 0 a
+usage "--max-quality: 'x' is not a number from 1 to 100" xkv-train --max-quality x -o d a
+usage "--group: '0' is not a number from 1 to 4096" xkv-train --group 0 -o d a
 usage "level: '20' is not a number from 1 to 19" xkv-pack -20 a
 files_are ''
 finish

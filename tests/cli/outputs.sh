@@ -72,6 +72,15 @@ files_are a big big2.xkv good
 
 # A reader that goes away.
 run 0 bash -c 'xkv-pack -q -c big | head -c 10 >/dev/null'
+# shellcheck disable=SC2016 # bash -c expands it
+run 1 bash -c '(sleep 0.5; xkv-pack -q -c big) | true; exit "${PIPESTATUS[0]}"'
+err_has '^xkv-pack: stdout: .*Broken pipe$'
+# shellcheck disable=SC2016
+run 1 bash -c '(sleep 0.5; xkv-pack -q -f --json -o big2.xkv big) | true; exit "${PIPESTATUS[0]}"'
+err_is 'xkv-pack: standard output: Broken pipe'
+# shellcheck disable=SC2016
+run 1 bash -c '(sleep 0.5; xkv-info -v big2.xkv) | true; exit "${PIPESTATUS[0]}"'
+err_is 'xkv-info: standard output: Broken pipe'
 
 # --rm removes the input only when the output is safe.
 cp a b
