@@ -137,7 +137,7 @@ static bool is_symmetric(const float *block, uint32_t n)
 
 /* Fold one head's block into the columns [column, column + n) of everything. */
 static xkv_status fold_block(loader *l, const uint8_t *stored, uint32_t n, size_t column, double *inverse, float *block,
-                             float *kept)
+                             size_t kept)
 {
     xkv_basis *b = l->b;
     float scale = xkv_loadf32(stored);
@@ -155,7 +155,7 @@ static xkv_status fold_block(loader *l, const uint8_t *stored, uint32_t n, size_
         return bad(l, "a metric block is not symmetric", "Y2");
     if (b->analysis) {
         l->kernels->gemm_nn(b->rank, n, n, l->dual + column, width, block, n, 0, b->analysis + column, width);
-        memcpy(kept, block, elements * sizeof *kept);
+        memcpy(b->blocks + kept, block, elements * sizeof *block);
     }
     if (!xkv_spd_inverse(n, inverse))
         return bad(l, "a metric block is not positive definite", "Y2");
@@ -182,8 +182,7 @@ static void fold_mean(float *mean, uint32_t n, const float *inverse, float *scra
 static xkv_status fold(loader *l)
 {
     const uint8_t *stored = l->header + l->at.blocks;
-    size_t column = 0;
-    float *kept = l->b->blocks;
+    size_t column = 0, kept = 0;
     double *inverse = NULL;
     float *block = NULL, *scratch = NULL;
     xkv_status status = XKV_OK;
@@ -204,7 +203,7 @@ static xkv_status fold(loader *l)
             fold_mean(l->b->mean + column, p->head_dim, block, scratch);
             stored += 4 + 2 * elements;
             column += p->head_dim;
-            kept += l->for_packing ? elements : 0;
+            kept += elements;
         }
     }
 out:
