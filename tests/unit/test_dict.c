@@ -622,7 +622,7 @@ static void other_domains_keep_the_error(void **state)
             static const double errors[] = {0.2, 0.03, 0.001};
             synthetic s = sample(300, XKV_F32, 1);
             xkv_pack_options o = k < 3 ? dict_options(t.dict) : scalar_options(0);
-            shift_domain(&s, shift);
+            shift_domain(&s, (enum shift)shift);
             o.error = errors[k % 3];
             packed p = pack_planes(ctx, &s, &o);
             assert_true(p.report.error_metric <= o.error);
