@@ -260,9 +260,9 @@ xkv_status xkv_entry_verify(xkv_ctx *ctx, const xkv_entry *entry, xkv_progress_f
     xkv_read_options o = xkv_read_options_default();
 
     xkv_ctx_begin(ctx);
-    XKV_TRY(xkv_container_check_gaps(ctx, &entry->input, &entry->c));
     if (entry->c.has_framing && xkv_entry_is_lossless(entry))
         return verify_source(ctx, entry, progress, progress_user);
+    XKV_TRY(xkv_container_check_gaps(ctx, &entry->input, &entry->c));
     o.progress = progress;
     o.progress_user = progress_user;
     return xkv_entry_decode(ctx, entry, &o, NULL);

@@ -91,6 +91,7 @@ xkv_status xkv_entry_restore(xkv_ctx *ctx, const xkv_entry *entry, uint32_t toke
     o.token_count = token_count ? token_count : entry->c.geometry.token_count;
     o.progress = progress;
     o.progress_user = progress_user;
+    XKV_TRY_GOTO(xkv_container_check_gaps(ctx, &entry->input, &entry->c), out); /* no damaged byte goes unseen */
     XKV_TRY_GOTO(fill_image(ctx, entry, framing, &o, image), out);
     if (!cut && xkv_entry_is_lossless(entry))
         XKV_TRY_GOTO(check_source_hash(ctx, entry, image, image_size), out);
