@@ -22,6 +22,7 @@ static const char help[] =
     "\n"
     "      --verify          check every checksum and rule, and decode everything\n"
     "  -D, --dictionary PATH dictionary of the entries (.xkvd), or a folder that has it; for --verify\n"
+    "                        [$XKV_DICT_PATH]\n"
     "  -T, --threads N       worker threads, 0 for all cores [0]\n"
     "  -M, --memory N        memory limit in bytes; suffixes K, M, G [none]\n"
     "      --json            one JSON object per file on standard output, with everything\n"

@@ -56,6 +56,7 @@ static const char help[] =
     "Codec:\n"
     "      --lossless        exact (the default without dictionary, rank, ratio, error, energy)\n"
     "  -D, --dictionary PATH trained dictionary (.xkvd), or a folder with one for the model\n"
+    "                        [$XKV_DICT_PATH]\n"
     "      --profile NAME    auto, lossless, svd (grouped cross-layer SVD), dict (dictionary) or\n"
     "                        scalar (for want of a dictionary) [auto]\n"
     "      --quality N       with a dictionary: 1 to 100; each 16 halve the step [50]\n"

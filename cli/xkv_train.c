@@ -325,14 +325,23 @@ static void warn_few_tokens(cli *c, const train_report *r)
                  r->info.tokens, width, 2 * (uint64_t)width);
 }
 
+/* From 30 in tens to the finest quality; false behind that. */
+static bool next_quality(double *quality, double finest)
+{
+    bool more = *quality < finest;
+    *quality = fmin(*quality + QUALITY_STEP, finest);
+    return more;
+}
+
 static void print_qualities(FILE *to, const train_report *r)
 {
     fprintf(to, "  %7s %10s %16s %9s %9s\n", "Quality", "Step", "Components", "Ratio", "Error");
-    for (int q = FIRST_QUALITY; q <= r->info.max_quality; q += QUALITY_STEP) {
+    double q = fmin(FIRST_QUALITY, r->info.max_quality);
+    do {
         expectation e = expect(r->dict, &r->info, q);
-        fprintf(to, "  %7d %10.4g %9u/%-6u %9.2f %9.4f\n", q, e.step, e.components, r->info.component_count, e.ratio,
+        fprintf(to, "  %7g %10.4g %9u/%-6u %9.2f %9.4f\n", q, e.step, e.components, r->info.component_count, e.ratio,
                 e.error);
-    }
+    } while (next_quality(&q, r->info.max_quality));
 }
 
 /* How many components hold shares of the energy of each group. */
@@ -383,11 +392,12 @@ static void print_report(cli *c, const train_report *r, bool to_stdout)
 static json_t *qualities_json(const train_report *r)
 {
     json_t *list = json_array();
-    for (int q = FIRST_QUALITY; q <= r->info.max_quality; q += QUALITY_STEP) {
+    double q = fmin(FIRST_QUALITY, r->info.max_quality);
+    do {
         expectation e = expect(r->dict, &r->info, q);
-        json_array_append_new(list, json_pack("{s:i, s:f, s:i, s:f, s:f}", "quality", q, "step", e.step, "components",
+        json_array_append_new(list, json_pack("{s:f, s:f, s:i, s:f, s:f}", "quality", q, "step", e.step, "components",
                                               (int)e.components, "ratio", e.ratio, "error", e.error));
-    }
+    } while (next_quality(&q, r->info.max_quality));
     return list;
 }
 

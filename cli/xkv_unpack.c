@@ -30,6 +30,7 @@ static const char help[] =
     "                        or heads ([heads, tokens, dim])\n"
     "  -t, --test            check everything, write nothing\n"
     "  -D, --dictionary PATH dictionary of the entries (.xkvd), or a folder that has it\n"
+    "                        [$XKV_DICT_PATH]\n"
     "\n"
     "Model:\n"
     "      --model FILE      refuse entries that this model (GGUF) did not make\n"
