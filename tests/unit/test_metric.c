@@ -169,6 +169,41 @@ static void test_cut(void **state)
     assert_null(m);
 }
 
+/* Every allocation fails once. */
+static void *fail_at(void *user, size_t size)
+{
+    int *left = user;
+    return (*left)-- > 0 ? malloc(size) : NULL;
+}
+
+static void release(void *user, void *ptr)
+{
+    (void)user;
+    free(ptr);
+}
+
+static void test_no_memory(void **state)
+{
+    (void)state;
+    xkv_status status = XKV_ERROR_MEMORY;
+    build(good);
+    for (int n = 0; status != XKV_OK; n++) {
+        int left = n + 1; /* the context is one as well */
+        xkv_ctx_options o = xkv_ctx_options_default();
+        o.allocator = (xkv_allocator){&left, fail_at, release};
+        xkv_ctx *poor;
+        xkv_metric *m = NULL;
+        assert_int_equal(xkv_ctx_create(&o, &poor), XKV_OK);
+        status = xkv_metric_from_memory(poor, file.data, file.size, "test", &m);
+        if (status != XKV_OK)
+            assert_int_equal(status, XKV_ERROR_MEMORY);
+        xkv_metric_free(poor, m);
+        assert_int_equal(xkv_ctx_memory_used(poor), 0);
+        xkv_ctx_free(poor);
+        assert_in_range(n, 0, 10);
+    }
+}
+
 static void test_genuine(void **state)
 {
     (void)state;
@@ -215,7 +250,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_read),    cmocka_unit_test(test_one_layer), cmocka_unit_test(test_shapes),
         cmocka_unit_test(test_values),  cmocka_unit_test(test_cut),       cmocka_unit_test(test_genuine),
-        cmocka_unit_test(test_trainer),
+        cmocka_unit_test(test_trainer), cmocka_unit_test(test_no_memory),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
