@@ -375,7 +375,7 @@ def read_group(box, cursor, kind):
     figures, indices = [energy, error], []
     for _ in range(planes):
         index, reserved, plane_error = cursor.fields("IId")
-        require(reserved == 0, "R1", "reserved field of a group's plane")
+        require(reserved == 0, "R6", "reserved field of a group's plane")
         require(index < len(box.planes), "R3", f"plane {index}")
         indices.append(index)
         figures.append(plane_error)
