@@ -221,6 +221,10 @@ static void make_row(const synthetic *s, const synthetic_options *o, uint32_t pl
         for (uint32_t i = 0; i < width; i++)
             row[i] += a * test_normal(&direction);
     }
+    for (uint32_t i = 0; i < width && o->mean != 0; i++) {
+        uint64_t constant = 501 + plane * 9176867ull + i;
+        row[i] += o->mean * test_normal(&constant);
+    }
     for (uint32_t i = 0; i < width; i++)
         row[i] += (o->rank ? o->noise : 1) * test_normal(&noise);
 }

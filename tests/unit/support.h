@@ -61,6 +61,7 @@ typedef struct synthetic_options {
     uint32_t rank; /* of each group of group_layers layers; 0: full-rank noise */
     uint32_t group_layers;
     double noise; /* added white noise relative to the signal */
+    double mean;  /* size of a constant row that is added to all of a plane */
     int rope;     /* rotate K */
     int mla;      /* latent and K-rope instead of K and V */
     int32_t first_position;

@@ -24,6 +24,7 @@ static synthetic_options sample_options(uint32_t tokens)
                                .rank = 6,
                                .group_layers = 2,
                                .noise = 0.1,
+                               .mean = 1.5,
                                .rope = 1};
 }
 
