@@ -392,6 +392,10 @@ xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing, 
     XKV_TRY(XKV_NEW_ZERO(ctx, 1, &dict));
     XKV_TRY_GOTO(xkv_container_read(ctx, input, XKV_KIND_DICTIONARY, &dict->c), out);
     XKV_TRY_GOTO(xkv_container_check_gaps(ctx, input, &dict->c), out);
+    if (dict->c.has_framing || dict->c.geometry.token_id_count > 0) {
+        status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "a dictionary holds token ids or an engine's framing [Y1]");
+        goto out;
+    }
     XKV_TRY_GOTO(find_unit(ctx, &dict->c, &dict->unit), out);
     dict->for_packing = for_packing != 0;
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, dict->c.group_count, &dict->bases), out);
