@@ -292,6 +292,19 @@ static void note_warnings(cli *c, const char *name, const xkv_cache *cache, cons
                  g->rope_count == 0 ? " (without --model)" : "");
 }
 
+/* The rounding of a dictionary's components, made for its finest quality, would outweigh that of finer coefficients. */
+static void warn_quality(cli *c, const char *name)
+{
+    const pack_tool *tool = c->user;
+    xkv_dict_info info;
+    if (tool->options.dict == NULL)
+        return;
+    xkv_dict_get_info(tool->options.dict, &info);
+    if (tool->options.quality > info.max_quality && info.max_quality > 0)
+        cli_note(c, "%s: warning: the dictionary was trained for qualities up to %g; %g costs more than it gives", name,
+                 info.max_quality, tool->options.quality);
+}
+
 /* "error K 0.031 V 0.054", or "lossless". */
 static cli_text error_text(const xkv_geometry *g, const xkv_pack_report *r)
 {
@@ -366,6 +379,7 @@ static void print_result(cli *c, const cli_input *input, const cli_output *outpu
     char coded[128];
     xkv_cache_data(cache, &file_size);
     note_warnings(c, input->name, cache, r);
+    warn_quality(c, input->name);
     coded_text(tool, r, coded, sizeof coded);
     /* A file without tensors has no ratio of its own. */
     double ratio = r->raw16_bytes > 0 ? r->ratio : (double)file_size / (double)r->entry_bytes;

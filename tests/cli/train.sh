@@ -101,6 +101,13 @@ run 0 xkv-pack -v -f -D d.xkvd --quality 60 -o e.xkv c4
 err_has "^xkv-pack: c4: dictionary $(id_of d.xkvd), [0-9.]+ KiB, 1 groups, 256 components$"
 run 0 xkv-pack -q -f --json -D d.xkvd --error 0.05 -o e.xkv c4
 out_has "\"step\":[0-9.e-]+,\"error_metric\":0\.0[0-9]+,\"components\":[0-9]+,\"component_total\":256,\"dictionary_id\":\"$(id_of d.xkvd)\",\"dictionary_bytes\":$(stat -c %s d.xkvd)\}$"
+run 0 xkv-pack -f -D d.xkvd --quality 80 -o f.xkv c4
+err_has '^xkv-pack: c4: warning: the dictionary was trained for qualities up to 75; 80 costs more than it gives$'
+head -c 1000 d.xkvd >foreign # a file without planes travels as it is
+run 0 xkv-pack -q -f -D d.xkvd --quality 50 -o f.xkv foreign
+run 0 xkv-unpack -q -o r f.xkv
+same r foreign
+rm r f.xkv foreign
 run 0 xkv-unpack -D d.xkvd -o r e.xkv
 err_is 'xkv-unpack: e.xkv: SIZE -> SIZE, lossy, T s'
 is 'restored size' "$(stat -c %s r)" "$(stat -c %s c4)"
