@@ -214,12 +214,12 @@ out:
 }
 
 /* Rounding has cost the components their orthonormality, and a small one would pick up the noise of the large ones. So
- * rows are analysed with a dual basis: the largest quarter T of the components, which carries nearly all energy, is
+ * rows are analysed with a dual basis: the larger half T of the components, which carries nearly all energy, is
  * inverted exactly, and the others are made orthogonal to it: dual_T = (U_T U_T^T)^-1 U_T, dual_j = u_j - (u_j U_T^T)
  * dual_T. */
 static xkv_status make_dual(loader *l, float **dual_p)
 {
-    size_t rank = l->b->rank, width = l->b->width, top = rank < 64 ? rank : rank / 4;
+    size_t rank = l->b->rank, width = l->b->width, top = rank < 64 ? rank : rank / 2;
     float *gram = NULL, *dual = NULL; /* gram [rank][top] */
     double *inverse = NULL;
     xkv_status status = XKV_OK;

@@ -24,8 +24,8 @@ extern "C" {
 /* --- Packing ------------------------------------------------------------------------------------------------------ */
 
 typedef enum xkv_profile {
-    XKV_PROFILE_AUTO = 0, /* dict when there is a dictionary, svd when a rank or an energy is asked for, scalar for a
-                             ratio or an error, else lossless */
+    XKV_PROFILE_AUTO = 0,     /* dict when there is a dictionary and no rank or energy is asked for; else svd when any
+                                 target is, else lossless */
     XKV_PROFILE_LOSSLESS = 1, /* byte planes + zstd */
     XKV_PROFILE_SVD = 2,      /* grouped cross-layer SVD, xKV (arXiv 2503.18893), factors at 16 bits */
     XKV_PROFILE_DICT = 3,     /* trained bases, one quantizer step, rANS */
