@@ -490,6 +490,15 @@ static xkv_status keep_error(encoder *e)
     return measure_error(e, e->o.error, &error);
 }
 
+/* No reader takes an entry with another step [Q3]; a hostile dictionary may ask for one. */
+static xkv_status check_step(const encoder *e)
+{
+    if (isfinite(e->step) && e->step > 0)
+        return XKV_OK;
+    return xkv_fail(e->ctx, XKV_ERROR_TARGET, "the target needs a step of %g, expected finite and positive [Q3]",
+                    (double)e->step);
+}
+
 static xkv_status choose_step(encoder *e)
 {
     xkv_sample *sample = NULL;
@@ -498,7 +507,7 @@ static xkv_status choose_step(encoder *e)
 
     if (e->o.quality > 0) {
         e->step = (float)xkv_dict_step(e->o.dict, e->o.quality);
-        return XKV_OK;
+        return check_step(e);
     }
     if (e->o.ratio > 0)
         XKV_TRY(stream_budget(e, &bytes));
@@ -508,6 +517,7 @@ static xkv_status choose_step(encoder *e)
     sample = NULL;
     if (e->o.error > 0)
         XKV_TRY_GOTO(keep_error(e), out);
+    status = check_step(e);
 out:
     xkv_sample_free(e->ctx, sample);
     return status;

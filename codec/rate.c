@@ -23,7 +23,8 @@ struct xkv_sample {
     float **y;       /* [group_count]: [rank][tokens] */
     uint32_t *first; /* [group_count + 1] index of the group's first component among all */
     double energy;
-    float *scratch; /* of gathering */
+    double lossless; /* bytes of the groups that no step can code, at most */
+    float *scratch;  /* of gathering */
     size_t scratch_size;
     float step;  /* of the evaluation at hand */
     cost *costs; /* [batches] */
@@ -59,6 +60,21 @@ static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
     return XKV_OK;
 }
 
+/* A group whose coefficients exceed f32 will be stored lossless, whatever the step: it has no say in it. */
+static double group_energy(xkv_sample *s, uint32_t group)
+{
+    const xkv_group *g = &s->c->groups[group];
+    const xkv_geometry *geometry = &s->c->geometry;
+    size_t n = (size_t)s->transforms[group].rank * s->tokens;
+    double energy = s->rotators->kernels->sum_squares(s->y[group], n);
+
+    if (isfinite(energy))
+        return energy;
+    memset(s->y[group], 0, n * sizeof *s->y[group]);
+    s->lossless += (double)((uint64_t)g->width * s->coded * xkv_dtype_size(geometry->planes[g->planes[0]].dtype));
+    return 0;
+}
+
 static xkv_status project(xkv_sample *s, xkv_pool *pool)
 {
     uint32_t tiles = (uint32_t)xkv_ceil_div(s->tokens, XKV_TILE_ROWS);
@@ -74,7 +90,7 @@ static xkv_status project(xkv_sample *s, xkv_pool *pool)
     XKV_TRY(xkv_pool_run(s->ctx, pool, (uint64_t)s->c->group_count * tiles, project_task, s));
     for (uint32_t i = 0; i < s->c->group_count; i++)
         if (s->y[i])
-            s->energy += s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens);
+            s->energy += group_energy(s, i);
     return XKV_OK;
 }
 
@@ -165,10 +181,16 @@ static xkv_status evaluate(xkv_sample *s, xkv_pool *pool, double step, cost *sum
     return XKV_OK;
 }
 
-/* Bytes of the whole entry's streams and table lists; lists are zstd-compressed, to about 5 bits an index. */
+/* Bytes of the whole entry's streams, table lists and groups that cannot be coded; lists are zstd-compressed, to about
+ * 5 bits an index. */
 static double total_bytes(const xkv_sample *s, const cost *sum)
 {
-    return sum->bits / 8 * s->coded / s->tokens + 0.65 * sum->tables;
+    return sum->bits / 8 * s->coded / s->tokens + 0.65 * sum->tables + s->lossless;
+}
+
+static xkv_status out_of_reach(xkv_ctx *ctx)
+{
+    return xkv_fail(ctx, XKV_ERROR_TARGET, "the ratio cannot be reached: even the coarsest step needs more bytes");
 }
 
 xkv_status xkv_sample_step(xkv_ctx *ctx, xkv_pool *pool, xkv_sample *s, double bytes, double error, float *step)
@@ -176,6 +198,8 @@ xkv_status xkv_sample_step(xkv_ctx *ctx, xkv_pool *pool, xkv_sample *s, double b
     double rms, lo, hi;
     cost sum;
 
+    if (bytes > 0 && s->lossless > bytes)
+        return out_of_reach(ctx);
     if (s->tokens == 0 || s->energy == 0) {
         *step = 1;
         return XKV_OK;
@@ -194,6 +218,6 @@ xkv_status xkv_sample_step(xkv_ctx *ctx, xkv_pool *pool, xkv_sample *s, double b
     }
     *step = (float)exp2(bytes > 0 ? hi : lo);
     if (bytes > 0 && hi >= log2(rms) + 8.99)
-        return xkv_fail(ctx, XKV_ERROR_TARGET, "the ratio cannot be reached: even the coarsest step needs more bytes");
+        return out_of_reach(ctx);
     return XKV_OK;
 }

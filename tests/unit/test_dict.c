@@ -2,6 +2,7 @@
  * ranges, fallbacks, wrong and damaged dictionaries. */
 #include "support.h"
 
+#include "dict.h"
 #include "entry_internal.h"
 #include "parts.h"
 #include "rans.h"
@@ -667,6 +668,62 @@ static void outliers_make_a_group_lossless(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* Coefficients that even f32 does not hold have no say in the step of the other groups, which here are all zeros, and
+ * no step but a finite one is written [Q3]. */
+static void values_beyond_f32_leave_a_finite_step(void **state)
+{
+    xkv_ctx *ctx = new_ctx(2);
+    synthetic s = sample(256, XKV_BF16, 1);
+    xkv_pack_options o = scalar_options(0.05);
+    uint16_t *x = (uint16_t *)s.views[1].data;
+    size_t third = s.size / 3; /* a layer */
+    uint64_t seed = 3;
+    memory m = {0};
+    xkv_output output = memory_output(&m);
+
+    (void)state;
+    o.group_layers = 1;
+    o.sinks = 0;
+    for (size_t i = 0; i < 256 * (size_t)width_of(&s.planes[1]); i++) /* 2^127 has no variance: the scale is 1e-3 */
+        x[i] = i % width_of(&s.planes[1]) == 0 ? 0x7f00 : test_to_bf16(1e-3 * test_normal(&seed));
+    memset(s.data + third, 0, 2 * third);
+    packed p = pack_planes(ctx, &s, &o);
+    uint8_t *data = restore(ctx, &s, p.entry);
+    assert_int_equal(p.entry->c.groups[0].codec, XKV_GROUP_LOSSLESS);
+    assert_int_equal(p.entry->c.groups[1].codec, XKV_GROUP_SCALAR);
+    assert_true(isfinite(p.report.step) && p.report.step > 0);
+    assert_memory_equal(data, s.data, third);
+    free(data);
+    free_packed(ctx, &p);
+    o.error = 0;
+    o.ratio = 3; /* the layer that cannot be coded already takes a third */
+    assert_int_equal(xkv_pack(ctx, &s.geometry, s.views, NULL, NULL, 0, &o, &output, NULL), XKV_ERROR_TARGET);
+    memory_free(&m);
+    free_synthetic(&s);
+    xkv_ctx_free(ctx);
+}
+
+/* A dictionary may hold any finite unit, but an entry no infinite step. */
+static void infinite_steps_are_refused(void **state)
+{
+    xkv_ctx *ctx = new_ctx(2);
+    synthetic s = sample(300, XKV_F32, 1);
+    trained t = train(ctx, &s, NULL);
+    xkv_pack_options o = dict_options(t.dict);
+    memory m = {0};
+    xkv_output output = memory_output(&m);
+
+    (void)state;
+    t.dict->unit = 1e300;
+    assert_int_equal(xkv_pack(ctx, &s.geometry, s.views, NULL, NULL, 0, &o, &output, NULL), XKV_ERROR_TARGET);
+    t.dict->unit = 1e-300;
+    assert_int_equal(xkv_pack(ctx, &s.geometry, s.views, NULL, NULL, 0, &o, &output, NULL), XKV_ERROR_TARGET);
+    memory_free(&m);
+    free_trained(ctx, &t);
+    free_synthetic(&s);
+    xkv_ctx_free(ctx);
+}
+
 static void nonfinite_groups_are_exact(void **state)
 {
     xkv_ctx *ctx = new_ctx(2);
@@ -1114,6 +1171,8 @@ int main(void)
         cmocka_unit_test(ratio_is_met),
         cmocka_unit_test(other_domains_keep_the_error),
         cmocka_unit_test(outliers_make_a_group_lossless),
+        cmocka_unit_test(values_beyond_f32_leave_a_finite_step),
+        cmocka_unit_test(infinite_steps_are_refused),
         cmocka_unit_test(nonfinite_groups_are_exact),
         cmocka_unit_test(mla_keeps_its_rotated_part),
         cmocka_unit_test(few_training_tokens_still_work),
