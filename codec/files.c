@@ -4,15 +4,18 @@
 xkv_status xkv_pack_file(xkv_ctx *ctx, const char *engine_path, const char *entry_path, int overwrite,
                          const xkv_pack_options *options, xkv_pack_report *report)
 {
+    xkv_pack_options o = xkv_pack_options_default();
     xkv_cache *cache = NULL;
     xkv_file *file = NULL;
     xkv_output output;
     xkv_status status = XKV_OK;
 
-    XKV_TRY_GOTO(xkv_cache_open(ctx, engine_path, options ? options->model : NULL, &cache), out);
+    xkv_ctx_begin(ctx);
+    XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
+    XKV_TRY_GOTO(xkv_cache_open(ctx, engine_path, o.model, &cache), out);
     XKV_TRY_GOTO(xkv_file_create(ctx, entry_path, overwrite, &file), out);
     output = xkv_file_output(file);
-    XKV_TRY_GOTO(xkv_pack_cache(ctx, cache, options, &output, report), out);
+    XKV_TRY_GOTO(xkv_pack_cache(ctx, cache, &o, &output, report), out);
     status = xkv_file_commit(ctx, file);
     file = NULL; /* gone either way */
 out:

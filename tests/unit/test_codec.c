@@ -478,6 +478,23 @@ static void old_options_keep_working(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* The file level reads no field that an old program's options lack: here all behind group_layers. */
+static void old_options_keep_working_on_files(void **state)
+{
+    xkv_ctx *ctx = new_ctx(1);
+    size_t size = offsetof(xkv_pack_options, sinks);
+    xkv_pack_options o = xkv_pack_options_default(), *old = malloc(size);
+
+    (void)state;
+    o.struct_size = size;
+    memcpy(old, &o, size);
+    assert_int_equal(xkv_pack_file(ctx, "/dev/null", "/dev/null/entry", 0, old, NULL), XKV_ERROR_IO);
+    old->struct_size = 0;
+    assert_int_equal(xkv_pack_file(ctx, "/dev/null", "/dev/null/entry", 0, old, NULL), XKV_ERROR_ARGUMENT);
+    free(old);
+    xkv_ctx_free(ctx);
+}
+
 /* --- Damage --- */
 
 static xkv_status open_and_verify(xkv_ctx *ctx, const uint8_t *data, size_t size)
@@ -545,6 +562,7 @@ int main(void)
         cmocka_unit_test(threads_do_not_change_a_byte),
         cmocka_unit_test(options_are_checked),
         cmocka_unit_test(old_options_keep_working),
+        cmocka_unit_test(old_options_keep_working_on_files),
         cmocka_unit_test(every_damaged_byte_is_found),
     };
 
