@@ -303,7 +303,9 @@ static xkv_status make_all_blocks(trainer *t)
         elements += xkv_plane_width(&t->c.geometry.planes[i]);
     }
     t->unit = sqrt(trace / (double)elements);
-    if (!(t->unit > 0))
+    if (!isfinite(t->unit))
+        return xkv_fail(t->ctx, XKV_ERROR_ARGUMENT, "the values of the caches are too large: their squares overflow");
+    if (t->unit <= 0)
         return xkv_fail(t->ctx, XKV_ERROR_ARGUMENT, "the caches hold the same row everywhere: nothing to train on");
     return XKV_OK;
 }
@@ -457,8 +459,9 @@ static xkv_status check_caches(const trainer *t)
 
     for (uint32_t i = 0; i < t->cache_count; i++) {
         const xkv_geometry *g = xkv_cache_geometry(t->caches[i]);
-        bool same = g->plane_count == first->plane_count && g->rope_count == first->rope_count &&
-                    memcmp(g->planes, first->planes, g->plane_count * sizeof *g->planes) == 0;
+        bool same = g->plane_count == first->plane_count && g->rope_count == first->rope_count;
+        if (same && g->plane_count > 0) /* an opaque cache has no array */
+            same = memcmp(g->planes, first->planes, g->plane_count * sizeof *g->planes) == 0;
         for (uint32_t k = 0; same && k < g->rope_count; k++)
             same = same_rope(&g->ropes[k], &first->ropes[k]);
         if (!same)

@@ -790,6 +790,27 @@ static void mla_keeps_its_rotated_part(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* Caches without planes, as opaque files give them, and values whose squares f32 does not hold. */
+static void useless_caches_are_refused(void **state)
+{
+    xkv_ctx *ctx = new_ctx(2);
+    synthetic empty = {0}, huge = sample(64, XKV_F32, 1);
+    const synthetic *list = &empty;
+    memory m = {0};
+
+    (void)state;
+    assert_int_equal(train_on(ctx, &list, 1, NULL, &m), XKV_ERROR_ARGUMENT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "nothing to train on"));
+    for (size_t i = 0; i < huge.size / 4; i++)
+        ((float *)huge.data)[i] *= 1e30f;
+    list = &huge;
+    assert_int_equal(train_on(ctx, &list, 1, NULL, &m), XKV_ERROR_ARGUMENT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "too large"));
+    memory_free(&m);
+    free_synthetic(&huge);
+    xkv_ctx_free(ctx);
+}
+
 static void few_training_tokens_still_work(void **state)
 {
     xkv_ctx *ctx = new_ctx(2);
@@ -1176,6 +1197,7 @@ int main(void)
         cmocka_unit_test(nonfinite_groups_are_exact),
         cmocka_unit_test(mla_keeps_its_rotated_part),
         cmocka_unit_test(few_training_tokens_still_work),
+        cmocka_unit_test(useless_caches_are_refused),
         cmocka_unit_test(all_lengths_work),
         cmocka_unit_test(every_range_is_a_slice),
         cmocka_unit_test(threads_do_not_change_a_byte),
