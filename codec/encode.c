@@ -427,6 +427,12 @@ static xkv_status make_transforms(encoder *e)
     return XKV_OK;
 }
 
+/* Bytes of a side part that no table choice changes: scales and means. */
+static double side_bytes(const xkv_group *g)
+{
+    return g->codec == XKV_CODEC_SCALAR ? 4.0 * g->plane_count + 2.0 * g->width : 0;
+}
+
 /* Bytes for the rANS streams when the whole entry shall have the asked ratio: what is left of the budget after the
  * head, the exact rows, lossless groups, and what every stream costs whatever it holds. */
 static xkv_status stream_budget(encoder *e, double *bytes)
@@ -437,7 +443,7 @@ static xkv_status stream_budget(encoder *e, double *bytes)
     XKV_TRY(fixed_bytes(e, &fixed));
     for (uint32_t i = 0; i < e->c.group_count; i++)
         if (e->transforms[i].rank > 0)
-            states += (64.0 + XKV_ALIGN / 2) * e->c.chunk_count + XKV_ALIGN;
+            states += (64.0 + XKV_ALIGN / 2) * e->c.chunk_count + XKV_ALIGN + side_bytes(&e->c.groups[i]);
     *bytes = (double)raw16_bytes(&e->c.geometry) / e->o.ratio - (double)fixed - states;
     if (*bytes <= 0)
         return xkv_fail(e->ctx, XKV_ERROR_TARGET,
