@@ -212,7 +212,7 @@ static void measure_case(bench_plan *plan, const svd_case *c, json_t *lossless, 
 
 static void measure_cases(bench_plan *plan, json_t *lossless, json_t *svd)
 {
-    static const svd_case full[2] = {{3, 64, 76, 115, 16384}, {8, 128, 512, 768, 8192}}, quick = {1, 64, 25, 38, 512};
+    static const svd_case full[2] = {{3, 64, 76, 115, 16384}, {8, 128, 512, 768, 16384}}, quick = {1, 64, 25, 38, 512};
 
     if (plan->quick) {
         measure_case(plan, &quick, lossless, svd);
