@@ -1,7 +1,8 @@
 #!/bin/bash
-# run.sh MODEL [--json FILE] - restored caches in a real engine: llama.cpp, through llama-cpp-python.
+# run.sh [fidelity] MODEL [OPTION...] - restored caches in a real engine: llama.cpp, through llama-cpp-python.
 #
-# MODEL is smollm2 or qwen. Opt-in, because the first run installs about 1 GB from PyPI and builds the engine (minutes):
+# MODEL is smollm2 or qwen. With the word fidelity it sweeps ratios (see fidelity.py --help) instead of testing.
+# Opt-in, because the first run installs about 1 GB from PyPI and builds the engine (minutes):
 #     XKV_ENGINE_TESTS=1 ctest --test-dir build -R engine --verbose
 # XKV_BIN         folder with xkv-pack and xkv-unpack (ctest sets it)
 # XKV_SHARED_DIR  optional: folder with data/*/test/*.ggsq, for the cases on stored caches
@@ -10,7 +11,10 @@ if [ -z "${XKV_ENGINE_TESTS:-}" ]; then
     echo "SKIP: XKV_ENGINE_TESTS is not set; XKV_ENGINE_TESTS=1 installs a real engine and tests with it"
     exit 77
 fi
-: "${XKV_BIN:?must name the folder with xkv-pack and xkv-unpack}"
+if [ ! -x "${XKV_BIN:-}/xkv-pack" ]; then
+    echo "XKV_BIN must name the folder with xkv-pack and xkv-unpack" >&2
+    exit 1
+fi
 
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/xkv
@@ -26,4 +30,9 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$here/requirements.txt"
 
-PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "$here/test_engine.py" --cache "$cache" "$@"
+script=test_engine.py
+if [ "${1:-}" = fidelity ]; then
+    script=fidelity.py
+    shift
+fi
+PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "$here/$script" --cache "$cache" "$@"

