@@ -3,14 +3,26 @@
 #include "parts.h"
 
 #include <math.h>
+#include <stdlib.h>
 
 enum { SAMPLE_TILES = 4, SAMPLE_TOKENS = SAMPLE_TILES * XKV_TILE_ROWS, BATCH = 16 };
 
+/* With an error for all groups together, one of them may have up to this many times it: their metrics are estimates of
+ * what errors cost, but a group of huge values must not buy room for ruining the others. */
+#define GROUP_SLACK 4
+
 /* What a step costs. */
 typedef struct cost {
-    double bits, squares;
+    double bits; /* infinite: a coefficient is too large for the step */
+    double squares;
     uint32_t tables; /* components that are coded */
 } cost;
+
+/* The same for all groups; those that the step cannot code count as stored lossless. */
+typedef struct total_cost {
+    double bytes;
+    double error; /* relative; or that of the worst group over GROUP_SLACK, if larger */
+} total_cost;
 
 struct xkv_sample {
     xkv_ctx *ctx;
@@ -18,16 +30,15 @@ struct xkv_sample {
     const xkv_container *c;
     const xkv_view *views;
     const xkv_transform *transforms;
-    uint32_t tokens; /* sampled */
-    uint32_t coded;  /* of how many */
-    float **y;       /* [group_count]: [rank][tokens] */
-    uint32_t *first; /* [group_count + 1] index of the group's first component among all */
-    double energy;
-    double lossless; /* bytes of the groups that no step can code, at most */
-    float *scratch;  /* of gathering */
+    uint32_t tokens;  /* sampled */
+    uint32_t coded;   /* of how many */
+    float **y;        /* [group_count]: [rank][tokens] */
+    uint32_t *first;  /* [group_count + 1] index of the group's first batch of components */
+    double *energies; /* [group_count] */
+    float *scratch;   /* of gathering */
     size_t scratch_size;
     float step;  /* of the evaluation at hand */
-    cost *costs; /* [batches] */
+    cost *costs; /* [first[group_count]] */
     int16_t *q;  /* [threads][tokens] */
 };
 
@@ -60,28 +71,13 @@ static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
     return XKV_OK;
 }
 
-/* A group whose coefficients exceed f32 will be stored lossless, whatever the step: it has no say in it. */
-static double group_energy(xkv_sample *s, uint32_t group)
-{
-    const xkv_group *g = &s->c->groups[group];
-    const xkv_geometry *geometry = &s->c->geometry;
-    size_t n = (size_t)s->transforms[group].rank * s->tokens;
-    double energy = s->rotators->kernels->sum_squares(s->y[group], n);
-
-    if (isfinite(energy))
-        return energy;
-    memset(s->y[group], 0, n * sizeof *s->y[group]);
-    s->lossless += (double)((uint64_t)g->width * s->coded * xkv_dtype_size(geometry->planes[g->planes[0]].dtype));
-    return 0;
-}
-
 static xkv_status project(xkv_sample *s, xkv_pool *pool)
 {
     uint32_t tiles = (uint32_t)xkv_ceil_div(s->tokens, XKV_TILE_ROWS);
 
     for (uint32_t i = 0; i < s->c->group_count; i++) {
         uint32_t rank = s->transforms[i].rank;
-        s->first[i + 1] = s->first[i] + rank;
+        s->first[i + 1] = s->first[i] + (uint32_t)xkv_ceil_div(rank, BATCH);
         s->scratch_size = (size_t)xkv_max64(s->scratch_size, (uint64_t)XKV_TILE_ROWS * s->c->groups[i].width);
         if (rank > 0)
             XKV_TRY(XKV_NEW(s->ctx, (size_t)rank * s->tokens, &s->y[i]));
@@ -90,7 +86,7 @@ static xkv_status project(xkv_sample *s, xkv_pool *pool)
     XKV_TRY(xkv_pool_run(s->ctx, pool, (uint64_t)s->c->group_count * tiles, project_task, s));
     for (uint32_t i = 0; i < s->c->group_count; i++)
         if (s->y[i])
-            s->energy += group_energy(s, i);
+            s->energies[i] = s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens);
     return XKV_OK;
 }
 
@@ -111,8 +107,9 @@ xkv_status xkv_sample_create(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators
                       .tokens = coded < SAMPLE_TOKENS ? coded : SAMPLE_TOKENS};
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count, &s->y), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count + 1u, &s->first), out);
+    XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count, &s->energies), out);
     XKV_TRY_GOTO(project(s, pool), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, xkv_ceil_div(s->first[c->group_count], BATCH), &s->costs), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, s->first[c->group_count], &s->costs), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)s->tokens * xkv_pool_threads(pool), &s->q), out);
     *sample_p = s;
     s = NULL;
@@ -129,6 +126,7 @@ void xkv_sample_free(xkv_ctx *ctx, xkv_sample *s)
         xkv_release(ctx, s->y[i]);
     xkv_release(ctx, s->y);
     xkv_release(ctx, s->first);
+    xkv_release(ctx, s->energies);
     xkv_release(ctx, s->scratch);
     xkv_release(ctx, s->costs);
     xkv_release(ctx, s->q);
@@ -137,27 +135,28 @@ void xkv_sample_free(xkv_ctx *ctx, xkv_sample *s)
 
 /* --- Cost of a step --- */
 
-static const float *component(const xkv_sample *s, uint32_t index)
+static uint32_t group_of(const xkv_sample *s, uint64_t batch)
 {
     uint32_t g = 0;
 
-    while (index >= s->first[g + 1])
+    while (batch >= s->first[g + 1])
         g++;
-    return s->y[g] + (size_t)(index - s->first[g]) * s->tokens;
+    return g;
 }
 
 static xkv_status cost_task(void *user, uint32_t worker, uint64_t batch)
 {
     xkv_sample *s = user;
-    uint32_t all = s->first[s->c->group_count], end = (uint32_t)xkv_min64(all, (batch + 1) * BATCH);
+    uint32_t g = group_of(s, batch), i = (uint32_t)(batch - s->first[g]) * BATCH;
+    uint32_t end = (uint32_t)xkv_min64(s->transforms[g].rank, i + BATCH);
     cost sum = {0, 0, 0};
 
-    for (uint32_t i = (uint32_t)batch * BATCH; i < end; i++) {
+    for (; i < end; i++) {
         double bits, squares;
         uint8_t table;
-        if (!xkv_code_component(xkv_coder_cpu(), component(s, i), s->tokens, s->step, s->q + (size_t)worker * s->tokens,
-                                &table, &bits, &squares))
-            bits = INFINITY; /* too fine a step */
+        if (!xkv_code_component(xkv_coder_cpu(), s->y[g] + (size_t)i * s->tokens, s->tokens, s->step,
+                                s->q + (size_t)worker * s->tokens, &table, &bits, &squares))
+            bits = INFINITY;
         sum.bits += bits;
         sum.squares += squares;
         sum.tables += table != 0;
@@ -166,26 +165,80 @@ static xkv_status cost_task(void *user, uint32_t worker, uint64_t batch)
     return XKV_OK;
 }
 
-static xkv_status evaluate(xkv_sample *s, xkv_pool *pool, double step, cost *sum)
+static cost group_cost(const xkv_sample *s, uint32_t group)
 {
-    uint64_t batches = xkv_ceil_div(s->first[s->c->group_count], BATCH);
+    cost sum = {0, 0, 0};
 
-    s->step = (float)step;
-    XKV_TRY(xkv_pool_run(s->ctx, pool, batches, cost_task, s));
-    *sum = (cost){0, 0, 0};
-    for (uint64_t i = 0; i < batches; i++) {
-        sum->bits += s->costs[i].bits;
-        sum->squares += s->costs[i].squares;
-        sum->tables += s->costs[i].tables;
+    for (uint32_t i = s->first[group]; i < s->first[group + 1]; i++) {
+        sum.bits += s->costs[i].bits;
+        sum.squares += s->costs[i].squares;
+        sum.tables += s->costs[i].tables;
     }
+    return sum;
+}
+
+static double lossless_bytes(const xkv_sample *s, uint32_t group)
+{
+    const xkv_group *g = &s->c->groups[group];
+
+    return (double)g->width * s->coded * (double)xkv_dtype_size(s->c->geometry.planes[g->planes[0]].dtype);
+}
+
+/* Table lists are zstd-compressed, to about 5 bits an index. */
+static void add_up(const xkv_sample *s, total_cost *t)
+{
+    double squares = 0, energy = 0, worst = 0;
+
+    *t = (total_cost){0, 0};
+    for (uint32_t i = 0; i < s->c->group_count; i++) {
+        cost sum = group_cost(s, i);
+        if (!isfinite(sum.bits) || !isfinite(s->energies[i])) {
+            t->bytes += lossless_bytes(s, i);
+            continue;
+        }
+        t->bytes += sum.bits / 8 * s->coded / s->tokens + 0.65 * sum.tables;
+        squares += sum.squares;
+        energy += s->energies[i];
+        if (s->energies[i] > 0)
+            worst = fmax(worst, sum.squares / s->energies[i]);
+    }
+    t->error = energy > 0 ? sqrt(fmax(squares / energy, worst / (GROUP_SLACK * GROUP_SLACK))) : 0;
+}
+
+static xkv_status evaluate(xkv_sample *s, xkv_pool *pool, double step, total_cost *t)
+{
+    s->step = (float)step;
+    XKV_TRY(xkv_pool_run(s->ctx, pool, s->first[s->c->group_count], cost_task, s));
+    add_up(s, t);
     return XKV_OK;
 }
 
-/* Bytes of the whole entry's streams, table lists and groups that cannot be coded; lists are zstd-compressed, to about
- * 5 bits an index. */
-static double total_bytes(const xkv_sample *s, const cost *sum)
+static int compare_doubles(const void *a, const void *b)
 {
-    return sum->bits / 8 * s->coded / s->tokens + 0.65 * sum->tables + s->lossless;
+    double x = *(const double *)a, y = *(const double *)b;
+
+    return x < y ? -1 : x > y;
+}
+
+/* Binary logarithms of a step that is fine, and of one that is coarse, for the middle one of the groups: a group of
+ * huge values has no say in it. False when there is nothing to code. */
+static xkv_status search_range(const xkv_sample *s, double *lo, double *hi, bool *some)
+{
+    uint32_t n = 0;
+    double *rms;
+
+    XKV_TRY(XKV_NEW(s->ctx, s->c->group_count, &rms));
+    for (uint32_t i = 0; i < s->c->group_count; i++)
+        if (s->energies[i] > 0 && isfinite(s->energies[i]))
+            rms[n++] = 0.5 * log2(s->energies[i] / s->tokens / s->transforms[i].rank);
+    qsort(rms, n, sizeof *rms, compare_doubles);
+    *some = n > 0;
+    if (n > 0) {
+        *lo = rms[(n - 1) / 2] - 12;
+        *hi = rms[(n - 1) / 2] + 9;
+    }
+    xkv_release(s->ctx, rms);
+    return XKV_OK;
 }
 
 static xkv_status out_of_reach(xkv_ctx *ctx)
@@ -193,31 +246,39 @@ static xkv_status out_of_reach(xkv_ctx *ctx)
     return xkv_fail(ctx, XKV_ERROR_TARGET, "the ratio cannot be reached: even the coarsest step needs more bytes");
 }
 
+/* Bisection; finer, while there is room or while the error is too large. */
+static xkv_status search(xkv_pool *pool, xkv_sample *s, double bytes, double error, double *lo, double *hi)
+{
+    total_cost t;
+
+    while (*hi - *lo > 0.002) {
+        double mid = (*lo + *hi) / 2;
+        XKV_TRY(evaluate(s, pool, exp2(mid), &t));
+        if (bytes > 0 ? t.bytes <= bytes : t.error > error)
+            *hi = mid;
+        else
+            *lo = mid;
+    }
+    return XKV_OK;
+}
+
 xkv_status xkv_sample_step(xkv_ctx *ctx, xkv_pool *pool, xkv_sample *s, double bytes, double error, float *step)
 {
-    double rms, lo, hi;
-    cost sum;
+    double lo = 0, hi = 0, coarsest;
+    bool some;
+    total_cost t;
 
-    if (bytes > 0 && s->lossless > bytes)
-        return out_of_reach(ctx);
-    if (s->tokens == 0 || s->energy == 0) {
-        *step = 1;
+    *step = 1;
+    if (s->tokens == 0)
         return XKV_OK;
-    }
-    rms = sqrt(s->energy / s->tokens / s->first[s->c->group_count]);
-    lo = log2(rms) - 9;
-    hi = log2(rms) + 9;
-    for (int i = 0; i < 14; i++) {
-        double mid = (lo + hi) / 2;
-        XKV_TRY(evaluate(s, pool, exp2(mid), &sum));
-        /* Finer, while there is room or while the error is too large. */
-        if (bytes > 0 ? total_bytes(s, &sum) <= bytes : isfinite(sum.bits) && sqrt(sum.squares / s->energy) > error)
-            hi = mid;
-        else
-            lo = mid;
-    }
-    *step = (float)exp2(bytes > 0 ? hi : lo);
-    if (bytes > 0 && hi >= log2(rms) + 8.99)
+    XKV_TRY(search_range(s, &lo, &hi, &some));
+    coarsest = hi;
+    XKV_TRY(evaluate(s, pool, exp2(coarsest), &t));
+    if (bytes > 0 && t.bytes > bytes)
         return out_of_reach(ctx);
+    if (!some)
+        return XKV_OK;
+    XKV_TRY(search(pool, s, bytes, error, &lo, &hi));
+    *step = (float)exp2(bytes > 0 ? hi : lo);
     return XKV_OK;
 }

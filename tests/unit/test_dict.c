@@ -670,6 +670,34 @@ static void outliers_make_a_group_lossless(void **state)
 
 /* Coefficients that even f32 does not hold have no say in the step of the other groups, which here are all zeros, and
  * no step but a finite one is written [Q3]. */
+/* Huge values in one group cost bytes there and no quality elsewhere, whatever the target. */
+static void an_outlier_leaves_other_groups_alone(void **state)
+{
+    static const float outliers[] = {3e4f, 1e9f, 1e30f};
+    xkv_ctx *ctx = new_ctx(2);
+    synthetic training = sample(600, XKV_F32, 2);
+    trained t = train(ctx, &training, NULL);
+
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        synthetic s = sample(600, XKV_F32, 1);
+        xkv_pack_options o = dict_options(t.dict);
+        xkv_group_info g;
+        ((float *)s.views[5].data)[1000] = outliers[i];
+        o.quality = 0;
+        o.error = 0.1;
+        packed p = pack_planes(ctx, &s, &o);
+        xkv_entry_get_group(p.entry, 0, &g);
+        assert_int_equal(g.codec, XKV_CODEC_DICT);
+        assert_true(g.error < 0.4);
+        free_packed(ctx, &p);
+        free_synthetic(&s);
+    }
+    free_trained(ctx, &t);
+    free_synthetic(&training);
+    xkv_ctx_free(ctx);
+}
+
 static void values_beyond_f32_leave_a_finite_step(void **state)
 {
     xkv_ctx *ctx = new_ctx(2);
@@ -1192,6 +1220,7 @@ int main(void)
         cmocka_unit_test(ratio_is_met),
         cmocka_unit_test(other_domains_keep_the_error),
         cmocka_unit_test(outliers_make_a_group_lossless),
+        cmocka_unit_test(an_outlier_leaves_other_groups_alone),
         cmocka_unit_test(values_beyond_f32_leave_a_finite_step),
         cmocka_unit_test(infinite_steps_are_refused),
         cmocka_unit_test(nonfinite_groups_are_exact),
