@@ -15,7 +15,7 @@ void dtrtri_(const char *uplo, const char *diag, const int *n, double *a, const 
 
 #define TRANSFORM_ROWS  128u /* rows in one task of an orthonormalisation; with f64 copies of input and output */
 #define ENERGY_START    32u  /* smallest first block when the rank is sought */
-#define SKETCH_ENTRIES  2u   /* of a row of the sketch: fewer may lose directions that only few tokens hold */
+#define SKETCH_ENTRIES  4u   /* of a row of the sketch: fewer may lose directions that only few tokens hold */
 #define PREFETCH_ROWS   8u
 #define MAX_QR_PASSES   6u
 #define MAX_EXPONENT    120 /* of the norm of X: singular values must fit in f32 with room for sums */
