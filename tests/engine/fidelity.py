@@ -281,9 +281,10 @@ def main():
         if args.lengths:
             sweep_lengths(sweep, texts, args, dictionary["unit"])
     results = describe(args, model_file, dictionary, sweep.rows)
-    print(f"\n{args.model}, f32 weights; beside the entries, a dictionary of "
-          f"{dictionary['dictionary_bytes'] if dictionary else 0} bytes\n\n{HEADER}")
-    print("\n".join(map(format_row, results["means"])))
+    if results["means"]:
+        print("\n".join(["", HEADER, *map(format_row, results["means"])]))
+    if dictionary:
+        print(f"\nBeside the entries: a dictionary of {dictionary['dictionary_bytes']} bytes.")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
