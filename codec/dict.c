@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { QUALITY_MIDDLE = 50, QUALITY_OCTAVE = 16 };
+enum { QUALITY_MIDDLE = 50, QUALITY_OCTAVE = 16, ELEMENTS_PER_BYTE = 64 };
 
 double xkv_dict_step(const xkv_dict *dict, double quality)
 {
@@ -381,6 +381,19 @@ const float *xkv_dict_sigma(const xkv_dict *dict, uint32_t group, uint32_t *coun
     return dict->bases[group].sigma;
 }
 
+/* A stream of next to nothing may claim a basis of any size: do not let a small file ask for the machine's memory.
+ * Trained bases hold 1 to 10 elements a byte. */
+static xkv_status check_size(xkv_ctx *ctx, const xkv_container *c)
+{
+    uint64_t elements = 0, most = ELEMENTS_PER_BYTE * c->file_size;
+
+    for (uint32_t i = 0; i < c->group_count && elements <= most; i++)
+        elements += (uint64_t)c->groups[i].rank * c->groups[i].width;
+    if (elements > most)
+        return xkv_fail(ctx, XKV_ERROR_LIMIT, "bases of more than %d elements a byte of the file", ELEMENTS_PER_BYTE);
+    return XKV_OK;
+}
+
 xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing, xkv_dict **dict_p)
 {
     xkv_dict *dict = NULL;
@@ -396,6 +409,7 @@ xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing, 
         status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "a dictionary holds token ids or an engine's framing [Y1]");
         goto out;
     }
+    XKV_TRY_GOTO(check_size(ctx, &dict->c), out);
     XKV_TRY_GOTO(find_unit(ctx, &dict->c, &dict->unit), out);
     dict->for_packing = for_packing != 0;
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, dict->c.group_count, &dict->bases), out);
