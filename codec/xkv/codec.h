@@ -52,8 +52,8 @@ typedef struct xkv_pack_options {
     double ratio;            /* > 1: raw 16-bit bytes / all bytes of the entry; ranks K : V = 1 : 1.5 as in the paper */
     double error;  /* 0 < error < 1: svd: largest relative error of each group, guaranteed by measurement; dict and
                       scalar: relative error of all coded planes together, in the dictionary's metric, guaranteed
-                      likewise,  and about 4 times that at most in any one group: groups that no step brings below it, and
-                      groups  with a coefficient beyond 32767 steps, fall back to lossless */
+                      likewise,  and about 4 times that at most in any one group: groups that no step brings below it,
+                      and  groups  with a coefficient beyond 32767 steps, fall back to lossless */
     double energy; /* 0 < energy < 1: share of each group's sum of squares to keep; error = sqrt(1 - energy) */
 
     uint32_t iterations;   /* power iterations, 1 .. 8; default 2 */
