@@ -253,11 +253,6 @@ static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
     return XKV_OK;
 }
 
-static double relative(double squares, double energy)
-{
-    return energy > 0 ? sqrt(squares / energy) : 0;
-}
-
 /* Per-tile sums in order of the tiles, so that the figures do not depend on the number of threads. */
 static void total(const job *j, uint64_t tiles, xkv_group *g)
 {
@@ -274,13 +269,13 @@ static void total(const job *j, uint64_t tiles, xkv_group *g)
             j->coded->metric_squares = s.squares;
             j->coded->metric_energy = s.energy;
         } else {
-            g->plane_errors[i] = relative(s.squares, s.energy);
+            g->plane_errors[i] = xkv_relative_error(s.squares, s.energy);
             g->plane_energies[i] = s.energy;
             squares += s.squares;
             g->energy += s.energy;
         }
     }
-    g->error = relative(squares, g->energy);
+    g->error = xkv_relative_error(squares, g->energy);
 }
 
 /* Move the rows of the coded components together. */

@@ -14,20 +14,6 @@ double xkv_dict_step(const xkv_dict *dict, double quality)
     return 2.0 / 3 * dict->unit * exp2((QUALITY_MIDDLE - quality) / QUALITY_OCTAVE);
 }
 
-xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group *g)
-{
-    xkv_basis_header h = {.mu = 0, .sigma = 4ull * g->width};
-
-    h.d = h.sigma + 4ull * g->rank;
-    h.tables = h.d + 4ull * g->rank;
-    h.blocks = h.size = h.tables + g->rank;
-    for (uint32_t i = 0; i < g->plane_count; i++) {
-        const xkv_plane *p = &geometry->planes[g->planes[i]];
-        h.size += p->heads * (4 + 2ull * p->head_dim * p->head_dim);
-    }
-    return h;
-}
-
 bool xkv_dict_find_plane(const xkv_dict *dict, const xkv_plane *plane, uint32_t *group)
 {
     for (uint32_t i = 0; i < dict->c.group_count; i++)

@@ -24,13 +24,6 @@ struct xkv_dict {
     bool for_packing; /* bases have what packing needs */
 };
 
-/* Where the arrays of a basis group's header lie, and its size (spec section 3). */
-typedef struct xkv_basis_header {
-    uint64_t mu, sigma, d, tables, blocks, size; /* offsets */
-} xkv_basis_header;
-
-xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group *g);
-
 /* The group of the dictionary that has a plane of this layer and kind, if any. */
 bool xkv_dict_find_plane(const xkv_dict *dict, const xkv_plane *plane, uint32_t *group);
 

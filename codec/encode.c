@@ -387,18 +387,9 @@ static xkv_status fixed_bytes(encoder *e, uint64_t *bytes)
     return XKV_OK;
 }
 
-static uint64_t raw16_bytes(const xkv_geometry *geometry)
-{
-    uint64_t sum = 0;
-
-    for (uint32_t i = 0; i < geometry->plane_count; i++)
-        sum += 2ull * geometry->token_count * xkv_plane_width(&geometry->planes[i]);
-    return sum;
-}
-
 static xkv_status choose_ranks(encoder *e)
 {
-    uint64_t budget = (uint64_t)((double)raw16_bytes(&e->c.geometry) / e->o.ratio);
+    uint64_t budget = (uint64_t)((double)xkv_raw16_bytes(&e->c.geometry) / e->o.ratio);
     uint64_t fixed = xkv_container_head_size(&e->w);
 
     XKV_TRY(fixed_bytes(e, &fixed));
@@ -444,7 +435,7 @@ static xkv_status stream_budget(encoder *e, double *bytes)
     for (uint32_t i = 0; i < e->c.group_count; i++)
         if (e->transforms[i].rank > 0)
             states += (64.0 + XKV_ALIGN / 2) * e->c.chunk_count + XKV_ALIGN + side_bytes(&e->c.groups[i]);
-    *bytes = (double)raw16_bytes(&e->c.geometry) / e->o.ratio - (double)fixed - states;
+    *bytes = (double)xkv_raw16_bytes(&e->c.geometry) / e->o.ratio - (double)fixed - states;
     if (*bytes <= 0)
         return xkv_fail(e->ctx, XKV_ERROR_TARGET,
                         "a ratio of %g is out of reach: tables and exact rows alone take %llu bytes", e->o.ratio,
@@ -454,7 +445,7 @@ static xkv_status stream_budget(encoder *e, double *bytes)
 
 static double metric_error(const encoder *e)
 {
-    return e->metric_energy > 0 ? sqrt(e->metric_squares / e->metric_energy) : 0;
+    return xkv_relative_error(e->metric_squares, e->metric_energy);
 }
 
 /* The error of all coded groups at e->step; with `drop`, groups that exceed `drop` by themselves become lossless. */
@@ -655,11 +646,11 @@ static void fill_report(const encoder *e, uint64_t file_size, xkv_pack_report *r
 {
     *r = (xkv_pack_report){0};
     r->raw_bytes = xkv_geometry_raw_bytes(&e->c.geometry);
-    r->raw16_bytes = raw16_bytes(&e->c.geometry);
+    r->raw16_bytes = xkv_raw16_bytes(&e->c.geometry);
     r->entry_bytes = file_size;
     r->ratio = (double)r->raw16_bytes / (double)file_size;
     for (int kind = 0; kind < 4; kind++)
-        r->error[kind] = e->kind_energy[kind] > 0 ? sqrt(e->kind_squares[kind] / e->kind_energy[kind]) : 0;
+        r->error[kind] = xkv_relative_error(e->kind_squares[kind], e->kind_energy[kind]);
     r->group_count = e->c.group_count;
     r->fallback_groups = e->fallbacks;
     r->step = (double)e->step;

@@ -74,8 +74,7 @@ void xkv_entry_get_info(const xkv_entry *entry, xkv_entry_info *info)
     memset(info, 0, sizeof *info);
     info->file_size = c->file_size;
     info->raw_bytes = xkv_geometry_raw_bytes(&c->geometry);
-    for (uint32_t i = 0; i < c->geometry.plane_count; i++)
-        info->raw16_bytes += 2ull * c->geometry.token_count * xkv_plane_width(&c->geometry.planes[i]);
+    info->raw16_bytes = xkv_raw16_bytes(&c->geometry);
     info->payload_bytes = c->payload_size;
     info->framing_bytes = section_size(c, XKV_SECTION_FRAM);
     info->token_bytes = section_size(c, XKV_SECTION_TOKN);

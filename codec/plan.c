@@ -2,6 +2,7 @@
 
 #include "dict.h"
 #include "parts.h"
+#include "rows.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -90,11 +91,6 @@ uint32_t xkv_plan_coded_tokens(const xkv_container *c)
     return c->geometry.token_count - c->sinks - c->window;
 }
 
-static uint32_t plane_width(const xkv_plane *p)
-{
-    return p->heads * p->head_dim;
-}
-
 /* The order in which planes are put into groups: by run of layers, kind, finiteness, dtype, then layer. Planes that
  * agree in all but the layer form a group. */
 typedef struct plane_key {
@@ -150,7 +146,7 @@ static xkv_status make_group(xkv_ctx *ctx, const xkv_geometry *geometry, const p
     uint64_t width = 0;
 
     for (uint32_t i = 0; i < count; i++)
-        width += plane_width(&geometry->planes[keys[i].plane]);
+        width += xkv_plane_width(&geometry->planes[keys[i].plane]);
     if (width > XKV_MAX_WIDTH)
         return xkv_fail(ctx, XKV_ERROR_LIMIT,
                         "a group of %u planes is %llu elements wide, at most %u are allowed: use smaller groups", count,

@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include <math.h>
+
 xkv_status xkv_rotator_init(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_kernels *k, bool inverse,
                             xkv_rotator *r)
 {
@@ -68,4 +70,18 @@ xkv_status xkv_gather_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, con
         column += xkv_plane_width(p);
     }
     return xkv_rotate_rows(ctx, r, g, t0, t1 - t0, x);
+}
+
+uint64_t xkv_raw16_bytes(const xkv_geometry *geometry)
+{
+    uint64_t sum = 0;
+
+    for (uint32_t i = 0; i < geometry->plane_count; i++)
+        sum += 2ull * geometry->token_count * xkv_plane_width(&geometry->planes[i]);
+    return sum;
+}
+
+double xkv_relative_error(double squares, double energy)
+{
+    return energy > 0 ? sqrt(squares / energy) : 0;
 }

@@ -31,4 +31,10 @@ static inline uint32_t xkv_plane_width(const xkv_plane *p)
     return p->heads * p->head_dim;
 }
 
+/* Bytes of the cache at 16 bits an element, whatever its dtype: the numerator of a ratio. */
+uint64_t xkv_raw16_bytes(const xkv_geometry *geometry);
+
+/* sqrt(squares / energy), 0 without energy: spec/codec.md, section 4. */
+double xkv_relative_error(double squares, double energy);
+
 #endif

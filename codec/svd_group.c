@@ -144,11 +144,6 @@ static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
     return XKV_OK;
 }
 
-static double relative(double squares, double energy)
-{
-    return energy > 0 ? sqrt(squares / energy) : 0;
-}
-
 static xkv_status measure(job *j)
 {
     double total = 0;
@@ -163,9 +158,9 @@ static xkv_status measure(job *j)
     add_sums(j, j->g->plane_errors);
     for (uint32_t i = 0; i < j->g->plane_count; i++) {
         total += j->g->plane_errors[i];
-        j->g->plane_errors[i] = relative(j->g->plane_errors[i], j->g->plane_energies[i]);
+        j->g->plane_errors[i] = xkv_relative_error(j->g->plane_errors[i], j->g->plane_energies[i]);
     }
-    j->g->error = relative(total, j->g->energy);
+    j->g->error = xkv_relative_error(total, j->g->energy);
     return XKV_OK;
 }
 

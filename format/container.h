@@ -108,6 +108,13 @@ typedef struct xkv_container {
 XKV_MUST_CHECK xkv_status xkv_container_read(xkv_ctx *ctx, const xkv_input *input, uint32_t kind, xkv_container *c);
 void xkv_container_free(xkv_ctx *ctx, xkv_container *c);
 
+/* Where the arrays of a basis group's header lie, and its size (spec/dictionary.md, section 3). */
+typedef struct xkv_basis_header {
+    uint64_t mu, sigma, d, tables, blocks, size; /* offsets */
+} xkv_basis_header;
+
+xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group *g);
+
 /* What part `part` of a group holds (spec/codec.md, spec/dictionary.md). Needs the geometry, chunks, sinks and window
  * of `c`, and codec, planes, rank and width of `g`. */
 xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part);

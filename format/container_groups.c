@@ -22,14 +22,18 @@ static uint64_t scalar_side(const xkv_group *g)
     return 8 + 4 * (uint64_t)g->plane_count + 3 * (uint64_t)g->width;
 }
 
-static uint64_t basis_header(const xkv_container *c, const xkv_group *g)
+xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group *g)
 {
-    uint64_t size = 4 * (uint64_t)g->width + 9 * (uint64_t)g->rank;
+    xkv_basis_header h = {.mu = 0, .sigma = 4ull * g->width};
+
+    h.d = h.sigma + 4ull * g->rank;
+    h.tables = h.d + 4ull * g->rank;
+    h.blocks = h.size = h.tables + g->rank;
     for (uint32_t i = 0; i < g->plane_count; i++) {
-        const xkv_plane *plane = &c->geometry.planes[g->planes[i]];
-        size += plane->heads * (4 + 2 * (uint64_t)plane->head_dim * plane->head_dim);
+        const xkv_plane *p = &geometry->planes[g->planes[i]];
+        h.size += p->heads * (4 + 2ull * p->head_dim * p->head_dim);
     }
-    return size;
+    return h;
 }
 
 /* What the group's rows or coefficients are made from: components of an svd group, side part of a coded one. */
@@ -45,7 +49,7 @@ static xkv_shape basis_shape(const xkv_container *c, const xkv_group *g)
     case XKV_GROUP_SVDQ:
         return (xkv_shape){g->rank, g->width, 2, true};
     case XKV_GROUP_BASIS:
-        return (xkv_shape){1, basis_header(c, g), 1, false};
+        return (xkv_shape){1, xkv_basis_layout(&c->geometry, g).size, 1, false};
     default:
         return (xkv_shape){0, 0, 1, false};
     }
