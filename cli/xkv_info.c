@@ -57,6 +57,8 @@ static bool take_option(cli *c, int option, const char *value)
 
 static const char *group_kind(const xkv_geometry *g, const xkv_group_info *group)
 {
+    if (group->plane_count == 0)
+        return "-";
     uint32_t kind = g->planes[group->planes[0]].kind;
     for (uint32_t i = 1; i < group->plane_count; i++) {
         if (g->planes[group->planes[i]].kind != kind)
@@ -67,22 +69,25 @@ static const char *group_kind(const xkv_geometry *g, const xkv_group_info *group
 
 static const char *codec_name(const xkv_group_info *group)
 {
-    static const char *const names[] = {"lossless", "svd", "dict", "scalar"};
+    static const char *const names[] = {"lossless", "svd", "dict", "scalar", "unknown", "unknown", "cross"};
     return group->codec < sizeof names / sizeof *names ? names[group->codec] : "unknown";
 }
 
-/* That of the first group coded with loss. */
+/* That of the first group with planes that is coded with loss. */
 static const char *entry_codec(const xkv_entry *entry, const xkv_entry_info *info)
 {
-    xkv_group_info group = {.codec = XKV_CODEC_LOSSLESS};
-    for (uint32_t i = 0; i < info->group_count && group.codec == XKV_CODEC_LOSSLESS; i++)
+    xkv_group_info group;
+    for (uint32_t i = 0; i < info->group_count; i++) {
         xkv_entry_get_group(entry, i, &group);
-    return codec_name(&group);
+        if (group.codec != XKV_CODEC_LOSSLESS && group.plane_count > 0)
+            return codec_name(&group);
+    }
+    return "lossless";
 }
 
 static bool is_coded(const xkv_group_info *group)
 {
-    return group->codec == XKV_CODEC_DICT || group->codec == XKV_CODEC_SCALAR;
+    return group->codec == XKV_CODEC_DICT || group->codec == XKV_CODEC_CROSS || group->codec == XKV_CODEC_SCALAR;
 }
 
 /* Why a group is lossless; NULL when that was asked for. */
@@ -177,10 +182,12 @@ static void print_group(const xkv_geometry *g, uint32_t index, const xkv_group_i
                         const xkv_group_coding *coding)
 {
     const char *reason = lossless_reason(group);
-    char layers[32], rank[32] = "-", step[16] = "-";
-    uint32_t first = g->planes[group->planes[0]].layer;
-    uint32_t last = g->planes[group->planes[group->plane_count - 1]].layer;
-    snprintf(layers, sizeof layers, first == last ? "%u" : "%u-%u", first, last);
+    char layers[32] = "-", rank[32] = "-", step[16] = "-";
+    if (group->plane_count > 0) {
+        uint32_t first = g->planes[group->planes[0]].layer;
+        uint32_t last = g->planes[group->planes[group->plane_count - 1]].layer;
+        snprintf(layers, sizeof layers, first == last ? "%u" : "%u-%u", first, last);
+    }
     if (group->codec == XKV_CODEC_SVD)
         snprintf(rank, sizeof rank, "%u", group->rank);
     if (is_coded(group)) {
@@ -393,10 +400,11 @@ static cli_exit process_entry(cli *c, const cli_input *input, xkv_entry *entry)
 static void print_dictionary_json(const cli *c, const char *name, const xkv_dict_info *info)
 {
     const info_tool *tool = c->user;
-    cli_json_print(json_pack("{s:o, s:b, s:s, s:o, s:o, s:i, s:i, s:i, s:I, s:f, s:f, s:I, s:b}", "file",
+    cli_json_print(json_pack("{s:o, s:b, s:s, s:o, s:o, s:i, s:i, s:i, s:i, s:I, s:f, s:f, s:I, s:b}", "file",
                              cli_json_string(name), "ok", 1, "kind", "dictionary", "id", json_hex(info->id, 16),
                              "model_fingerprint", json_hex(info->fingerprint, 16), "layers", (int)info->layer_count,
-                             "groups", (int)info->group_count, "components", (int)info->component_count, "tokens",
+                             "groups", (int)(info->group_count - (info->cross_components > 0)), "cross_components",
+                             (int)info->cross_components, "components", (int)info->component_count, "tokens",
                              (json_int_t)info->tokens, "unit", info->unit, "max_quality", info->max_quality,
                              "dictionary_bytes", (json_int_t)info->file_size, "verified", (int)tool->verify));
 }
@@ -412,7 +420,8 @@ static void print_dictionary(cli *c, const char *name, const xkv_dict_info *info
     printf("  %-24s %s\n", "id", cli_hex_text(info->id, 16).text);
     printf("  %-24s %s\n", "model.fingerprint", known ? cli_hex_text(info->fingerprint, 16).text : "unknown");
     printf("  %-24s %u\n", "layers", info->layer_count);
-    printf("  %-24s %u\n", "groups", info->group_count);
+    printf("  %-24s %u\n", "groups", info->group_count - (info->cross_components > 0));
+    printf("  %-24s %u\n", "cross components", info->cross_components);
     printf("  %-24s %u\n", "components", info->component_count);
     printf("  %-24s %" PRIu64 "\n", "training tokens", info->tokens);
     printf("  %-24s %.6g\n", "unit", info->unit);

@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { OPT_METRIC = CLI_OPT_TOOL, OPT_GROUP, OPT_APART, OPT_MAX_QUALITY, OPT_SINKS, OPT_VALIDATE };
+enum { OPT_METRIC = CLI_OPT_TOOL, OPT_GROUP, OPT_CROSS, OPT_APART, OPT_MAX_QUALITY, OPT_SINKS, OPT_VALIDATE };
 
 enum { DEFAULT_QUALITY = 50, FIRST_QUALITY = 30, QUALITY_STEP = 10 };
 
@@ -21,6 +21,7 @@ static const struct option long_options[] = {
     {"force", no_argument, NULL, 'f'},
     {"metric", required_argument, NULL, OPT_METRIC},
     {"group", required_argument, NULL, OPT_GROUP},
+    {"cross", required_argument, NULL, OPT_CROSS},
     {"apart", no_argument, NULL, OPT_APART},
     {"max-quality", required_argument, NULL, OPT_MAX_QUALITY},
     {"sinks", required_argument, NULL, OPT_SINKS},
@@ -35,6 +36,8 @@ static const char help[] = "Train a dictionary (.xkvd) on KV caches of one model
                            "      --fingerprint HEX identity of the model, 32 digits, instead of the GGUF's\n"
                            "      --metric FILE     safetensors file with what errors cost (k_metric, v_metric)\n"
                            "      --group N         layers in a group [4]\n"
+                           "      --cross N         leading coefficients of each group to code together in a stage\n"
+                           "                        over all groups: better, but slower to restore; 0: none [256]\n"
                            "      --apart           K and V in groups of their own; worse at equal size\n"
                            "      --max-quality Q   finest quality that the dictionary is stored for, 1 to 100 [75]\n"
                            "      --sinks N         tokens at the start of each cache to leave out [4]\n"
@@ -86,6 +89,8 @@ static bool take_option(cli *c, int option, const char *value)
         return true;
     case OPT_GROUP:
         return cli_parse_u32(c, "--group", value, 1, XKV_MAX_LAYERS, &o->group_layers);
+    case OPT_CROSS:
+        return cli_parse_u32(c, "--cross", value, 0, XKV_MAX_WIDTH, &o->cross);
     case OPT_SINKS:
         return cli_parse_u32(c, "--sinks", value, 0, XKV_MAX_TOKENS, &o->sinks);
     case OPT_MAX_QUALITY:
@@ -241,7 +246,7 @@ static expectation expect(const xkv_dict *dict, const xkv_dict_info *info, doubl
     for (uint32_t g = 0; g < info->group_count; g++) {
         uint32_t count;
         const float *sigma = xkv_dict_sigma(dict, g, &count);
-        for (uint32_t i = 0; i < count; i++) {
+        for (uint32_t i = xkv_dict_leading(dict, g); i < count; i++) {
             double s = (double)sigma[i] / e.step, bits = 0, square = s * s;
             energy += square;
             if (s > 0)
@@ -305,10 +310,16 @@ typedef struct train_report {
     double seconds;
 } train_report;
 
+/* Groups that hold planes. */
+static uint32_t plane_groups(const xkv_dict_info *info)
+{
+    return info->group_count - (info->cross_components > 0);
+}
+
 static uint32_t widest_group(const train_report *r)
 {
     uint32_t widest = 0, count;
-    for (uint32_t g = 0; g < r->info.group_count; g++) {
+    for (uint32_t g = 0; g < plane_groups(&r->info); g++) {
         xkv_dict_sigma(r->dict, g, &count);
         widest = count > widest ? count : widest;
     }
@@ -370,8 +381,11 @@ static void print_report(cli *c, const train_report *r, bool to_stdout)
     FILE *to = to_stdout ? stderr : stdout; /* the dictionary itself may go there */
     expectation e = expect(r->dict, &r->info, DEFAULT_QUALITY);
     uint32_t count = ((const train_tool *)c->user)->count;
-    cli_note(c, "%s: %" PRIu64 " tokens of %u cache%s, %u groups -> %s, %.2f s", r->name, r->info.tokens, count,
-             count == 1 ? "" : "s", r->info.group_count, cli_size_text(r->info.file_size).text, r->seconds);
+    char cross[64] = "";
+    if (r->info.cross_components > 0)
+        snprintf(cross, sizeof cross, ", cross stage of %u components", r->info.cross_components);
+    cli_note(c, "%s: %" PRIu64 " tokens of %u cache%s, %u groups%s -> %s, %.2f s", r->name, r->info.tokens, count,
+             count == 1 ? "" : "s", plane_groups(&r->info), cross, cli_size_text(r->info.file_size).text, r->seconds);
     warn_few_tokens(c, r);
     if (c->verbosity < 1 || c->json)
         return;
@@ -410,13 +424,14 @@ static void print_json(const cli *c, const train_report *r)
                               DEFAULT_QUALITY, "tokens", (int)xkv_cache_geometry(r->v.on->cache)->token_count, "ratio",
                               r->v.report.ratio, "error", r->v.report.error_metric, "expected_ratio", e.ratio,
                               "expected_error", e.error, "components", (int)r->v.report.components);
-    cli_json_print(json_pack(
-        "{s:o, s:b, s:o, s:i, s:I, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:o, s:o, s:f}", "file", cli_json_string(r->name),
-        "ok", 1, "id", json_string(cli_hex_text(r->info.id, 16).text), "caches", (int)tool->count, "tokens",
-        (json_int_t)r->info.tokens, "groups", (int)r->info.group_count, "components", (int)r->info.component_count,
-        "width", (int)widest_group(r), "unit", r->info.unit, "max_quality", r->info.max_quality, "dictionary_bytes",
-        (json_int_t)r->info.file_size, "break_even_tokens", (json_int_t)break_even(&r->info, &e), "qualities",
-        qualities_json(r), "validation", tried, "seconds", r->seconds));
+    cli_json_print(json_pack("{s:o, s:b, s:o, s:i, s:I, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:o, s:o, s:f}", "file",
+                             cli_json_string(r->name), "ok", 1, "id", json_string(cli_hex_text(r->info.id, 16).text),
+                             "caches", (int)tool->count, "tokens", (json_int_t)r->info.tokens, "groups",
+                             (int)plane_groups(&r->info), "cross_components", (int)r->info.cross_components,
+                             "components", (int)r->info.component_count, "width", (int)widest_group(r), "unit",
+                             r->info.unit, "max_quality", r->info.max_quality, "dictionary_bytes",
+                             (json_int_t)r->info.file_size, "break_even_tokens", (json_int_t)break_even(&r->info, &e),
+                             "qualities", qualities_json(r), "validation", tried, "seconds", r->seconds));
 }
 
 /* --- Training -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ xkv_transform xkv_transform_of_basis(const xkv_basis *b)
 {
     return (xkv_transform){.rank = b->rank,
                            .width = b->width,
+                           .top = b->top,
+                           .cross_at = b->cross_at,
                            .mean = b->mean,
                            .synthesis = b->synthesis,
                            .analysis = b->analysis,
@@ -29,16 +31,18 @@ static void analyze_diagonal(const xkv_transform *t, const float *x, uint32_t to
             y[i * stride + s] = (x[s * t->width + i] - t->mean[i]) / t->diagonal[i];
 }
 
-void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, const float *x, uint32_t tokens, float *y, size_t stride)
+void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, uint32_t first, const float *x, uint32_t tokens,
+                 float *y, size_t stride)
 {
     if (t->diagonal) {
         analyze_diagonal(t, x, tokens, y, stride);
         return;
     }
-    k->gemm_nt(t->rank, tokens, t->width, t->analysis, t->width, x, t->width, 0, y, stride);
-    for (size_t j = 0; t->offset && j < t->rank; j++)
+    k->gemm_nt(t->rank - first, tokens, t->width, t->analysis + (size_t)first * t->width, t->width, x, t->width, 0, y,
+               stride);
+    for (size_t j = first; t->offset && j < t->rank; j++)
         for (size_t s = 0; s < tokens; s++)
-            y[j * stride + s] -= t->offset[j];
+            y[(j - first) * stride + s] -= t->offset[j];
 }
 
 /* --- Quantize and choose ------------------------------------------------------------------------------------------ */
@@ -86,26 +90,129 @@ bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, floa
     return true;
 }
 
+typedef struct components_job {
+    const float *y;
+    uint32_t first;
+    xkv_coded *coded;
+    double *bits; /* [rank] infinite: a value does not fit */
+} components_job;
+
+static xkv_status code_task(void *user, uint32_t worker, uint64_t index)
+{
+    components_job *j = user;
+    xkv_coded *c = j->coded;
+    size_t at = index * c->tokens, component = j->first + index;
+    double squares;
+
+    (void)worker;
+    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, c->q + at, &c->tables[component],
+                            &j->bits[component], &squares))
+        j->bits[component] = INFINITY;
+    return XKV_OK;
+}
+
+/* Move the rows of the coded components together. */
+static void close_up(xkv_coded *c, uint32_t first)
+{
+    c->coded = 0;
+    for (size_t i = first; i < c->rank; i++)
+        if (c->tables[i] != 0) {
+            memmove(c->q + (size_t)c->coded * c->tokens, c->q + (i - first) * c->tokens, c->tokens * sizeof *c->q);
+            c->coded_tables[c->coded++] = c->tables[i];
+        }
+}
+
+xkv_status xkv_code_components(xkv_ctx *ctx, xkv_pool *pool, const float *y, uint32_t first, xkv_coded *c)
+{
+    components_job j = {.y = y, .first = first, .coded = c};
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(XKV_NEW(ctx, (size_t)(c->rank - first) * c->tokens, &c->q));
+    XKV_TRY(XKV_NEW_ZERO(ctx, c->rank, &c->tables));
+    XKV_TRY(XKV_NEW(ctx, c->rank, &c->coded_tables));
+    XKV_TRY(XKV_NEW_ZERO(ctx, c->rank, &j.bits));
+    XKV_TRY_GOTO(xkv_pool_run(ctx, pool, c->rank - first, code_task, &j), out);
+    for (uint32_t i = first; i < c->rank; i++)
+        c->bits += j.bits[i];
+    c->overflow = !isfinite(c->bits);
+    if (!c->overflow)
+        close_up(c, first);
+out:
+    xkv_release(ctx, j.bits);
+    return status;
+}
+
 /* --- Coefficients to rows ----------------------------------------------------------------------------------------- */
 
-xkv_status xkv_scaled_rows(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step, float **rows_p)
+static uint32_t count_coded(const uint8_t *tables, uint32_t rank)
 {
     uint32_t coded = 0;
-    float *rows;
 
-    for (uint32_t j = 0; j < t->rank; j++)
+    for (uint32_t j = 0; j < rank; j++)
         coded += tables[j] != 0;
-    XKV_TRY(XKV_NEW(ctx, t->synthesis ? (size_t)coded * t->width : 1, &rows));
-    *rows_p = rows;
-    for (size_t j = 0; t->synthesis && j < t->rank; j++) {
-        const float *row = t->synthesis + j * t->width;
-        if (tables[j] == 0)
-            continue;
-        for (size_t i = 0; i < t->width; i++)
-            rows[i] = row[i] * step;
-        rows += t->width;
-    }
+    return coded;
+}
+
+/* out = in * factor. */
+static float *scale_row(const float *in, size_t n, float factor, float *out)
+{
+    for (size_t i = 0; i < n; i++)
+        out[i] = in[i] * factor;
+    return out + n;
+}
+
+static xkv_status make_rows(xkv_ctx *ctx, xkv_synthesis *s)
+{
+    const xkv_transform *t = s->t;
+    float *row;
+
+    XKV_TRY(XKV_NEW(ctx, (size_t)(s->coded + s->top) * t->width, &s->rows));
+    row = s->rows;
+    for (size_t j = 0; j < t->rank; j++)
+        if (s->tables[j] != 0)
+            row = scale_row(t->synthesis + j * t->width, t->width, s->step, row);
+    if (s->top > 0)
+        memcpy(row, t->synthesis, (size_t)s->top * t->width * sizeof *row);
     return XKV_OK;
+}
+
+static xkv_status make_mix(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis *s)
+{
+    const xkv_cross_basis *b = cross->basis;
+    float *row;
+
+    XKV_TRY(XKV_NEW(ctx, (size_t)s->cross * s->top, &s->mix));
+    row = s->mix;
+    for (size_t i = 0; i < cross->rank; i++)
+        if (cross->tables[i] != 0)
+            row = scale_row(b->components + i * b->width + s->t->cross_at, s->top, cross->step, row);
+    return XKV_OK;
+}
+
+xkv_status xkv_synthesis_create(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step,
+                                const xkv_cross *cross, xkv_synthesis *s)
+{
+    *s = (xkv_synthesis){.t = t, .tables = tables, .step = step, .coded = count_coded(tables, t->rank)};
+    if (t->diagonal)
+        return XKV_OK;
+    if (cross && t->top > 0 && cross->coded > 0) {
+        s->top = t->top;
+        s->cross = cross->coded;
+        XKV_TRY(make_mix(ctx, cross, s));
+    }
+    return make_rows(ctx, s);
+}
+
+void xkv_synthesis_free(xkv_ctx *ctx, xkv_synthesis *s)
+{
+    xkv_release(ctx, s->rows);
+    xkv_release(ctx, s->mix);
+    *s = (xkv_synthesis){0};
+}
+
+size_t xkv_synthesis_scratch(const xkv_synthesis *s, uint32_t tokens)
+{
+    return s->t->diagonal ? 0 : (size_t)tokens * (s->coded + s->top + s->cross);
 }
 
 static void fill_mean(const xkv_transform *t, uint32_t tokens, float *x)
@@ -117,32 +224,45 @@ static void fill_mean(const xkv_transform *t, uint32_t tokens, float *x)
             memset(x + s * t->width, 0, t->width * sizeof *x);
 }
 
-static void synthesize_diagonal(const xkv_transform *t, const uint8_t *tables, float step, const int16_t *q,
-                                size_t stride, uint32_t tokens, float *x)
+static void synthesize_diagonal(const xkv_synthesis *s, xkv_integers own, uint32_t tokens, float *x)
 {
-    for (size_t i = 0; i < t->width; i++) {
-        if (tables[i] == 0)
+    size_t width = s->t->width;
+
+    for (size_t i = 0; i < width; i++) {
+        if (s->tables[i] == 0)
             continue;
-        float factor = step * t->diagonal[i];
-        for (size_t s = 0; s < tokens; s++)
-            x[s * t->width + i] += (float)q[s] * factor;
-        q += stride;
+        float factor = s->step * s->t->diagonal[i];
+        for (size_t t = 0; t < tokens; t++)
+            x[t * width + i] += (float)own.q[t] * factor;
+        own.q += own.stride;
     }
 }
 
-void xkv_synthesize(const xkv_kernels *k, const xkv_transform *t, const uint8_t *tables, float step, const float *rows,
-                    uint32_t coded, const int16_t *q, size_t stride, uint32_t tokens, float *a, float *x)
+/* Integers of `count` components as they are, [count][tokens]. */
+static void to_floats(xkv_integers in, uint32_t count, uint32_t tokens, float *a)
 {
-    fill_mean(t, tokens, x);
-    if (t->diagonal) {
-        synthesize_diagonal(t, tables, step, q, stride, tokens, x);
+    for (size_t i = 0; i < count; i++)
+        xkv_dequantize(xkv_coder_cpu(), in.q + i * in.stride, tokens, 1, a + i * tokens);
+}
+
+void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
+                    float *a, float *x)
+{
+    uint32_t coded = s->coded + s->top;
+    float *top = a + (size_t)s->coded * tokens, *mixed = top + (size_t)s->top * tokens;
+
+    fill_mean(s->t, tokens, x);
+    if (s->t->diagonal) {
+        synthesize_diagonal(s, own, tokens, x);
         return;
     }
     if (coded == 0)
         return;
-    for (size_t i = 0; i < coded; i++)
-        xkv_dequantize(xkv_coder_cpu(), q + i * stride, tokens, 1, a + i * tokens);
-    k->gemm_tn(tokens, t->width, coded, a, tokens, rows, t->width, 1, x, t->width);
+    to_floats(own, s->coded, tokens, a);
+    to_floats(cross, s->cross, tokens, mixed);
+    if (s->top > 0)
+        k->gemm_tn(s->top, tokens, s->cross, s->mix, s->top, mixed, tokens, 0, top, tokens);
+    k->gemm_tn(tokens, s->t->width, coded, a, tokens, s->rows, s->t->width, 1, x, s->t->width);
 }
 
 /* --- A group ------------------------------------------------------------------------------------------------------ */
@@ -159,12 +279,14 @@ typedef struct job {
     const xkv_view *views;
     const xkv_transform *t;
     xkv_coded *coded;
+    const xkv_cross *cross;
+    xkv_integers cross_q;
+    uint32_t top;   /* components that the cross stage codes */
     uint32_t first; /* token of the first row */
-    float *y;       /* [rank][tokens] */
-    double *bits;   /* [rank] */
+    float *y;       /* [rank - top][tokens] */
     float *scratch; /* per thread */
     size_t scratch_size;
-    float *rows;  /* scaled synthesis rows of the coded components */
+    xkv_synthesis synthesis;
     sums *planes; /* [tiles][plane_count + 1]; the last one is the metric's */
 } job;
 
@@ -181,21 +303,7 @@ static xkv_status analyze_tile(void *user, uint32_t worker, uint64_t tile)
     float *x = j->scratch + worker * j->scratch_size;
 
     XKV_TRY(xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, j->first + row, j->first + row + n, x));
-    xkv_analyze(j->kernels, j->t, x, n, j->y + row, j->coded->tokens);
-    return XKV_OK;
-}
-
-static xkv_status code_task(void *user, uint32_t worker, uint64_t component)
-{
-    job *j = user;
-    xkv_coded *c = j->coded;
-    size_t at = component * c->tokens;
-    double squares;
-
-    (void)worker;
-    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, c->q + at, &c->tables[component],
-                            &j->bits[component], &squares))
-        j->bits[component] = INFINITY;
+    xkv_analyze(j->kernels, j->t, j->top, x, n, j->y + row, j->coded->tokens);
     return XKV_OK;
 }
 
@@ -241,7 +349,8 @@ static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
     sums *planes = j->planes + tile * (count + 1);
 
     XKV_TRY(xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, j->first + row, j->first + row + n, x));
-    xkv_synthesize(j->kernels, j->t, c->tables, c->step, j->rows, c->coded, c->q + row, c->tokens, n, a, y);
+    xkv_synthesize(j->kernels, &j->synthesis, xkv_integers_from((xkv_integers){c->q, c->tokens}, row),
+                   xkv_integers_from(j->cross_q, row), n, a, y);
     add_planes(j, x, y, n, planes);
     if (!j->t->blocks)
         return XKV_OK;
@@ -278,49 +387,41 @@ static void total(const job *j, uint64_t tiles, xkv_group *g)
     g->error = xkv_relative_error(squares, g->energy);
 }
 
-/* Move the rows of the coded components together. */
-static void close_up(xkv_coded *c)
+/* Scratch of a thread for analyzing and for measuring a tile: two sets of rows, and coefficients or products. */
+static xkv_status size_scratch(job *j, xkv_pool *pool, size_t coefficients)
 {
-    c->coded = 0;
-    for (size_t i = 0; i < c->rank; i++)
-        if (c->tables[i] != 0) {
-            memmove(c->q + (size_t)c->coded * c->tokens, c->q + i * c->tokens, c->tokens * sizeof *c->q);
-            c->coded_tables[c->coded++] = c->tables[i];
-        }
+    size_t tile = (size_t)XKV_TILE_ROWS * j->t->width;
+
+    xkv_release(j->ctx, j->scratch);
+    j->scratch = NULL;
+    j->scratch_size = 2 * tile + (coefficients > tile ? coefficients : tile);
+    return XKV_NEW(j->ctx, j->scratch_size * xkv_pool_threads(pool), &j->scratch);
 }
 
 static xkv_status run(job *j, xkv_pool *pool, xkv_group *g)
 {
     xkv_coded *c = j->coded;
     uint64_t tiles = xkv_ceil_div(c->tokens, XKV_TILE_ROWS);
-    size_t tile = (size_t)XKV_TILE_ROWS * c->rank, width = j->t->width;
 
-    j->scratch_size = XKV_TILE_ROWS * 2 * width + (tile > XKV_TILE_ROWS * width ? tile : XKV_TILE_ROWS * width);
-    XKV_TRY(XKV_NEW(j->ctx, j->scratch_size * xkv_pool_threads(pool), &j->scratch));
-    XKV_TRY(XKV_NEW(j->ctx, (size_t)c->rank * c->tokens, &j->y));
-    XKV_TRY(XKV_NEW(j->ctx, c->rank, &j->bits));
-    XKV_TRY(XKV_NEW(j->ctx, (size_t)c->rank * c->tokens, &c->q));
-    XKV_TRY(XKV_NEW(j->ctx, c->rank, &c->tables));
-    XKV_TRY(XKV_NEW(j->ctx, c->rank, &c->coded_tables));
-    XKV_TRY(XKV_NEW_ZERO(j->ctx, (size_t)tiles * (g->plane_count + 1), &j->planes));
+    XKV_TRY(size_scratch(j, pool, 0));
+    XKV_TRY(XKV_NEW(j->ctx, (size_t)(c->rank - j->top) * c->tokens, &j->y));
     XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, analyze_tile, j));
-    XKV_TRY(xkv_pool_run(j->ctx, pool, c->rank, code_task, j));
-    for (uint32_t i = 0; i < c->rank; i++)
-        c->bits += j->bits[i];
+    XKV_TRY(xkv_code_components(j->ctx, pool, j->y, j->top, c));
     xkv_release(j->ctx, j->y);
     j->y = NULL;
-    c->overflow = !isfinite(c->bits);
     if (c->overflow)
         return XKV_OK;
-    close_up(c);
-    XKV_TRY(xkv_scaled_rows(j->ctx, j->t, c->tables, c->step, &j->rows));
+    XKV_TRY(xkv_synthesis_create(j->ctx, j->t, c->tables, c->step, j->cross, &j->synthesis));
+    XKV_TRY(size_scratch(j, pool, xkv_synthesis_scratch(&j->synthesis, XKV_TILE_ROWS)));
+    XKV_TRY(XKV_NEW_ZERO(j->ctx, (size_t)tiles * (g->plane_count + 1), &j->planes));
     XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, measure_tile, j));
     total(j, tiles, g);
     return XKV_OK;
 }
 
 xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
-                          uint32_t t0, uint32_t t1, const xkv_transform *t, float step, xkv_coded *coded)
+                          uint32_t t0, uint32_t t1, const xkv_transform *t, float step, const xkv_cross *cross,
+                          xkv_integers cross_q, xkv_coded *coded)
 {
     job j = {.ctx = ctx,
              .rotators = rotators,
@@ -329,6 +430,9 @@ xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, x
              .views = views,
              .t = t,
              .coded = coded,
+             .cross = cross,
+             .cross_q = cross_q,
+             .top = cross ? t->top : 0,
              .first = t0};
     xkv_status status;
 
@@ -336,9 +440,8 @@ xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, x
     status = run(&j, pool, g);
     xkv_release(ctx, j.scratch);
     xkv_release(ctx, j.y);
-    xkv_release(ctx, j.bits);
-    xkv_release(ctx, j.rows);
     xkv_release(ctx, j.planes);
+    xkv_synthesis_free(ctx, &j.synthesis);
     if (status != XKV_OK)
         xkv_coded_free(ctx, coded);
     return status;

@@ -10,6 +10,8 @@
 /* What turns rows into coefficients and back. All pointers belong to somebody else. */
 typedef struct xkv_transform {
     uint32_t rank, width;
+    uint32_t top;           /* leading components that the cross stage codes; 0 without one */
+    uint32_t cross_at;      /* where the first of them stands in its rows */
     const float *mean;      /* [width], or NULL for 0 */
     const float *synthesis; /* [rank][width]; NULL: the diagonal below */
     const float *analysis;  /* [rank][width] and */
@@ -33,29 +35,73 @@ typedef struct xkv_coded {
     double metric_squares, metric_energy; /* sums of |(x - y) W|^2 and |x W - mu|^2; 0 without a metric */
 } xkv_coded;
 
-/* Coefficients of x [tokens][width] into y, component-major: y[j * stride + t]. */
-void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, const float *x, uint32_t tokens, float *y,
-                 size_t stride);
+/* Coefficients first .. rank-1 of x [tokens][width] into y, component-major: y[(j - first) * stride + t]. */
+void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, uint32_t first, const float *x, uint32_t tokens,
+                 float *y, size_t stride);
 
 /* Quantize one component and choose its table, or 0 when coding it is not worth its bits: it must lower
  * squared error + lambda * step^2 * bits. q is [n]; *bits is 0 when not coded. False when a value does not fit. */
 bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, int16_t *q, uint8_t *table,
                         double *bits, double *squares);
 
-/* The rows of the coded components, times step: what xkv_synthesize takes. [coded][width], or for a diagonal its
- * indices are used directly and the array is empty. */
-XKV_MUST_CHECK xkv_status xkv_scaled_rows(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step,
-                                          float **rows_p);
+/* Quantize y [rank - first][tokens] with coded->step, choose the tables (components below `first` have none), and keep
+ * the integers of those that are coded. `coded` holds rank, tokens and step, and gets the rest. */
+XKV_MUST_CHECK xkv_status xkv_code_components(xkv_ctx *ctx, xkv_pool *pool, const float *y, uint32_t first,
+                                              xkv_coded *coded);
 
-/* Rows x [tokens][width] (K before RoPE) from the coded components' integers: q[i * stride + t] for the i-th coded one.
- * `a` is scratch of coded * tokens f32. */
-void xkv_synthesize(const xkv_kernels *k, const xkv_transform *t, const uint8_t *tables, float step, const float *rows,
-                    uint32_t coded, const int16_t *q, size_t stride, uint32_t tokens, float *a, float *x);
+/* The cross stage of an entry, as decoding a group needs it. */
+typedef struct xkv_cross {
+    const xkv_cross_basis *basis;
+    uint32_t rank;         /* components listed; at most those of the basis */
+    const uint8_t *tables; /* [rank] */
+    float step;
+    uint32_t coded;
+    const uint8_t *coded_tables; /* [coded] */
+} xkv_cross;
 
-/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors. */
+/* What turns the integers of a group into rows. */
+typedef struct xkv_synthesis {
+    const xkv_transform *t;
+    const uint8_t *tables; /* [rank]; belongs to somebody else */
+    float step;
+    uint32_t coded; /* the group's own */
+    uint32_t top;   /* coefficients that the cross stage adds to; 0 without one */
+    uint32_t cross; /* its coded components */
+    float *rows;    /* [coded][width] components times step, then [top][width]; empty for a diagonal */
+    float *mix;     /* [cross][top] parts of the cross components, times their step */
+} xkv_synthesis;
+
+/* `cross` NULL: none. */
+XKV_MUST_CHECK xkv_status xkv_synthesis_create(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step,
+                                               const xkv_cross *cross, xkv_synthesis *s);
+void xkv_synthesis_free(xkv_ctx *ctx, xkv_synthesis *s);
+
+/* f32 of scratch that xkv_synthesize() takes for `tokens` tokens. */
+size_t xkv_synthesis_scratch(const xkv_synthesis *s, uint32_t tokens);
+
+/* The integers of a run of tokens: the i-th coded component's at q[i * stride + t]. q NULL: there are none. */
+typedef struct xkv_integers {
+    const int16_t *q;
+    size_t stride;
+} xkv_integers;
+
+/* The same from token `token` of the run on. */
+static inline xkv_integers xkv_integers_from(xkv_integers in, uint32_t token)
+{
+    if (in.q)
+        in.q += token;
+    return in;
+}
+
+/* Rows x [tokens][width] (K before RoPE) from the group's own integers and those of the cross stage. */
+void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
+                    float *scratch, float *x);
+
+/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. `cross` (may be NULL) and its integers of
+ * the same tokens add to it. Sets g's energy, error and plane errors. */
 XKV_MUST_CHECK xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
                                          const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
-                                         float step, xkv_coded *coded);
+                                         float step, const xkv_cross *cross, xkv_integers cross_q, xkv_coded *coded);
 void xkv_coded_free(xkv_ctx *ctx, xkv_coded *coded);
 
 #endif

@@ -12,9 +12,18 @@ typedef struct worker {
     uint8_t *packed, *planes, *raw; /* of the largest part */
     float *coefficients;            /* [XKV_TILE_ROWS][rank] */
     float *rows;                    /* [XKV_TILE_ROWS][width] */
-    int16_t *q;                     /* [coded][chunk_tokens] */
+    int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage */
     xkv_rotator rotator;
 } worker;
+
+/* The side part of a coded group, checked. */
+typedef struct side_part {
+    uint8_t *bytes;
+    float step;
+    const uint8_t *tables; /* [rank], in `bytes` */
+    uint8_t *coded_tables; /* [coded] without zeros */
+    uint32_t coded;
+} side_part;
 
 typedef struct decoder {
     xkv_ctx *ctx;
@@ -29,16 +38,18 @@ typedef struct decoder {
     const xkv_group *g;
     uint32_t group; /* its index */
     uint32_t first_chunk;
-    float *components; /* svd: [rank][width], times their scales; coded: [coded][width], times the step */
+    float *components; /* svd: [rank][width], times their scales */
 
     /* Groups of codec dict and scalar */
-    float step;
-    const uint8_t *tables; /* [rank], in `side` */
-    uint8_t *coded_tables; /* [coded] without zeros */
-    uint32_t coded;
-    uint8_t *side;
+    side_part side;
     xkv_scalar scalar;
     xkv_transform transform;
+    xkv_synthesis synthesis;
+
+    /* The cross stage of the entry, for all groups */
+    const xkv_group *cross_group; /* NULL: none */
+    side_part cross_side;
+    xkv_cross cross;
 } decoder;
 
 /* --- Parts -------------------------------------------------------------------------------------------------------- */
@@ -48,13 +59,19 @@ typedef struct part_name {
     char text[96];
 } part_name;
 
-static part_name name_part(const decoder *d, uint32_t part)
+static part_name name_part_of(const decoder *d, const xkv_group *g, uint32_t part)
 {
     part_name name;
 
     (void)snprintf(name.text, sizeof name.text, "offset %llu, group %u, part %u",
-                   (unsigned long long)(d->c->payload_offset + d->g->parts[part].offset), d->group, part);
+                   (unsigned long long)(d->c->payload_offset + g->parts[part].offset), (unsigned)(g - d->c->groups),
+                   part);
     return name;
+}
+
+static part_name name_part(const decoder *d, uint32_t part)
+{
+    return name_part_of(d, d->g, part);
 }
 
 /* The checked matrix of a part: in w->raw, or for stored parts where it was read to. */
@@ -77,8 +94,7 @@ static xkv_status load_part(decoder *d, worker *w, uint32_t part, const uint8_t 
 /* Exact rows of tokens [t0, t1), as the engine holds them. */
 static xkv_status scatter_exact(decoder *d, worker *w, const uint8_t *matrix, uint32_t t0, uint32_t t1)
 {
-    size_t elem = xkv_dtype_size(d->c->geometry.planes[d->g->planes[0]].dtype), row_bytes = d->g->width * elem,
-           column = 0;
+    size_t elem = xkv_group_element_size(&d->c->geometry, d->g), row_bytes = d->g->width * elem, column = 0;
 
     for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
         const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
@@ -108,7 +124,7 @@ static bool cut_range(const decoder *d, uint32_t *t0, uint32_t *t1)
 /* Rows t0 .. t1-1 of a matrix whose first row is token `base`. */
 static xkv_status scatter_asked(decoder *d, worker *w, const uint8_t *matrix, uint32_t base, uint32_t t0, uint32_t t1)
 {
-    size_t row_bytes = d->g->width * xkv_dtype_size(d->c->geometry.planes[d->g->planes[0]].dtype);
+    size_t row_bytes = (size_t)xkv_group_row_bytes(&d->c->geometry, d->g, 1);
 
     if (!cut_range(d, &t0, &t1))
         return XKV_OK;
@@ -147,7 +163,7 @@ static xkv_status load_exact_rows(decoder *d)
 {
     const xkv_container *c = d->c;
     const uint8_t *matrix;
-    size_t elem = xkv_dtype_size(c->geometry.planes[d->g->planes[0]].dtype);
+    size_t elem = xkv_group_element_size(&c->geometry, d->g);
 
     if (c->sinks + c->window == 0)
         return XKV_OK;
@@ -207,18 +223,41 @@ static xkv_status restore_svd_chunk(decoder *d, worker *w, uint32_t chunk)
 /* --- dict and scalar ------------------------------------------------------------------------------------------------
  */
 
-static xkv_status check_tables(decoder *d)
+static xkv_status check_tables(const decoder *d, const xkv_group *g, side_part *side)
 {
-    d->coded = 0;
-    XKV_TRY(XKV_NEW(d->ctx, d->g->rank, &d->coded_tables));
-    for (uint32_t i = 0; i < d->g->rank; i++) {
-        if (d->tables[i] > XKV_TABLE_MAX)
+    side->coded = 0;
+    XKV_TRY(XKV_NEW(d->ctx, g->rank, &side->coded_tables));
+    for (uint32_t i = 0; i < g->rank; i++) {
+        if (side->tables[i] > XKV_TABLE_MAX)
             return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: table of component %u is %u, expected at most %u [Q4]",
-                            name_part(d, XKV_PART_COMPONENTS).text, i, d->tables[i], XKV_TABLE_MAX);
-        if (d->tables[i] != 0)
-            d->coded_tables[d->coded++] = d->tables[i];
+                            name_part_of(d, g, XKV_PART_COMPONENTS).text, i, side->tables[i], XKV_TABLE_MAX);
+        if (side->tables[i] != 0)
+            side->coded_tables[side->coded++] = side->tables[i];
     }
     return XKV_OK;
+}
+
+/* Step and tables: what all codecs have in their side part. */
+static xkv_status read_side(const decoder *d, const xkv_group *g, side_part *side)
+{
+    part_name where = name_part_of(d, g, XKV_PART_COMPONENTS);
+
+    XKV_TRY(xkv_read_matrix(d->ctx, &d->entry->input, d->c, g, XKV_PART_COMPONENTS, where.text, &side->bytes));
+    side->step = xkv_loadf32(side->bytes);
+    if (!isfinite(side->step) || side->step <= 0 || xkv_load32(side->bytes + 4) != 0)
+        return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: step is %g, expected finite and positive, then zeros [Q3]",
+                        where.text, (double)side->step);
+    side->tables = side->bytes + 8;
+    if (g->codec == XKV_CODEC_SCALAR)
+        side->tables += 4ull * g->plane_count + 2ull * g->width;
+    return check_tables(d, g, side);
+}
+
+static void free_side(const decoder *d, side_part *side)
+{
+    xkv_release(d->ctx, side->bytes);
+    xkv_release(d->ctx, side->coded_tables);
+    *side = (side_part){0};
 }
 
 /* The dictionary's basis for this group [Q5, Q6]. */
@@ -238,28 +277,37 @@ static xkv_status find_basis(decoder *d)
     return XKV_OK;
 }
 
-/* Step and tables: what all codecs have in their side part. */
-static xkv_status read_side(decoder *d)
+/* The cross stage, which groups of codec dict are decoded with, if the entry has one. */
+static xkv_status load_cross(decoder *d)
 {
-    part_name where = name_part(d, XKV_PART_COMPONENTS);
+    const xkv_cross_basis *b;
 
-    XKV_TRY(xkv_read_matrix(d->ctx, &d->entry->input, d->c, d->g, XKV_PART_COMPONENTS, where.text, &d->side));
-    d->step = xkv_loadf32(d->side);
-    if (!isfinite(d->step) || d->step <= 0 || xkv_load32(d->side + 4) != 0)
-        return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: step is %g, expected finite and positive, then zeros [Q3]",
-                        where.text, (double)d->step);
-    d->tables = d->side + 8;
-    if (d->g->codec == XKV_CODEC_SCALAR)
-        d->tables += 4ull * d->g->plane_count + 2ull * d->g->width;
-    return check_tables(d);
+    if (!xkv_group_is_cross(&d->c->groups[0]))
+        return XKV_OK;
+    d->cross_group = &d->c->groups[0];
+    if (!d->entry->dict)
+        return xkv_dict_missing(d->ctx, d->entry);
+    b = d->entry->dict->cross;
+    if (!b || b->rank < d->cross_group->rank)
+        return xkv_fail(d->ctx, XKV_ERROR_CORRUPT,
+                        "group 0: the dictionary has no cross stage, or one of fewer than %u components [Q6]",
+                        d->cross_group->rank);
+    XKV_TRY(read_side(d, d->cross_group, &d->cross_side));
+    d->cross = (xkv_cross){.basis = b,
+                           .rank = d->cross_group->rank,
+                           .tables = d->cross_side.tables,
+                           .step = d->cross_side.step,
+                           .coded = d->cross_side.coded,
+                           .coded_tables = d->cross_side.coded_tables};
+    return XKV_OK;
 }
 
 static xkv_status load_side(decoder *d)
 {
     const uint8_t *scales;
 
-    XKV_TRY(read_side(d));
-    scales = d->side + 8;
+    XKV_TRY(read_side(d, d->g, &d->side));
+    scales = d->side.bytes + 8;
     if (d->g->codec == XKV_CODEC_SCALAR) {
         XKV_TRY(xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, scales, scales + 4ull * d->g->plane_count,
                                  name_part(d, XKV_PART_COMPONENTS).text, &d->scalar));
@@ -267,31 +315,52 @@ static xkv_status load_side(decoder *d)
     } else {
         XKV_TRY(find_basis(d));
     }
-    return xkv_scaled_rows(d->ctx, &d->transform, d->tables, d->step, &d->components);
+    return xkv_synthesis_create(d->ctx, &d->transform, d->side.tables, d->side.step, d->cross_group ? &d->cross : NULL,
+                                &d->synthesis);
+}
+
+/* The integers of a chunk of `g`, for its `tokens` coded tokens. */
+static xkv_status decode_integers(const decoder *d, const worker *w, const xkv_group *g, uint32_t chunk,
+                                  uint32_t tokens, const uint8_t *coded_tables, uint32_t coded, int16_t *q)
+{
+    const xkv_part *part = &g->parts[XKV_PART_CHUNKS + chunk];
+    xkv_rans_shape shape = {tokens, coded, tokens, coded_tables};
+
+    XKV_TRY(xkv_container_read_part(d->ctx, &d->entry->input, d->c, part, w->packed));
+    return xkv_rans_decode(d->ctx, xkv_coder_cpu(), &shape, w->packed, part->size,
+                           name_part_of(d, g, XKV_PART_CHUNKS + chunk).text, q);
+}
+
+static xkv_status decode_cross(const decoder *d, const worker *w, uint32_t chunk)
+{
+    uint32_t t0, t1;
+
+    xkv_chunk_coded(d->c, chunk, &t0, &t1);
+    if (t0 == t1)
+        return XKV_OK;
+    return decode_integers(d, w, d->cross_group, chunk, t1 - t0, d->cross.coded_tables, d->cross.coded, w->cross_q);
 }
 
 static xkv_status restore_coded_chunk(decoder *d, worker *w, uint32_t chunk)
 {
+    const side_part *side = &d->side;
+    xkv_integers own = {w->q, 0}, cross = {w->cross_q, 0};
     uint32_t base, t0, t1, end;
-    xkv_rans_shape shape = {.components = d->coded, .tables = d->coded_tables};
-    part_name where = name_part(d, XKV_PART_CHUNKS + chunk);
-    const uint8_t *stream;
 
     xkv_chunk_coded(d->c, chunk, &base, &end);
     if (base == end)
         return XKV_OK;
-    shape.tokens = end - base;
-    shape.stride = shape.tokens;
-    XKV_TRY(load_part(d, w, XKV_PART_CHUNKS + chunk, &stream));
-    XKV_TRY(xkv_rans_decode(d->ctx, xkv_coder_cpu(), &shape, stream, d->g->parts[XKV_PART_CHUNKS + chunk].size,
-                            where.text, w->q));
+    own.stride = cross.stride = end - base;
+    XKV_TRY(decode_integers(d, w, d->g, chunk, end - base, side->coded_tables, side->coded, w->q));
+    if (d->synthesis.top > 0)
+        XKV_TRY(decode_cross(d, w, chunk));
     t0 = base;
     if (!cut_range(d, &t0, &end))
         return XKV_OK;
     for (; t0 < end; t0 = t1) {
         t1 = (uint32_t)xkv_min64(end, (uint64_t)t0 + XKV_TILE_ROWS);
-        xkv_synthesize(d->kernels, &d->transform, d->tables, d->step, d->components, d->coded, w->q + (t0 - base),
-                       shape.stride, t1 - t0, w->coefficients, w->rows);
+        xkv_synthesize(d->kernels, &d->synthesis, xkv_integers_from(own, t0 - base),
+                       xkv_integers_from(cross, t0 - base), t1 - t0, w->coefficients, w->rows);
         XKV_TRY(finish_tile(d, w, t0, t1));
     }
     return XKV_OK;
@@ -308,6 +377,8 @@ static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
 
     if (d->g->codec == XKV_CODEC_SVD)
         return restore_svd_chunk(d, w, chunk);
+    if (xkv_group_is_cross(d->g))
+        return decode_cross(d, w, chunk);
     if (d->g->codec != XKV_CODEC_LOSSLESS)
         return restore_coded_chunk(d, w, chunk);
     xkv_chunk_tokens(d->c, chunk, &t0, &t1);
@@ -318,21 +389,27 @@ static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
 /* Scratch for the group at hand, in every thread. */
 static xkv_status size_workers(decoder *d)
 {
-    uint64_t raw = 0, packed = 0;
+    uint64_t raw = 0, packed = 0, chunk = xkv_min64(d->c->chunk_tokens, d->c->geometry.token_count);
+    size_t coefficients = (size_t)XKV_TILE_ROWS * d->g->rank;
 
     for (uint32_t i = 0; i < d->g->part_count; i++) {
         xkv_shape s = xkv_part_shape(d->c, d->g, i);
         raw = xkv_max64(raw, s.coded ? 0 : xkv_shape_bytes(s));
         packed = xkv_max64(packed, d->g->parts[i].size);
+        if (d->cross_group)
+            packed = xkv_max64(packed, d->cross_group->parts[i].size);
     }
+    if (d->synthesis.t)
+        coefficients = xkv_synthesis_scratch(&d->synthesis, XKV_TILE_ROWS);
     for (uint32_t i = 0; i < d->threads; i++) {
         worker *w = &d->workers[i];
         XKV_TRY(XKV_NEW(d->ctx, (size_t)packed, &w->packed));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)raw, &w->planes));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)raw, &w->raw));
-        XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->rank, &w->coefficients));
+        XKV_TRY(XKV_NEW(d->ctx, coefficients, &w->coefficients));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->width, &w->rows));
-        XKV_TRY(XKV_NEW(d->ctx, (size_t)xkv_min64(d->c->chunk_tokens, d->c->geometry.token_count) * d->coded, &w->q));
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)chunk * d->side.coded, &w->q));
+        XKV_TRY(XKV_NEW(d->ctx, (size_t)chunk * d->cross.coded, &w->cross_q));
     }
     return XKV_OK;
 }
@@ -347,17 +424,16 @@ static void release_workers(decoder *d)
         xkv_release(d->ctx, w->coefficients);
         xkv_release(d->ctx, w->rows);
         xkv_release(d->ctx, w->q);
-        w->q = NULL;
+        xkv_release(d->ctx, w->cross_q);
+        w->q = w->cross_q = NULL;
         w->packed = w->planes = w->raw = NULL;
         w->coefficients = w->rows = NULL;
     }
     xkv_release(d->ctx, d->components);
-    xkv_release(d->ctx, d->side);
-    xkv_release(d->ctx, d->coded_tables);
-    xkv_scalar_free(d->ctx, &d->scalar);
     d->components = NULL;
-    d->side = d->coded_tables = NULL;
-    d->coded = 0;
+    free_side(d, &d->side);
+    xkv_synthesis_free(d->ctx, &d->synthesis);
+    xkv_scalar_free(d->ctx, &d->scalar);
 }
 
 static xkv_status restore_group(decoder *d, uint32_t group)
@@ -367,7 +443,9 @@ static xkv_status restore_group(decoder *d, uint32_t group)
 
     d->group = group;
     d->g = &d->c->groups[group];
-    if (d->g->codec != XKV_CODEC_LOSSLESS && d->g->codec != XKV_CODEC_SVD)
+    if (d->views && xkv_group_is_cross(d->g)) /* it has no planes: those that follow decode it as they need it */
+        return XKV_OK;
+    if (d->g->codec == XKV_CODEC_DICT || d->g->codec == XKV_CODEC_SCALAR)
         XKV_TRY_GOTO(load_side(d), out);
     XKV_TRY_GOTO(size_workers(d), out);
     if (d->g->codec == XKV_CODEC_SVD)
@@ -399,6 +477,7 @@ static xkv_status init(decoder *d)
 
 static void fini(decoder *d)
 {
+    free_side(d, &d->cross_side);
     for (uint32_t i = 0; d->workers && i < d->threads; i++) {
         if (d->workers[i].rotator.geometry)
             xkv_rotator_free(d->ctx, &d->workers[i].rotator);
@@ -410,16 +489,21 @@ static void fini(decoder *d)
 
 static uint64_t asked_bytes(const decoder *d, const xkv_group *g)
 {
-    return (uint64_t)g->width * (d->end - d->first) * xkv_dtype_size(d->c->geometry.planes[g->planes[0]].dtype);
+    return xkv_group_row_bytes(&d->c->geometry, g, d->end - d->first);
 }
 
 static xkv_status restore_groups(decoder *d, const xkv_read_options *o)
 {
     uint64_t done = 0, total = 0;
     uint32_t end = o->first_group + o->group_count;
+    bool coded = false;
 
-    for (uint32_t i = o->first_group; i < end; i++)
+    for (uint32_t i = o->first_group; i < end; i++) {
         total += asked_bytes(d, &d->c->groups[i]);
+        coded |= d->c->groups[i].codec == XKV_GROUP_DICT || (!d->views && xkv_group_is_cross(&d->c->groups[i]));
+    }
+    if (coded)
+        XKV_TRY(load_cross(d));
     for (uint32_t i = o->first_group; i < end; i++) {
         XKV_TRY(xkv_check_cancel(d->ctx));
         XKV_TRY(restore_group(d, i));
@@ -482,15 +566,15 @@ xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_o
 xkv_status xkv_entry_read_coding(xkv_ctx *ctx, const xkv_entry *entry, uint32_t group, xkv_group_coding *coding)
 {
     const xkv_group *g = &entry->c.groups[group];
-    decoder d = {.ctx = ctx, .entry = entry, .c = &entry->c, .g = g, .group = group};
+    const decoder d = {.ctx = ctx, .entry = entry, .c = &entry->c};
+    side_part side = {0};
     xkv_status status = XKV_OK;
 
     xkv_ctx_begin(ctx);
-    if (g->codec == XKV_CODEC_DICT || g->codec == XKV_CODEC_SCALAR)
-        XKV_TRY_GOTO(read_side(&d), out);
-    *coding = (xkv_group_coding){.step = (double)d.step, .coded = d.coded};
+    if (g->codec != XKV_GROUP_LOSSLESS && g->codec != XKV_GROUP_SVD)
+        XKV_TRY_GOTO(read_side(&d, g, &side), out);
+    *coding = (xkv_group_coding){.step = (double)side.step, .coded = side.coded};
 out:
-    xkv_release(ctx, d.side);
-    xkv_release(ctx, d.coded_tables);
+    free_side(&d, &side);
     return status;
 }

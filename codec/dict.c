@@ -82,29 +82,31 @@ static xkv_status load_floats(const loader *l, uint64_t at, uint32_t n, bool pos
     return XKV_OK;
 }
 
-/* Components: integers times d. */
-static xkv_status load_components(loader *l)
+/* Components [rank][width]: integers, with the tables at `tables` of the header, times the steps at `d`. */
+static xkv_status load_components(const loader *l, uint32_t width, uint64_t tables, uint64_t d, float **u_p)
 {
     const xkv_coder *coder = xkv_coder_cpu();
     const xkv_part *part = &l->g->parts[1];
-    size_t width = l->g->width, rank = l->g->rank;
-    xkv_rans_shape shape = {(uint32_t)width, (uint32_t)rank, width, l->header + l->at.tables};
+    size_t rank = l->g->rank;
+    xkv_rans_shape shape = {width, l->g->rank, width, l->header + tables};
     uint8_t *packed = NULL;
     int16_t *q = NULL;
+    float *u;
     xkv_status status = XKV_OK;
 
-    XKV_TRY(XKV_NEW(l->ctx, rank * width, &l->u));
+    XKV_TRY(XKV_NEW(l->ctx, rank * width, u_p));
+    u = *u_p;
     XKV_TRY_GOTO(XKV_NEW(l->ctx, (size_t)part->size, &packed), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(l->ctx, rank * width, &q), out);
     XKV_TRY_GOTO(xkv_container_read_part(l->ctx, l->input, l->c, part, packed), out);
     XKV_TRY_GOTO(xkv_rans_decode(l->ctx, coder, &shape, packed, part->size, l->where, q), out);
     for (size_t j = 0; j < rank; j++) {
-        float d = xkv_loadf32(l->header + l->at.d + 4 * j);
-        if (!isfinite(d) || d <= 0) {
+        float step = xkv_loadf32(l->header + d + 4 * j);
+        if (!isfinite(step) || step <= 0) {
             status = bad(l, "a component's step is not finite and positive", "Y2");
             goto out;
         }
-        xkv_dequantize(coder, q + j * width, width, d, l->u + j * width);
+        xkv_dequantize(coder, q + j * width, width, step, u + j * width);
     }
 out:
     xkv_release(l->ctx, packed);
@@ -203,9 +205,9 @@ out:
  * rows are analysed with a dual basis: the larger half T of the components, which carries nearly all energy, is
  * inverted exactly, and the others are made orthogonal to it: dual_T = (U_T U_T^T)^-1 U_T, dual_j = u_j - (u_j U_T^T)
  * dual_T. */
-static xkv_status make_dual(loader *l, float **dual_p)
+static xkv_status make_dual(const loader *l, const float *u, size_t rank, size_t width, float **dual_p)
 {
-    size_t rank = l->b->rank, width = l->b->width, top = rank < 64 ? rank : rank / 2;
+    size_t top = rank < 64 ? rank : rank / 2;
     float *gram = NULL, *dual = NULL; /* gram [rank][top] */
     double *inverse = NULL;
     xkv_status status = XKV_OK;
@@ -213,7 +215,7 @@ static xkv_status make_dual(loader *l, float **dual_p)
     XKV_TRY_GOTO(XKV_NEW(l->ctx, rank * top, &gram), out);
     XKV_TRY_GOTO(XKV_NEW(l->ctx, top * top, &inverse), out);
     XKV_TRY_GOTO(XKV_NEW(l->ctx, rank * width, &dual), out);
-    l->kernels->gemm_nt(rank, top, width, l->u, width, l->u, width, 0, gram, top);
+    l->kernels->gemm_nt(rank, top, width, u, width, u, width, 0, gram, top);
     for (size_t i = 0; i < top * top; i++) /* a component that was rounded to nothing shall not make it singular */
         inverse[i] = (double)gram[i] + (i % (top + 1) == 0 && gram[i] == 0 ? 1 : 0);
     if (!xkv_spd_inverse((uint32_t)top, inverse)) {
@@ -222,10 +224,10 @@ static xkv_status make_dual(loader *l, float **dual_p)
     }
     for (size_t i = 0; i < top * top; i++)
         gram[i] = (float)inverse[i];
-    l->kernels->gemm_nn(top, width, top, gram, top, l->u, width, 0, dual, width);
+    l->kernels->gemm_nn(top, width, top, gram, top, u, width, 0, dual, width);
     for (size_t i = top * top; i < rank * top; i++)
         gram[i] = -gram[i];
-    memcpy(dual + top * width, l->u + top * width, (rank - top) * width * sizeof *dual);
+    memcpy(dual + top * width, u + top * width, (rank - top) * width * sizeof *dual);
     if (rank > top)
         l->kernels->gemm_nn(rank - top, width, top, gram + top * top, top, dual, width, 1, dual + top * width, width);
     *dual_p = dual;
@@ -261,16 +263,64 @@ static xkv_status load_basis(loader *l)
     XKV_TRY(xkv_read_matrix(l->ctx, l->input, l->c, l->g, 0, l->where, &l->header));
     XKV_TRY(load_floats(l, l->at.mu, b->width, false, &b->mean));
     XKV_TRY(load_floats(l, l->at.sigma, b->rank, true, &b->sigma));
-    XKV_TRY(load_components(l));
+    XKV_TRY(load_components(l, b->width, l->at.tables, l->at.d, &l->u));
     XKV_TRY(XKV_NEW(l->ctx, n, &b->synthesis));
     if (l->for_packing) {
-        XKV_TRY(make_dual(l, &l->dual));
+        XKV_TRY(make_dual(l, l->u, b->rank, b->width, &l->dual));
         XKV_TRY(XKV_NEW(l->ctx, n, &b->analysis));
         XKV_TRY(XKV_NEW_ZERO(l->ctx, b->rank, &b->offset));
         XKV_TRY(XKV_NEW(l->ctx, (size_t)(l->at.size - l->at.blocks) / 2, &b->blocks)); /* a little more than needed */
     }
     XKV_TRY(fold(l));
     return check_folded(l);
+}
+
+/* --- Cross stage -------------------------------------------------------------------------------------------------- */
+
+/* How many leading coefficients of each group take part: sets the bases' `top` and `cross_at`, and the sum. */
+static xkv_status load_counts(const loader *l, xkv_dict *dict, uint32_t *width)
+{
+    uint64_t sum = 0;
+
+    for (uint32_t i = 0; i < l->c->group_count - 1; i++) {
+        xkv_basis *b = &dict->bases[i];
+        b->top = xkv_load32(l->header + 4ull * i);
+        b->cross_at = (uint32_t)sum;
+        if (b->top > b->rank)
+            return bad(l, "more coefficients of a group take part than it has", "Y4");
+        sum += b->top;
+        if (sum > XKV_MAX_WIDTH)
+            return bad(l, "wider than the limit of a group", "Y4");
+    }
+    if (l->g->rank > sum)
+        return bad(l, "more components than coefficients that take part", "Y4");
+    *width = (uint32_t)sum;
+    return XKV_OK;
+}
+
+static xkv_status load_cross(loader *l, xkv_dict *dict)
+{
+    xkv_cross_header at = xkv_cross_layout(l->c->group_count, l->g);
+    xkv_cross_basis *b;
+    uint64_t n;
+
+    XKV_TRY(XKV_NEW_ZERO(l->ctx, 1, &dict->cross));
+    b = dict->cross;
+    b->rank = l->g->rank;
+    XKV_TRY(xkv_read_matrix(l->ctx, l->input, l->c, l->g, 0, l->where, &l->header));
+    XKV_TRY(load_counts(l, dict, &b->width));
+    n = (uint64_t)b->rank * b->width;
+    if (n > ELEMENTS_PER_BYTE * l->c->file_size)
+        return xkv_fail(l->ctx, XKV_ERROR_LIMIT, "a cross basis of more than %d elements a byte of the file",
+                        ELEMENTS_PER_BYTE);
+    XKV_TRY(load_floats(l, at.sigma, b->rank, true, &b->sigma));
+    XKV_TRY(load_components(l, b->width, at.tables, at.d, &b->components));
+    if (l->for_packing)
+        XKV_TRY(make_dual(l, b->components, b->rank, b->width, &b->analysis));
+    if (!l->kernels->all_finite(XKV_F32, b->components, (size_t)n) ||
+        (b->analysis && !l->kernels->all_finite(XKV_F32, b->analysis, (size_t)n)))
+        return bad(l, "the components overflow", "Y2");
+    return XKV_OK;
 }
 
 typedef struct load_all {
@@ -280,24 +330,56 @@ typedef struct load_all {
     bool for_packing;
 } load_all;
 
-static xkv_status load_task(void *user, uint32_t worker, uint64_t index)
+static loader make_loader(const load_all *all, uint32_t group)
 {
-    load_all *all = user;
     loader l = {.ctx = all->ctx,
                 .kernels = xkv_kernels_cpu(),
                 .input = all->input,
                 .c = &all->dict->c,
-                .g = &all->dict->c.groups[index],
-                .b = &all->dict->bases[index],
+                .g = &all->dict->c.groups[group],
+                .b = &all->dict->bases[group],
                 .for_packing = all->for_packing};
-    xkv_status status;
+
+    (void)snprintf(l.where, sizeof l.where, "basis of group %u", (unsigned)group);
+    return l;
+}
+
+static void free_loader(loader *l)
+{
+    xkv_release(l->ctx, l->header);
+    xkv_release(l->ctx, l->u);
+    xkv_release(l->ctx, l->dual);
+}
+
+static xkv_status load_task(void *user, uint32_t worker, uint64_t index)
+{
+    loader l = make_loader(user, (uint32_t)index);
+    xkv_status status = load_basis(&l);
 
     (void)worker;
-    (void)snprintf(l.where, sizeof l.where, "basis of group %u", (unsigned)index);
-    status = load_basis(&l);
-    xkv_release(l.ctx, l.header);
-    xkv_release(l.ctx, l.u);
-    xkv_release(l.ctx, l.dual);
+    free_loader(&l);
+    return status;
+}
+
+/* The bases of all groups on the pool, then that of the cross stage, which speaks of them. */
+static xkv_status load_bases(xkv_ctx *ctx, const xkv_input *input, bool for_packing, xkv_dict *dict)
+{
+    load_all all = {ctx, input, dict, for_packing};
+    uint32_t count = dict->c.group_count;
+    bool cross = count > 0 && xkv_group_is_cross(&dict->c.groups[count - 1]);
+    xkv_pool *pool = NULL;
+    loader l;
+    xkv_status status;
+
+    XKV_TRY(XKV_NEW_ZERO(ctx, count, &dict->bases));
+    XKV_TRY(xkv_pool_create(ctx, xkv_ctx_threads(ctx), &pool));
+    status = xkv_pool_run(ctx, pool, count - cross, load_task, &all);
+    xkv_pool_free(ctx, pool);
+    if (status != XKV_OK || !cross)
+        return status;
+    l = make_loader(&all, count - 1);
+    status = load_cross(&l, dict);
+    free_loader(&l);
     return status;
 }
 
@@ -333,7 +415,7 @@ static void fill_info(const xkv_container *c, double unit, xkv_dict_info *info)
     info->layer_count = c->geometry.layer_count;
     info->group_count = c->group_count;
     for (uint32_t i = 0; i < c->group_count; i++)
-        info->component_count += c->groups[i].rank;
+        *(xkv_group_is_cross(&c->groups[i]) ? &info->cross_components : &info->component_count) += c->groups[i].rank;
     info->unit = unit;
     info->tokens = tokens ? xkv_load64(tokens->bytes) : 0;
     info->max_quality = quality ? xkv_loadf64(quality->bytes) : 0;
@@ -363,8 +445,15 @@ out:
 
 const float *xkv_dict_sigma(const xkv_dict *dict, uint32_t group, uint32_t *count)
 {
-    *count = dict->bases[group].rank;
-    return dict->bases[group].sigma;
+    bool cross = xkv_group_is_cross(&dict->c.groups[group]);
+
+    *count = cross ? dict->cross->rank : dict->bases[group].rank;
+    return cross ? dict->cross->sigma : dict->bases[group].sigma;
+}
+
+uint32_t xkv_dict_leading(const xkv_dict *dict, uint32_t group)
+{
+    return dict->bases[group].top;
 }
 
 /* A stream of next to nothing may claim a basis of any size: do not let a small file ask for the machine's memory.
@@ -383,8 +472,6 @@ static xkv_status check_size(xkv_ctx *ctx, const xkv_container *c)
 xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing, xkv_dict **dict_p)
 {
     xkv_dict *dict = NULL;
-    xkv_pool *pool = NULL;
-    load_all all;
     xkv_status status = XKV_OK;
 
     xkv_ctx_begin(ctx);
@@ -398,16 +485,22 @@ xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing, 
     XKV_TRY_GOTO(check_size(ctx, &dict->c), out);
     XKV_TRY_GOTO(find_unit(ctx, &dict->c, &dict->unit), out);
     dict->for_packing = for_packing != 0;
-    XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, dict->c.group_count, &dict->bases), out);
-    XKV_TRY_GOTO(xkv_pool_create(ctx, xkv_ctx_threads(ctx), &pool), out);
-    all = (load_all){ctx, input, dict, for_packing != 0};
-    XKV_TRY_GOTO(xkv_pool_run(ctx, pool, dict->c.group_count, load_task, &all), out);
+    XKV_TRY_GOTO(load_bases(ctx, input, dict->for_packing, dict), out);
     *dict_p = dict;
     dict = NULL;
 out:
-    xkv_pool_free(ctx, pool);
     xkv_dict_close(ctx, dict);
     return status;
+}
+
+static void free_cross(xkv_ctx *ctx, xkv_cross_basis *b)
+{
+    if (!b)
+        return;
+    xkv_release(ctx, b->sigma);
+    xkv_release(ctx, b->components);
+    xkv_release(ctx, b->analysis);
+    xkv_release(ctx, b);
 }
 
 void xkv_dict_close(xkv_ctx *ctx, xkv_dict *dict)
@@ -424,6 +517,7 @@ void xkv_dict_close(xkv_ctx *ctx, xkv_dict *dict)
         xkv_release(ctx, b->blocks);
     }
     xkv_release(ctx, dict->bases);
+    free_cross(ctx, dict->cross);
     xkv_container_free(ctx, &dict->c);
     xkv_release(ctx, dict);
 }

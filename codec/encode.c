@@ -1,4 +1,4 @@
-#include "dict.h"
+#include "cross.h"
 #include "parts.h"
 #include "plan.h"
 #include "rate.h"
@@ -40,6 +40,7 @@ typedef struct encoder {
     uint32_t fallbacks;
     xkv_transform *transforms; /* [group_count] of coded groups; rank 0: none */
     xkv_scalar *scalars;       /* [group_count] what the transforms of profile scalar point to */
+    xkv_coded cross;           /* the cross stage at `step`; rank 0: none */
     float step;
     double metric_squares, metric_energy;
     uint32_t components, component_total;
@@ -228,7 +229,7 @@ out:
 
 static uint64_t group_bytes(const encoder *e, const xkv_group *g)
 {
-    return (uint64_t)g->width * e->c.geometry.token_count * xkv_dtype_size(e->c.geometry.planes[g->planes[0]].dtype);
+    return xkv_group_row_bytes(&e->c.geometry, g, e->c.geometry.token_count);
 }
 
 static void make_lossless(xkv_group *g, uint32_t reason)
@@ -315,12 +316,56 @@ out:
     return status;
 }
 
+/* The group whose planes are none: the cross stage, if the dictionary has one. */
+static xkv_group *cross_group(const encoder *e)
+{
+    return e->c.group_count > 0 && xkv_group_is_cross(&e->c.groups[0]) ? &e->c.groups[0] : NULL;
+}
+
+/* Store the groups lossless that make the cross stage overflow; all of them, if need be. */
+static void drop_large(encoder *e, const float *norms, bool all)
+{
+    for (uint32_t i = 0; i < e->c.group_count; i++)
+        if (xkv_takes_part(&e->c, e->transforms, i) &&
+            (all || xkv_cross_too_large(norms[i], e->step, e->c.group_count)))
+            fall_back(e, &e->c.groups[i]);
+}
+
+/* Code the cross stage at e->step, in place of what was there. */
+static xkv_status code_cross(encoder *e)
+{
+    float *norms = NULL;
+    xkv_status status = XKV_OK;
+
+    if (!cross_group(e))
+        return XKV_OK;
+    XKV_TRY(XKV_NEW(e->ctx, e->c.group_count, &norms));
+    for (int attempt = 0; attempt < 3; attempt++) {
+        xkv_coded_free(e->ctx, &e->cross);
+        XKV_TRY_GOTO(xkv_code_cross(e->ctx, e->pool, e->rotators, &e->c, e->views, e->c.sinks,
+                                    e->c.geometry.token_count - e->c.window, e->transforms, e->o.dict->cross, e->step,
+                                    norms, &e->cross),
+                     out);
+        if (!e->cross.overflow)
+            break;
+        drop_large(e, norms, attempt > 0);
+    }
+out:
+    xkv_release(e->ctx, norms);
+    return status;
+}
+
 static xkv_status code_group(encoder *e, xkv_group *g, xkv_coded *coded)
 {
-    uint32_t end = e->c.geometry.token_count - e->c.window;
+    uint32_t end = e->c.geometry.token_count - e->c.window, index = (uint32_t)(g - e->c.groups);
+    xkv_cross cross = {0};
+    bool crossed = cross_group(e) && xkv_takes_part(&e->c, e->transforms, index);
 
-    XKV_TRY(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &e->transforms[g - e->c.groups],
-                           e->step, coded));
+    if (crossed)
+        cross = xkv_cross_of_coded(e->o.dict->cross, &e->cross);
+    XKV_TRY(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &e->transforms[index], e->step,
+                           crossed ? &cross : NULL, (xkv_integers){crossed ? e->cross.q : NULL, e->cross.tokens},
+                           coded));
     if (coded->overflow)
         return XKV_OK;
     if (coded->metric_energy == 0) { /* no metric: that of the planes */
@@ -330,6 +375,13 @@ static xkv_status code_group(encoder *e, xkv_group *g, xkv_coded *coded)
     e->metric_squares += coded->metric_squares;
     e->metric_energy += coded->metric_energy;
     return XKV_OK;
+}
+
+static xkv_status pack_cross(encoder *e, xkv_group *g)
+{
+    XKV_TRY(code_cross(e));
+    e->components += e->cross.coded;
+    return write_group(e, g, NULL, &e->cross, NULL);
 }
 
 /* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. */
@@ -346,7 +398,7 @@ static xkv_status pack_coded(encoder *e, xkv_group *g)
     }
     count_error(e, g);
     e->components += coded.coded;
-    e->component_total += coded.rank;
+    e->component_total += coded.rank; /* what the cross stage codes is among them */
     XKV_TRY_GOTO(write_group(e, g, NULL, &coded, NULL), out);
 out:
     xkv_coded_free(e->ctx, &coded);
@@ -357,6 +409,8 @@ static xkv_status pack_group(encoder *e, xkv_group *g)
 {
     if (g->codec == XKV_CODEC_SVD)
         return pack_svd(e, g);
+    if (xkv_group_is_cross(g))
+        return pack_cross(e, g);
     return g->codec == XKV_CODEC_LOSSLESS ? write_group(e, g, NULL, NULL, NULL) : pack_coded(e, g);
 }
 
@@ -407,6 +461,8 @@ static xkv_status make_transforms(encoder *e)
 {
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         const xkv_group *g = &e->c.groups[i];
+        if (g->codec == XKV_GROUP_CROSS)
+            e->transforms[i] = (xkv_transform){.rank = g->rank};
         if (g->codec == XKV_CODEC_DICT)
             e->transforms[i] = xkv_transform_of_basis(xkv_dict_basis(e->o.dict, &e->c.geometry, g));
         if (g->codec != XKV_CODEC_SCALAR)
@@ -452,6 +508,7 @@ static double metric_error(const encoder *e)
 static xkv_status measure_error(encoder *e, double drop, double *error)
 {
     e->metric_squares = e->metric_energy = 0;
+    XKV_TRY(code_cross(e));
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i];
         xkv_coded coded = {0};
@@ -508,7 +565,9 @@ static xkv_status choose_step(encoder *e)
     }
     if (e->o.ratio > 0)
         XKV_TRY(stream_budget(e, &bytes));
-    XKV_TRY_GOTO(xkv_sample_create(e->ctx, e->pool, e->rotators, &e->c, e->views, e->transforms, &sample), out);
+    XKV_TRY_GOTO(xkv_sample_create(e->ctx, e->pool, e->rotators, &e->c, e->views, e->transforms,
+                                   e->o.dict ? e->o.dict->cross : NULL, &sample),
+                 out);
     XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error, &e->step), out);
     xkv_sample_free(e->ctx, sample);
     sample = NULL;
@@ -615,6 +674,7 @@ static void fini(encoder *e)
     for (uint32_t i = 0; e->scalars && i < e->c.group_count; i++)
         xkv_scalar_free(e->ctx, &e->scalars[i]);
     xkv_release(e->ctx, e->scalars);
+    xkv_coded_free(e->ctx, &e->cross);
     xkv_release(e->ctx, e->transforms);
     xkv_plan_release(e->ctx, &e->c);
 }

@@ -54,7 +54,7 @@ const xkv_framing *xkv_entry_framing(const xkv_entry *entry)
 bool xkv_entry_is_lossless(const xkv_entry *entry)
 {
     for (uint32_t i = 0; i < entry->c.group_count; i++)
-        if (entry->c.groups[i].codec != XKV_CODEC_LOSSLESS)
+        if (entry->c.groups[i].codec != XKV_CODEC_LOSSLESS && !xkv_group_is_cross(&entry->c.groups[i]))
             return false;
     return true;
 }
@@ -106,8 +106,7 @@ void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info 
     info->errors = g->plane_errors;
     info->rank = g->rank;
     info->width = g->width;
-    info->raw_bytes =
-        (uint64_t)g->width * c->geometry.token_count * xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
+    info->raw_bytes = xkv_group_row_bytes(&c->geometry, g, c->geometry.token_count);
     for (uint32_t i = 0; i < g->part_count; i++)
         info->packed_bytes += g->parts[i].size;
     info->energy = g->energy;
@@ -161,7 +160,7 @@ static void format_hex(const uint8_t *bytes, char hex[33])
 static bool needs_dict(const xkv_container *c)
 {
     for (uint32_t i = 0; i < c->group_count; i++)
-        if (c->groups[i].codec == XKV_GROUP_DICT)
+        if (c->groups[i].codec == XKV_GROUP_DICT || xkv_group_is_cross(&c->groups[i]))
             return true;
     return false;
 }

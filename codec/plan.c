@@ -140,6 +140,22 @@ static int compare_groups(const void *pa, const void *pb)
     return a->planes[0] < b->planes[0] ? -1 : a->planes[0] > b->planes[0];
 }
 
+/* The cross stage of the dictionary comes first, when a group is coded that it speaks for. */
+static xkv_status add_cross(xkv_ctx *ctx, const xkv_pack_options *o, xkv_container *c)
+{
+    bool needed = false;
+    xkv_group *g = c->groups;
+
+    for (uint32_t i = 0; i < c->group_count; i++)
+        needed |= g[i].codec == XKV_GROUP_DICT && xkv_dict_basis(o->dict, &c->geometry, &g[i])->top > 0;
+    if (!needed)
+        return XKV_OK;
+    memmove(g + 1, g, c->group_count * sizeof *g);
+    *g = (xkv_group){.codec = XKV_GROUP_CROSS, .rank = o->dict->cross->rank, .part_count = c->chunk_count + 2};
+    c->group_count++;
+    return XKV_NEW_ZERO(ctx, g->part_count, &g->parts);
+}
+
 static xkv_status make_group(xkv_ctx *ctx, const xkv_geometry *geometry, const plane_key *keys, uint32_t count,
                              uint32_t parts, xkv_group *g)
 {
@@ -252,7 +268,7 @@ xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *o, bool joint, 
 
     set_chunks(o, c);
     XKV_TRY(XKV_NEW(ctx, n, &keys));
-    XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, n, &c->groups), out);
+    XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, n + 1ull, &c->groups), out);
     for (uint32_t i = 0; i < n; i++)
         keys[i] = make_key(o, joint, geometry, nonfinite, i);
     qsort(keys, n, sizeof *keys, compare_keys);
@@ -265,6 +281,8 @@ xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *o, bool joint, 
         XKV_TRY_GOTO(choose_codec(ctx, o, c, &keys[i], g), out);
     }
     qsort(c->groups, c->group_count, sizeof *c->groups, compare_groups);
+    if (o->profile == XKV_PROFILE_DICT)
+        XKV_TRY_GOTO(add_cross(ctx, o, c), out);
 out:
     xkv_release(ctx, keys);
     return status;

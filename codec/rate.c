@@ -24,6 +24,16 @@ typedef struct total_cost {
     double error; /* relative; or that of the worst group over GROUP_SLACK, if larger */
 } total_cost;
 
+/* The cross stage in a sample: its coefficients are made from the leading ones of the groups, which are then left out
+ * of these. */
+typedef struct sample_cross {
+    const xkv_cross_basis *basis; /* NULL without the stage, which is group 0 */
+    float *norms;                 /* [group_count] as for xkv_cross_too_large() */
+    bool *left_out;               /* [group_count] groups too large for the step; they count as stored lossless */
+    float *weights;               /* [group_count][rank] share of each component's error that a group gets */
+    double *squares;              /* [rank] error of each component at the step at hand */
+} sample_cross;
+
 struct xkv_sample {
     xkv_ctx *ctx;
     xkv_rotator *rotators;
@@ -34,8 +44,9 @@ struct xkv_sample {
     uint32_t coded;   /* of how many */
     float **y;        /* [group_count]: [rank][tokens] */
     uint32_t *first;  /* [group_count + 1] index of the group's first batch of components */
-    double *energies; /* [group_count] */
-    float *scratch;   /* of gathering */
+    double *energies; /* [group_count]; 0 for the cross stage, whose energy is that of the groups */
+    sample_cross cross;
+    float *scratch; /* of gathering */
     size_t scratch_size;
     float step;  /* of the evaluation at hand */
     cost *costs; /* [first[group_count]] */
@@ -65,9 +76,11 @@ static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
 
     if (!s->y[group])
         return XKV_OK;
+    if (xkv_group_is_cross(g))
+        return XKV_OK;
     n = sample_tile(s, tile, &token);
     XKV_TRY(xkv_gather_rows(s->ctx, &s->rotators[worker], g, s->views, token, token + n, x));
-    xkv_analyze(s->rotators->kernels, &s->transforms[group], x, n, s->y[group] + tile * XKV_TILE_ROWS, s->tokens);
+    xkv_analyze(s->rotators->kernels, &s->transforms[group], 0, x, n, s->y[group] + tile * XKV_TILE_ROWS, s->tokens);
     return XKV_OK;
 }
 
@@ -85,13 +98,81 @@ static xkv_status project(xkv_sample *s, xkv_pool *pool)
     XKV_TRY(XKV_NEW(s->ctx, s->scratch_size * xkv_pool_threads(pool), &s->scratch));
     XKV_TRY(xkv_pool_run(s->ctx, pool, (uint64_t)s->c->group_count * tiles, project_task, s));
     for (uint32_t i = 0; i < s->c->group_count; i++)
-        if (s->y[i])
+        if (s->y[i] && !xkv_group_is_cross(&s->c->groups[i]))
             s->energies[i] = s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens);
     return XKV_OK;
 }
 
+/* --- Cross stage --- */
+
+/* The coefficients of the stage, from those of the groups that are not left out. */
+static xkv_status rotate_task(void *user, uint32_t worker, uint64_t tile)
+{
+    xkv_sample *s = user;
+    const xkv_cross_basis *b = s->cross.basis;
+    uint32_t token, n = sample_tile(s, (uint32_t)tile, &token);
+    size_t at = tile * XKV_TILE_ROWS;
+
+    (void)worker;
+    for (size_t i = 0; i < b->rank; i++)
+        memset(s->y[0] + i * s->tokens + at, 0, n * sizeof **s->y);
+    for (uint32_t g = 0; g < s->c->group_count; g++)
+        if (xkv_takes_part(s->c, s->transforms, g) && !s->cross.left_out[g])
+            xkv_cross_add(s->rotators->kernels, b, &s->transforms[g], s->y[g] + at, s->tokens, n, s->y[0] + at,
+                          s->tokens);
+    return XKV_OK;
+}
+
+static xkv_status rotate_cross(xkv_sample *s, xkv_pool *pool)
+{
+    return xkv_pool_run(s->ctx, pool, xkv_ceil_div(s->tokens, XKV_TILE_ROWS), rotate_task, s);
+}
+
+/* Error of the stage is orthogonal to itself nearly enough: a group gets of each component's what it has of its norm.
+ */
+static void weigh_groups(xkv_sample *s)
+{
+    const xkv_cross_basis *b = s->cross.basis;
+
+    for (uint32_t g = 0; g < s->c->group_count; g++)
+        for (size_t i = 0; i < b->rank && xkv_takes_part(s->c, s->transforms, g); i++)
+            s->cross.weights[(size_t)g * b->rank + i] = (float)s->rotators->kernels->sum_squares(
+                b->components + i * b->width + s->transforms[g].cross_at, s->transforms[g].top);
+}
+
+static xkv_status prepare_cross(xkv_sample *s, xkv_pool *pool, const xkv_cross_basis *basis)
+{
+    uint32_t count = s->c->group_count;
+
+    if (count == 0 || !xkv_group_is_cross(&s->c->groups[0]))
+        return XKV_OK;
+    s->cross.basis = basis;
+    XKV_TRY(XKV_NEW_ZERO(s->ctx, count, &s->cross.norms));
+    XKV_TRY(XKV_NEW_ZERO(s->ctx, count, &s->cross.left_out));
+    XKV_TRY(XKV_NEW_ZERO(s->ctx, (size_t)count * basis->rank, &s->cross.weights));
+    XKV_TRY(XKV_NEW_ZERO(s->ctx, basis->rank, &s->cross.squares));
+    for (uint32_t g = 0; g < count; g++)
+        if (xkv_takes_part(s->c, s->transforms, g))
+            s->cross.norms[g] = xkv_cross_norm(s->y[g], s->tokens, s->transforms[g].top, s->tokens);
+    weigh_groups(s);
+    return rotate_cross(s, pool);
+}
+
+/* Leave out the groups that are too large for the step, or none; *changed when that is not as it was. */
+static void leave_out(xkv_sample *s, bool large, bool *changed)
+{
+    *changed = false;
+    for (uint32_t g = 0; g < s->c->group_count; g++) {
+        bool out = large && xkv_takes_part(s->c, s->transforms, g) &&
+                   xkv_cross_too_large(s->cross.norms[g], s->step, s->c->group_count);
+        *changed |= out != s->cross.left_out[g];
+        s->cross.left_out[g] = out;
+    }
+}
+
 xkv_status xkv_sample_create(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, const xkv_container *c,
-                             const xkv_view *views, const xkv_transform *transforms, xkv_sample **sample_p)
+                             const xkv_view *views, const xkv_transform *transforms, const xkv_cross_basis *cross,
+                             xkv_sample **sample_p)
 {
     uint32_t coded = c->geometry.token_count - c->sinks - c->window;
     xkv_sample *s = NULL;
@@ -109,6 +190,7 @@ xkv_status xkv_sample_create(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count + 1u, &s->first), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count, &s->energies), out);
     XKV_TRY_GOTO(project(s, pool), out);
+    XKV_TRY_GOTO(prepare_cross(s, pool, cross), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, s->first[c->group_count], &s->costs), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)s->tokens * xkv_pool_threads(pool), &s->q), out);
     *sample_p = s;
@@ -127,6 +209,10 @@ void xkv_sample_free(xkv_ctx *ctx, xkv_sample *s)
     xkv_release(ctx, s->y);
     xkv_release(ctx, s->first);
     xkv_release(ctx, s->energies);
+    xkv_release(ctx, s->cross.norms);
+    xkv_release(ctx, s->cross.left_out);
+    xkv_release(ctx, s->cross.weights);
+    xkv_release(ctx, s->cross.squares);
     xkv_release(ctx, s->scratch);
     xkv_release(ctx, s->costs);
     xkv_release(ctx, s->q);
@@ -144,6 +230,12 @@ static uint32_t group_of(const xkv_sample *s, uint64_t batch)
     return g;
 }
 
+/* Components of a group that are not coded by the cross stage. */
+static uint32_t first_own(const xkv_sample *s, uint32_t group)
+{
+    return s->cross.basis && xkv_takes_part(s->c, s->transforms, group) ? s->transforms[group].top : 0;
+}
+
 static xkv_status cost_task(void *user, uint32_t worker, uint64_t batch)
 {
     xkv_sample *s = user;
@@ -151,7 +243,7 @@ static xkv_status cost_task(void *user, uint32_t worker, uint64_t batch)
     uint32_t end = (uint32_t)xkv_min64(s->transforms[g].rank, i + BATCH);
     cost sum = {0, 0, 0};
 
-    for (; i < end; i++) {
+    for (i = (uint32_t)xkv_max64(i, first_own(s, g)); i < end; i++) {
         double bits, squares;
         uint8_t table;
         if (!xkv_code_component(xkv_coder_cpu(), s->y[g] + (size_t)i * s->tokens, s->tokens, s->step,
@@ -160,6 +252,8 @@ static xkv_status cost_task(void *user, uint32_t worker, uint64_t batch)
         sum.bits += bits;
         sum.squares += squares;
         sum.tables += table != 0;
+        if (xkv_group_is_cross(&s->c->groups[g]))
+            s->cross.squares[i] = squares;
     }
     s->costs[batch] = sum;
     return XKV_OK;
@@ -177,14 +271,27 @@ static cost group_cost(const xkv_sample *s, uint32_t group)
     return sum;
 }
 
-static double lossless_bytes(const xkv_sample *s, uint32_t group)
+/* What a group gets of the error of the cross stage. */
+static double cross_squares(const xkv_sample *s, uint32_t group)
 {
-    const xkv_group *g = &s->c->groups[group];
+    double sum = 0;
 
-    return (double)g->width * s->coded * (double)xkv_dtype_size(s->c->geometry.planes[g->planes[0]].dtype);
+    for (size_t i = 0; first_own(s, group) > 0 && i < s->cross.basis->rank; i++)
+        sum += s->cross.squares[i] * (double)s->cross.weights[(size_t)group * s->cross.basis->rank + i];
+    return sum;
 }
 
 /* Table lists are zstd-compressed, to about 5 bits an index. */
+static double coded_bytes(const xkv_sample *s, cost sum)
+{
+    return sum.bits / 8 * s->coded / s->tokens + 0.65 * sum.tables;
+}
+
+static bool counts_lossless(const xkv_sample *s, uint32_t group, cost sum)
+{
+    return !isfinite(sum.bits) || !isfinite(s->energies[group]) || (s->cross.basis && s->cross.left_out[group]);
+}
+
 static void add_up(const xkv_sample *s, total_cost *t)
 {
     double squares = 0, energy = 0, worst = 0;
@@ -192,11 +299,16 @@ static void add_up(const xkv_sample *s, total_cost *t)
     *t = (total_cost){0, 0};
     for (uint32_t i = 0; i < s->c->group_count; i++) {
         cost sum = group_cost(s, i);
-        if (!isfinite(sum.bits) || !isfinite(s->energies[i])) {
-            t->bytes += lossless_bytes(s, i);
+        if (xkv_group_is_cross(&s->c->groups[i])) {
+            t->bytes += coded_bytes(s, sum);
             continue;
         }
-        t->bytes += sum.bits / 8 * s->coded / s->tokens + 0.65 * sum.tables;
+        if (counts_lossless(s, i, sum)) {
+            t->bytes += (double)xkv_group_row_bytes(&s->c->geometry, &s->c->groups[i], s->coded);
+            continue;
+        }
+        t->bytes += coded_bytes(s, sum);
+        sum.squares += cross_squares(s, i);
         squares += sum.squares;
         energy += s->energies[i];
         if (s->energies[i] > 0)
@@ -205,10 +317,32 @@ static void add_up(const xkv_sample *s, total_cost *t)
     t->error = energy > 0 ? sqrt(fmax(squares / energy, worst / (GROUP_SLACK * GROUP_SLACK))) : 0;
 }
 
+static xkv_status cost_all(xkv_sample *s, xkv_pool *pool)
+{
+    return xkv_pool_run(s->ctx, pool, s->first[s->c->group_count], cost_task, s);
+}
+
+/* Cost all, with the groups left out that the cross stage cannot code, or none. */
+static xkv_status cost_with(xkv_sample *s, xkv_pool *pool, bool large)
+{
+    bool changed;
+
+    leave_out(s, large, &changed);
+    if (changed)
+        XKV_TRY(rotate_cross(s, pool));
+    return cost_all(s, pool);
+}
+
 static xkv_status evaluate(xkv_sample *s, xkv_pool *pool, double step, total_cost *t)
 {
     s->step = (float)step;
-    XKV_TRY(xkv_pool_run(s->ctx, pool, s->first[s->c->group_count], cost_task, s));
+    if (s->cross.basis) {
+        XKV_TRY(cost_with(s, pool, false));
+        if (!isfinite(group_cost(s, 0).bits))
+            XKV_TRY(cost_with(s, pool, true));
+    } else {
+        XKV_TRY(cost_all(s, pool));
+    }
     add_up(s, t);
     return XKV_OK;
 }

@@ -11,6 +11,8 @@
 #define PRECISION 0.19
 /* Components whose deviation is below this share of the step are rounded as if it were that. */
 #define SMALLEST_RATIO 0.5
+/* Of the eigenproblem of the cross stage, whose time grows with the cube. */
+enum { MAX_CROSS_WIDTH = 16384 };
 /* Added to the diagonal of a metric, in units of its mean: no direction is free. */
 #define RIDGE 0.02
 /* Without a metric: planes are divided by their deviation, and keys weigh more. */
@@ -37,6 +39,7 @@ typedef struct trainer {
     float **blocks;        /* [plane_count] metric blocks of its heads, as a reader will see them */
     float **stored_scales; /* [plane_count][heads] */
     uint16_t **stored;     /* [plane_count] f16 of the blocks */
+    float **leading;       /* [group_count] rows that make the coefficients which the cross stage takes; NULL: none */
     double unit;
     uint64_t done, total; /* rows times planes, for progress */
 } trainer;
@@ -355,20 +358,40 @@ static void store_floats(uint8_t *at, const float *x, size_t n)
         xkv_storef32(at + 4 * i, x[i]);
 }
 
+/* Where the figures of components lie in a header. */
+typedef struct component_header {
+    uint64_t sigma, d, tables;
+} component_header;
+
 /* Component j: the eigenvector of the j-th largest eigenvalue, rounded. */
-static void round_component(const trainer *t, const xkv_group *g, const xkv_basis_header *at, const double *vector,
-                            double sigma, uint32_t j, basis_file *f)
+static void round_component(const trainer *t, component_header at, uint32_t n, const double *vector, double sigma,
+                            uint32_t j, basis_file *f)
 {
     double step = 2.0 / 3 * t->unit * exp2((50 - t->o.max_quality) / 16), bits;
-    double d = PRECISION * step / (fmax(sigma, SMALLEST_RATIO * step) * sqrt(g->width));
-    int16_t *q = f->q + (size_t)j * g->width;
+    double d = PRECISION * step / (fmax(sigma, SMALLEST_RATIO * step) * sqrt(n));
+    int16_t *q = f->q + (size_t)j * n;
 
     d = fmax(d, 1.0 / 32767);
-    for (uint32_t i = 0; i < g->width; i++)
+    for (uint32_t i = 0; i < n; i++)
         q[i] = (int16_t)lrint(vector[i] / d);
-    xkv_storef32(f->header + at->sigma + 4ull * j, (float)sigma);
-    xkv_storef32(f->header + at->d + 4ull * j, (float)d);
-    f->header[at->tables + j] = (uint8_t)xkv_table_choose(q, g->width, &bits);
+    xkv_storef32(f->header + at.sigma + 4ull * j, (float)sigma);
+    xkv_storef32(f->header + at.d + 4ull * j, (float)d);
+    f->header[at.tables + j] = (uint8_t)xkv_table_choose(q, n, &bits);
+}
+
+/* All n components and their stream. vectors: eigenvectors as rows, by rising eigenvalue (columns of LAPACK's
+ * column-major result). */
+static xkv_status encode_components(trainer *t, component_header at, uint32_t n, const double *vectors,
+                                    const double *values, basis_file *f)
+{
+    xkv_rans_shape shape = {n, n, n, f->header + at.tables};
+
+    XKV_TRY(XKV_NEW(t->ctx, (size_t)n * n, &f->q));
+    for (uint32_t j = 0; j < n; j++)
+        round_component(t, at, n, vectors + (size_t)(n - 1 - j) * n, sqrt(fmax(values[n - 1 - j], 0)), j, f);
+    XKV_TRY(XKV_NEW(t->ctx, (size_t)xkv_rans_bound(&shape), &f->stream));
+    f->stream_size = xkv_rans_encode(xkv_coder_cpu(), &shape, f->q, f->stream);
+    return XKV_OK;
 }
 
 static void store_group_blocks(const trainer *t, const xkv_group *g, uint8_t *at)
@@ -384,31 +407,62 @@ static void store_group_blocks(const trainer *t, const xkv_group *g, uint8_t *at
     }
 }
 
-/* vectors: eigenvectors as rows, by rising eigenvalue (columns of LAPACK's column-major result). */
 static xkv_status encode_basis(trainer *t, const xkv_group *g, const double *vectors, const double *values,
                                const float *mu, basis_file *f)
 {
     xkv_basis_header at = xkv_basis_layout(&t->c.geometry, g);
-    size_t n = g->width;
-    xkv_rans_shape shape = {g->width, g->rank, n, NULL};
 
     XKV_TRY(XKV_NEW_ZERO(t->ctx, (size_t)at.size, &f->header));
-    XKV_TRY(XKV_NEW(t->ctx, g->rank * n, &f->q));
     f->header_size = at.size;
-    store_floats(f->header + at.mu, mu, n);
-    for (uint32_t j = 0; j < g->rank; j++)
-        round_component(t, g, &at, vectors + (n - 1 - j) * n, sqrt(fmax(values[n - 1 - j], 0)), j, f);
+    store_floats(f->header + at.mu, mu, g->width);
     store_group_blocks(t, g, f->header + at.blocks);
-    shape.tables = f->header + at.tables;
-    XKV_TRY(XKV_NEW(t->ctx, (size_t)xkv_rans_bound(&shape), &f->stream));
-    f->stream_size = xkv_rans_encode(xkv_coder_cpu(), &shape, f->q, f->stream);
-    return XKV_OK;
+    return encode_components(t, (component_header){at.sigma, at.d, at.tables}, g->width, vectors, values, f);
 }
 
 static xkv_status write_basis(trainer *t, xkv_group *g, const basis_file *f)
 {
     XKV_TRY(xkv_container_add_part(t->ctx, &t->w, &g->parts[0], f->header, f->header_size, XKV_METHOD_STORED));
     return xkv_container_add_part(t->ctx, &t->w, &g->parts[1], f->stream, f->stream_size, XKV_METHOD_CODED);
+}
+
+static void free_basis_file(trainer *t, basis_file *f)
+{
+    xkv_release(t->ctx, f->header);
+    xkv_release(t->ctx, f->q);
+    xkv_release(t->ctx, f->stream);
+}
+
+/* Leading coefficients of a group that the cross stage takes. */
+static uint32_t leading_count(const trainer *t, const xkv_group *g)
+{
+    return (uint32_t)xkv_min64(t->o.cross, g->width);
+}
+
+/* leading [count][width] = the first components times W: what turns rows into the group's leading coefficients. */
+static xkv_status keep_leading(trainer *t, const xkv_group *g, const double *vectors)
+{
+    size_t width = g->width, count = leading_count(t, g), column = 0;
+    float *u = NULL, *rows;
+    xkv_status status = XKV_OK;
+
+    if (!t->leading)
+        return XKV_OK;
+    XKV_TRY(XKV_NEW(t->ctx, count * width, &t->leading[g - t->c.groups]));
+    rows = t->leading[g - t->c.groups];
+    XKV_TRY_GOTO(XKV_NEW(t->ctx, count * width, &u), out);
+    for (size_t j = 0; j < count; j++)
+        for (size_t i = 0; i < width; i++)
+            u[j * width + i] = (float)vectors[(width - 1 - j) * width + i];
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        const xkv_plane *p = &t->c.geometry.planes[g->planes[i]];
+        size_t n = p->head_dim;
+        for (uint32_t h = 0; h < p->heads; h++, column += n)
+            t->kernels->gemm_nn(count, n, n, u + column, width, t->blocks[g->planes[i]] + h * n * n, n, 0,
+                                rows + column, width);
+    }
+out:
+    xkv_release(t->ctx, u);
+    return status;
 }
 
 static xkv_status train_group(trainer *t, xkv_group *g)
@@ -432,15 +486,97 @@ static xkv_status train_group(trainer *t, xkv_group *g)
     XKV_TRY_GOTO(xkv_syevd(t->ctx, g->width, vectors, values), out);
     XKV_TRY_GOTO(encode_basis(t, g, vectors, values, mu, &f), out);
     XKV_TRY_GOTO(write_basis(t, g, &f), out);
+    XKV_TRY_GOTO(keep_leading(t, g, vectors), out);
 out:
     moments_free(&m);
     xkv_release(t->ctx, a);
     xkv_release(t->ctx, half);
     xkv_release(t->ctx, mu);
     xkv_release(t->ctx, values);
-    xkv_release(t->ctx, f.header);
-    xkv_release(t->ctx, f.q);
-    xkv_release(t->ctx, f.stream);
+    free_basis_file(t, &f);
+    return status;
+}
+
+/* --- Cross stage -------------------------------------------------------------------------------------------------- */
+
+/* The trainer's view of the leading coefficients of all groups side by side. */
+typedef struct cross_rows {
+    trainer *t;
+    const xkv_group *cross;
+    moments m;
+    float *x, *z; /* a tile of one group's rows; of the coefficients */
+} cross_rows;
+
+/* One tile of a cache; its coefficients keep the constant that the means of the rows make, which moments take off. */
+static xkv_status add_cross_tile(cross_rows *r, uint32_t cache, uint32_t t0, uint32_t t1)
+{
+    trainer *t = r->t;
+    source *s = &t->sources[cache];
+    size_t at = 0;
+
+    for (const xkv_group *g = t->c.groups; g < r->cross; g++) {
+        uint32_t count = leading_count(t, g);
+        XKV_TRY(xkv_gather_rows(t->ctx, &s->rotator, g, s->views, t0, t1, r->x));
+        t->kernels->gemm_nt(t1 - t0, count, g->width, r->x, g->width, t->leading[g - t->c.groups], g->width, 0,
+                            r->z + at, r->m.width);
+        at += count;
+        XKV_TRY(report_progress(t, (uint64_t)(t1 - t0) * g->plane_count));
+    }
+    return add_tile(&r->m, r->z, t1 - t0);
+}
+
+static xkv_status measure_cross(cross_rows *r)
+{
+    trainer *t = r->t;
+
+    for (uint32_t i = 0; i < t->cache_count; i++) {
+        uint32_t n = t->sources[i].geometry.token_count, t1;
+        for (uint32_t t0 = t->o.sinks; t0 < n; t0 = t1) {
+            t1 = (uint32_t)xkv_min64(n, (uint64_t)t0 + XKV_TILE_ROWS);
+            XKV_TRY(add_cross_tile(r, i, t0, t1));
+        }
+    }
+    finish(&r->m);
+    return XKV_OK;
+}
+
+static xkv_status encode_cross(trainer *t, const xkv_group *cross, const double *vectors, const double *values,
+                               basis_file *f)
+{
+    xkv_cross_header at = xkv_cross_layout(t->c.group_count, cross);
+
+    XKV_TRY(XKV_NEW_ZERO(t->ctx, (size_t)at.size, &f->header));
+    f->header_size = at.size;
+    for (uint32_t i = 0; i < t->c.group_count - 1; i++)
+        xkv_store32(f->header + at.counts + 4ull * i, leading_count(t, &t->c.groups[i]));
+    return encode_components(t, (component_header){at.sigma, at.d, at.tables}, cross->rank, vectors, values, f);
+}
+
+static xkv_status train_cross(trainer *t, xkv_group *cross)
+{
+    cross_rows r = {.t = t, .cross = cross};
+    double *values = NULL;
+    basis_file f = {0};
+    size_t widest = 0;
+    xkv_status status = XKV_OK;
+
+    for (const xkv_group *g = t->c.groups; g < cross; g++)
+        widest = (size_t)xkv_max64(widest, g->width);
+    r.m.t = t;
+    XKV_TRY_GOTO(moments_init(t, cross->rank, &r.m), out);
+    XKV_TRY_GOTO(XKV_NEW(t->ctx, XKV_TILE_ROWS * widest, &r.x), out);
+    XKV_TRY_GOTO(XKV_NEW(t->ctx, (size_t)XKV_TILE_ROWS * cross->rank, &r.z), out);
+    XKV_TRY_GOTO(XKV_NEW(t->ctx, cross->rank, &values), out);
+    XKV_TRY_GOTO(measure_cross(&r), out);
+    XKV_TRY_GOTO(xkv_syevd(t->ctx, cross->rank, r.m.total, values), out);
+    XKV_TRY_GOTO(encode_cross(t, cross, r.m.total, values, &f), out);
+    XKV_TRY_GOTO(write_basis(t, cross, &f), out);
+out:
+    moments_free(&r.m);
+    xkv_release(t->ctx, r.x);
+    xkv_release(t->ctx, r.z);
+    xkv_release(t->ctx, values);
+    free_basis_file(t, &f);
     return status;
 }
 
@@ -513,6 +649,25 @@ static xkv_status check_metric(const trainer *t)
     return XKV_OK;
 }
 
+/* The cross stage comes last; the planner has left room for it. */
+static xkv_status add_cross_group(trainer *t)
+{
+    xkv_group *cross = &t->c.groups[t->c.group_count];
+    uint64_t width = 0;
+
+    for (const xkv_group *g = t->c.groups; g < cross; g++)
+        width += leading_count(t, g);
+    if (width > MAX_CROSS_WIDTH)
+        return xkv_fail(t->ctx, XKV_ERROR_ARGUMENT,
+                        "cross: %u coefficients of %u groups are %llu, at most %d can be trained", t->o.cross,
+                        t->c.group_count, (unsigned long long)width, MAX_CROSS_WIDTH);
+    *cross = (xkv_group){.codec = XKV_GROUP_CROSS_BASIS, .rank = (uint32_t)width, .part_count = 2};
+    t->c.group_count++;
+    t->total += t->rows * t->c.geometry.plane_count;
+    XKV_TRY(XKV_NEW_ZERO(t->ctx, cross->part_count, &cross->parts));
+    return XKV_NEW_ZERO(t->ctx, t->c.group_count, &t->leading);
+}
+
 /* The planner forms the groups; they become bases of full rank. */
 static xkv_status form_groups(trainer *t)
 {
@@ -530,7 +685,7 @@ static xkv_status form_groups(trainer *t)
         t->c.groups[i].codec = XKV_GROUP_BASIS;
         t->c.groups[i].rank = t->c.groups[i].width;
     }
-    return XKV_OK;
+    return t->o.cross > 0 && t->c.group_count > 1 ? add_cross_group(t) : XKV_OK;
 }
 
 static xkv_status init_source(trainer *t, const xkv_cache *cache, source *s)
@@ -581,6 +736,9 @@ static void fini(trainer *t)
         if (t->sources[i].rotator.geometry)
             xkv_rotator_free(t->ctx, &t->sources[i].rotator);
     }
+    for (uint32_t i = 0; t->leading && i < t->c.group_count; i++)
+        xkv_release(t->ctx, t->leading[i]);
+    xkv_release(t->ctx, t->leading);
     xkv_release(t->ctx, t->blocks);
     xkv_release(t->ctx, t->stored);
     xkv_release(t->ctx, t->stored_scales);
@@ -605,8 +763,10 @@ static xkv_status write_dictionary(trainer *t, const xkv_output *output)
     t->c.values = values.list;
     t->c.value_count = values.count;
     XKV_TRY(xkv_container_begin(t->ctx, &t->c, output, t->o.zstd_level, &t->w));
-    for (uint32_t i = 0; i < t->c.group_count; i++)
-        XKV_TRY(train_group(t, &t->c.groups[i]));
+    for (uint32_t i = 0; i < t->c.group_count; i++) {
+        xkv_group *g = &t->c.groups[i];
+        XKV_TRY(xkv_group_is_cross(g) ? train_cross(t, g) : train_group(t, g));
+    }
     return xkv_container_finish(t->ctx, &t->w, &size);
 }
 

@@ -19,14 +19,17 @@ enum { XKV_METHOD_STORED = 0, XKV_METHOD_ZSTD = 1, XKV_METHOD_CODED = 2 };
 /* What a file is (header field `kind`). */
 enum { XKV_KIND_ENTRY = 1, XKV_KIND_DICTIONARY = 2 };
 
-/* How a group is coded (spec/codec.md, spec/dictionary.md). BASIS is a dictionary's. */
+/* How a group is coded (spec/codec.md, spec/dictionary.md). The BASIS ones are a dictionary's; the CROSS ones, a stage
+ * over all groups, hold no planes. */
 enum {
     XKV_GROUP_LOSSLESS = 0,
     XKV_GROUP_SVD = 1,
     XKV_GROUP_DICT = 2,
     XKV_GROUP_SCALAR = 3,
     XKV_GROUP_SVDQ = 4,
-    XKV_GROUP_BASIS = 5
+    XKV_GROUP_BASIS = 5,
+    XKV_GROUP_CROSS = 6,
+    XKV_GROUP_CROSS_BASIS = 7
 };
 
 /* The parts of a group. */
@@ -54,7 +57,7 @@ typedef struct xkv_part {
 } xkv_part;
 
 typedef struct xkv_group {
-    uint32_t codec; /* 0 lossless, 1 svd */
+    uint32_t codec; /* XKV_GROUP_... */
     uint32_t reason;
     uint32_t plane_count;
     uint32_t rank;
@@ -100,8 +103,25 @@ typedef struct xkv_container {
     xkv_meta_value *values;
 
     uint32_t group_count;
-    xkv_group *groups;
+    xkv_group *groups; /* the cross stage, if any, is the first group of an entry and the last one of a dictionary */
 } xkv_container;
+
+static inline bool xkv_group_is_cross(const xkv_group *g)
+{
+    return g->codec == XKV_GROUP_CROSS || g->codec == XKV_GROUP_CROSS_BASIS;
+}
+
+/* Bytes of an element of the group's planes [D1]; those of a coefficient where there are no planes. */
+static inline uint32_t xkv_group_element_size(const xkv_geometry *geometry, const xkv_group *g)
+{
+    return g->plane_count > 0 ? (uint32_t)xkv_dtype_size(geometry->planes[g->planes[0]].dtype) : 2;
+}
+
+/* Bytes of `tokens` rows of the group as the engine holds them. */
+static inline uint64_t xkv_group_row_bytes(const xkv_geometry *geometry, const xkv_group *g, uint64_t tokens)
+{
+    return g->width * tokens * xkv_group_element_size(geometry, g);
+}
 
 /* Read and check everything but the payload: every rule of spec/container.md not marked deep, and F6.
  * The container is freed with xkv_container_free(), which accepts a zeroed one. */
@@ -114,6 +134,13 @@ typedef struct xkv_basis_header {
 } xkv_basis_header;
 
 xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group *g);
+
+/* The same of a cross basis in a dictionary of `group_count` groups, itself included. */
+typedef struct xkv_cross_header {
+    uint64_t counts, sigma, d, tables, size;
+} xkv_cross_header;
+
+xkv_cross_header xkv_cross_layout(uint32_t group_count, const xkv_group *g);
 
 /* What part `part` of a group holds (spec/codec.md, spec/dictionary.md). Needs the geometry, chunks, sinks and window
  * of `c`, and codec, planes, rank and width of `g`. */

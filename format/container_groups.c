@@ -36,6 +36,16 @@ xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group 
     return h;
 }
 
+xkv_cross_header xkv_cross_layout(uint32_t group_count, const xkv_group *g)
+{
+    xkv_cross_header h = {.counts = 0, .sigma = 4ull * (group_count - 1)};
+
+    h.d = h.sigma + 4ull * g->rank;
+    h.tables = h.d + 4ull * g->rank;
+    h.size = h.tables + g->rank;
+    return h;
+}
+
 /* What the group's rows or coefficients are made from: components of an svd group, side part of a coded one. */
 static xkv_shape basis_shape(const xkv_container *c, const xkv_group *g)
 {
@@ -43,6 +53,7 @@ static xkv_shape basis_shape(const xkv_container *c, const xkv_group *g)
     case XKV_GROUP_SVD: /* f16 components, then an f32 scale each */
         return (xkv_shape){1, (uint64_t)g->rank * (g->width + 2u), 2, false};
     case XKV_GROUP_DICT:
+    case XKV_GROUP_CROSS:
         return (xkv_shape){1, dict_side(g), 1, false};
     case XKV_GROUP_SCALAR:
         return (xkv_shape){1, scalar_side(g), 1, false};
@@ -50,20 +61,27 @@ static xkv_shape basis_shape(const xkv_container *c, const xkv_group *g)
         return (xkv_shape){g->rank, g->width, 2, true};
     case XKV_GROUP_BASIS:
         return (xkv_shape){1, xkv_basis_layout(&c->geometry, g).size, 1, false};
+    case XKV_GROUP_CROSS_BASIS:
+        return (xkv_shape){1, xkv_cross_layout(c->group_count, g).size, 1, false};
     default:
         return (xkv_shape){0, 0, 1, false};
     }
+}
+
+static bool is_basis(const xkv_group *g)
+{
+    return g->codec == XKV_GROUP_BASIS || g->codec == XKV_GROUP_CROSS_BASIS;
 }
 
 /* No product here can overflow: a row has at most 2^20 bytes, a rank is at most 2^18, tokens are less than 2^31. */
 xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part)
 {
     uint64_t tokens = c->geometry.token_count, coded_end = tokens - c->window;
-    uint32_t elem = (uint32_t)xkv_dtype_size(c->geometry.planes[g->planes[0]].dtype);
+    uint32_t elem = xkv_group_element_size(&c->geometry, g);
     bool lossless = g->codec == XKV_GROUP_LOSSLESS;
     if (part == XKV_PART_COMPONENTS)
         return basis_shape(c, g);
-    if (part == XKV_PART_EXACT && g->codec == XKV_GROUP_BASIS) /* a dictionary's components */
+    if (part == XKV_PART_EXACT && is_basis(g)) /* a dictionary's components */
         return (xkv_shape){g->rank, g->width, 2, true};
     if (part == XKV_PART_EXACT)
         return (xkv_shape){lossless ? 0 : (uint64_t)c->sinks + c->window, g->width, elem, false};
@@ -78,20 +96,27 @@ xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t pa
 /* Coded with an error that the record states. */
 static bool is_lossy(const xkv_group *g)
 {
-    return g->codec != XKV_GROUP_LOSSLESS && g->codec != XKV_GROUP_BASIS;
+    return g->codec != XKV_GROUP_LOSSLESS && !is_basis(g) && !xkv_group_is_cross(g);
+}
+
+static bool is_known(const xkv_container *c, const xkv_group *g)
+{
+    if (c->kind == XKV_KIND_DICTIONARY)
+        return is_basis(g);
+    return g->codec <= XKV_GROUP_SCALAR || g->codec == XKV_GROUP_CROSS;
 }
 
 static xkv_status check_group(const xkv_cursor *cur, const uint8_t *p, const xkv_container *c, const xkv_group *g)
 {
-    bool lossy = is_lossy(g);
-    bool known = c->kind == XKV_KIND_DICTIONARY ? g->codec == XKV_GROUP_BASIS : g->codec <= XKV_GROUP_SCALAR;
-    if (!known)
+    bool lossy = is_lossy(g), cross = xkv_group_is_cross(g);
+    if (!is_known(c, g))
         return xkv_cursor_fail_as(cur, XKV_ERROR_FEATURE, p, "R2", "codec is %u, which this reader does not know",
                                   g->codec);
     bool lossless = g->codec == XKV_GROUP_LOSSLESS;
     XKV_REQUIRE(cur, g->reason <= (lossless ? 5 : 0), p + 4, "R2", "reason is %u, expected %s", g->reason,
                 lossless ? "0 .. 5" : "0 but in a lossless group");
-    XKV_REQUIRE(cur, g->plane_count >= 1, p + 8, "R3", "plane_count is 0, expected at least 1");
+    XKV_REQUIRE(cur, cross == (g->plane_count == 0), p + 8, "R3", "plane_count is %u, expected %s", g->plane_count,
+                cross ? "0 in a cross stage" : "at least 1");
     XKV_REQUIRE(cur, g->part_count == c->chunk_count + 2, p + 16, "R5",
                 "part_count is %u, expected 2 + %u, the number of chunks", g->part_count, c->chunk_count);
     XKV_REQUIRE(cur, xkv_load32(p + 20) == 0, p + 20, "R1", "reserved field is not 0");
@@ -137,9 +162,10 @@ static xkv_status parse_group_planes(xkv_cursor *cur, const xkv_geometry *geomet
 static xkv_status check_rank(const xkv_cursor *cur, const uint8_t *p, const xkv_group *g)
 {
     bool lossless = g->codec == XKV_GROUP_LOSSLESS;
-    XKV_REQUIRE(cur, lossless ? g->rank == 0 : g->rank >= 1 && g->rank <= g->width, p + 12, "R4",
+    uint32_t most = xkv_group_is_cross(g) ? XKV_MAX_WIDTH : g->width; /* a cross stage's width is in the dictionary */
+    XKV_REQUIRE(cur, lossless ? g->rank == 0 : g->rank >= 1 && g->rank <= most, p + 12, "R4",
                 "rank is %u, expected %s (%u)", g->rank, lossless ? "0 in a lossless group" : "1 .. width of the group",
-                g->width);
+                most);
     XKV_REQUIRE(cur, g->codec != XKV_GROUP_SCALAR || g->rank == g->width, p + 12, "Q1",
                 "rank is %u, expected the width (%u) in a scalar group", g->rank, g->width);
     return XKV_OK;
@@ -156,11 +182,13 @@ static xkv_status check_part_size(const xkv_cursor *cur, const uint8_t *p, const
     uint32_t most = part->size == 0 ? XKV_METHOD_STORED : XKV_METHOD_ZSTD;
     if (shape.coded && part->size == 0) /* right when no component is coded, which the side part tells [E2] */
         decoded = 0;
+    if (shape.coded && part->size > 0) /* a cross basis does not tell its width here */
+        decoded = xkv_max64(decoded, 1);
     XKV_REQUIRE(cur, (part->size == 0) == (decoded == 0), p + 8, "P2",
                 "size of part %u is %llu, expected 0 exactly when it holds nothing (%llu bytes decoded)", index,
                 (unsigned long long)part->size, (unsigned long long)decoded);
     if (shape.coded && part->size > 0) {
-        bool by_row = g->codec != XKV_GROUP_BASIS && index >= XKV_PART_CHUNKS; /* lanes run over tokens, or elements */
+        bool by_row = !is_basis(g) && index >= XKV_PART_CHUNKS; /* lanes run over tokens, or elements */
         least = 4 * xkv_min64(32, by_row ? shape.rows : shape.cols);
         XKV_REQUIRE(cur, part->method == XKV_METHOD_CODED, p + 24, "Q2", "method of part %u is %u, expected 2", index,
                     part->method);
@@ -218,6 +246,21 @@ static xkv_status parse_parts(xkv_cursor *cur, const xkv_container *c, xkv_group
 
 /* --- Section ---------------------------------------------------------------------------------------------------- */
 
+static xkv_status check_order(const xkv_cursor *cur, const uint8_t *at, const xkv_container *c, const xkv_group *g)
+{
+    uint32_t index = (uint32_t)(g - c->groups);
+    const xkv_group *before = index > 0 ? g - 1 : NULL;
+    uint32_t place = c->kind == XKV_KIND_DICTIONARY ? c->group_count - 1 : 0;
+    if (xkv_group_is_cross(g)) {
+        XKV_REQUIRE(cur, index == place, at, "R3", "the cross stage is group %u, expected %u", index, place);
+        return XKV_OK;
+    }
+    if (before && !xkv_group_is_cross(before))
+        XKV_REQUIRE(cur, before->planes[0] < g->planes[0], at, "R3",
+                    "group %u starts with plane %u, expected groups sorted by their lowest plane", index, g->planes[0]);
+    return XKV_OK;
+}
+
 static xkv_status parse_group(xkv_cursor *cur, const xkv_container *c, uint8_t *seen, uint64_t *end, xkv_group *g)
 {
     const uint8_t *p;
@@ -232,19 +275,15 @@ static xkv_status parse_group(xkv_cursor *cur, const xkv_container *c, uint8_t *
     XKV_TRY(check_group(cur, p, c, g));
     XKV_TRY(parse_group_planes(cur, &c->geometry, seen, g));
     XKV_TRY(check_rank(cur, p, g));
+    XKV_TRY(check_order(cur, p, c, g));
     return parse_parts(cur, c, g, end);
 }
 
 static xkv_status parse_all_groups(xkv_cursor *cur, xkv_container *c, uint8_t *seen)
 {
     uint64_t end = 0;
-    for (uint32_t i = 0; i < c->group_count; i++) {
-        const uint8_t *at = cur->data + cur->pos;
+    for (uint32_t i = 0; i < c->group_count; i++)
         XKV_TRY(parse_group(cur, c, seen, &end, &c->groups[i]));
-        XKV_REQUIRE(cur, i == 0 || c->groups[i - 1].planes[0] < c->groups[i].planes[0], at, "R3",
-                    "group %u starts with plane %u, expected groups sorted by their lowest plane", i,
-                    c->groups[i].planes[0]);
-    }
     for (uint32_t i = 0; i < c->geometry.plane_count; i++)
         XKV_REQUIRE(cur, seen[i], cur->data, "R3", "plane %u belongs to no group, expected one", i);
     XKV_TRY(xkv_cursor_end(cur));
@@ -260,8 +299,9 @@ xkv_status xkv_parse_groups(xkv_cursor *cur, xkv_container *c)
     uint8_t *seen = NULL;
     XKV_TRY(xkv_cursor_take(cur, XKV_GRPS_SIZE, &p));
     uint32_t count = xkv_load32(p);
-    XKV_REQUIRE(cur, count <= c->geometry.plane_count, p, "R1", "group_count is %u, expected at most plane_count (%u)",
-                count, c->geometry.plane_count);
+    XKV_REQUIRE(cur, count <= c->geometry.plane_count + 1, p, "R1",
+                "group_count is %u, expected at most plane_count (%u), and one more with a cross stage", count,
+                c->geometry.plane_count);
     XKV_REQUIRE(cur, xkv_load32(p + 4) == 0, p + 4, "R1", "reserved field is not 0");
     XKV_TRY(XKV_NEW_ZERO(cur->ctx, count, &c->groups));
     c->group_count = count;

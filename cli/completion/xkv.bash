@@ -20,7 +20,7 @@ _xkv() {
     --metric) _xkv_files "$current" .safetensors; return ;;
     -D | --dictionary) _xkv_files "$current" .xkvd; return ;;
     -o | --output | --validate) _xkv_files "$current"; return ;;
-    -T | -M | --threads | --memory | --fingerprint | --group | --rank-[kv] | --ratio | --error | --energy | --sinks | \
+    -T | -M | --threads | --memory | --fingerprint | --group | --cross | --rank-[kv] | --ratio | --error | --energy | --sinks | \
         --window | --iterations | --quality | --max-quality | --rope-base | --rope-dim | --rope-scale | --head-dim | --first) return ;;
     esac
     if [[ $current == -* ]]; then

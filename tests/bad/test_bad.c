@@ -597,7 +597,7 @@ static const bad_case cases[] = {
     FIELD("M6", "an overlong form", LAST_VALUE, 8 + 6 + 5, 2, 0xafc0),
     FIELD("M6", "a surrogate", LAST_VALUE, 8 + 6 + 4, 3, 0x80a0ed),
 
-    FIELD("R1", "group_count", GRPS, 0, 4, 5),
+    FIELD("R1", "group_count", GRPS, 0, 4, 6),
     FIELD("R1", "reserved", GRPS, 4, 4, 1),
     FIELD("R1", "reserved of a group", GROUP0, 20, 4, 1),
     FIELD("R1", "second reserved of a group", GROUP0, 40, 8, 1),

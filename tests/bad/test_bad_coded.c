@@ -16,20 +16,26 @@
 /* --- Good files --------------------------------------------------------------------------------------------------- */
 
 typedef enum base {
-    DICT,     /* joint, side part stored, an engine's file around it */
-    SCALAR,   /* likewise */
-    SVD,      /* factors stored */
-    LOSSLESS, /* zstd, an engine's file around it */
-    BASIS,    /* the dictionary */
+    DICT,        /* joint, side part stored, an engine's file around it */
+    SCALAR,      /* likewise */
+    SVD,         /* factors stored */
+    LOSSLESS,    /* zstd, an engine's file around it */
+    BASIS,       /* the dictionary */
+    CROSS,       /* K and V apart, and a cross stage over both; an engine's file around it */
+    CROSS_BASIS, /* its dictionary: its last group is the cross basis */
     BASES
 } base;
+
+enum { M = 3 }; /* leading coefficients that the cross stage takes of each group */
 
 static xkv_ctx *ctx;
 static memory good[BASES];
 
 static xkv_dict *dictionary; /* that of DICT, and good[BASIS] */
+static xkv_dict *crossed;    /* that of CROSS, and good[CROSS_BASIS] */
 static xkv_dict *narrow;     /* one of fewer elements */
-static memory narrow_file;
+static xkv_dict *uncrossed;  /* that of CROSS without its last stage */
+static memory narrow_file, uncrossed_file;
 
 static synthetic sample(uint32_t head_dim, int rope)
 {
@@ -74,11 +80,14 @@ static memory pack_framed(const synthetic *s, const xkv_pack_options *o)
     return m;
 }
 
-static xkv_dict *train(const synthetic *s, memory *m)
+static xkv_dict *train(const synthetic *s, bool apart, uint32_t cross, memory *m)
 {
+    xkv_train_options o = xkv_train_options_default();
     xkv_dict *dict = NULL;
 
-    assert_ok(ctx, train_on(ctx, &s, 1, NULL, m));
+    o.apart = apart;
+    o.cross = cross;
+    assert_ok(ctx, train_on(ctx, &s, 1, &o, m));
     xkv_input input = xkv_input_from_memory(m->data, m->size);
     assert_ok(ctx, xkv_dict_open(ctx, &input, 1, &dict));
     return dict;
@@ -91,14 +100,18 @@ static int make_good(void **state)
 
     (void)state;
     ctx = new_ctx(1);
-    dictionary = train(&s, &good[BASIS]);
-    narrow = train(&small, &narrow_file);
+    dictionary = train(&s, false, 0, &good[BASIS]);
+    crossed = train(&s, true, M, &good[CROSS_BASIS]);
+    narrow = train(&small, false, 0, &narrow_file);
+    uncrossed = train(&s, true, 0, &uncrossed_file);
     for (int i = 0; i < BASES; i++) {
         o[i] = xkv_pack_options_default();
         o[i].chunk_tokens = 32;
     }
     o[DICT].profile = XKV_PROFILE_DICT;
     o[DICT].dict = dictionary;
+    o[CROSS] = o[DICT];
+    o[CROSS].dict = crossed;
     o[SCALAR].profile = XKV_PROFILE_SCALAR;
     o[SCALAR].error = 0.1;
     o[SVD].rank_k = o[SVD].rank_v = 1;
@@ -106,6 +119,7 @@ static int make_good(void **state)
     good[SCALAR] = pack_framed(&s, &o[SCALAR]);
     good[SVD] = pack(&s, &o[SVD], NULL, NULL, s.views);
     good[LOSSLESS] = pack_framed(&s, &o[LOSSLESS]);
+    good[CROSS] = pack_framed(&s, &o[CROSS]);
     free_synthetic(&s);
     free_synthetic(&small);
     return 0;
@@ -117,8 +131,11 @@ static int free_good(void **state)
     for (int i = 0; i < BASES; i++)
         memory_free(&good[i]);
     xkv_dict_close(ctx, dictionary);
+    xkv_dict_close(ctx, crossed);
     xkv_dict_close(ctx, narrow);
+    xkv_dict_close(ctx, uncrossed);
     memory_free(&narrow_file);
+    memory_free(&uncrossed_file);
     int leaked = xkv_ctx_memory_used(ctx) != 0;
     xkv_ctx_free(ctx);
     return leaked;
@@ -130,10 +147,13 @@ typedef enum place {
     GEOM,   /* sections */
     PLANES, /* of GEOM */
     FRAM,
-    GROUP,  /* the first record of GRPS */
-    RECORD, /* of part `index` of the first group */
-    PART,   /* its bytes */
-    UNIT,   /* key and value in META */
+    GROUP,      /* the first record of GRPS */
+    RECORD,     /* of part `index` of the first group */
+    PART,       /* its bytes */
+    LAST_GROUP, /* the same of the last group */
+    LAST_RECORD,
+    LAST_PART,
+    UNIT, /* key and value in META */
     ID
 } place;
 
@@ -155,10 +175,22 @@ static size_t key(const memory *m, const char *name)
     return 0;
 }
 
+/* Record of a group; the last one where there are fewer. */
+static size_t group_record(const memory *m, uint32_t index)
+{
+    size_t grps = section(m, XKV_SECTION_GRPS), at = grps + 8;
+    uint32_t count = xkv_load32(m->data + grps);
+
+    for (uint32_t i = 0; i < index && i + 1 < count; i++)
+        at += 48 + 16 * xkv_load32(m->data + at + 8) + 32 * xkv_load32(m->data + at + 16);
+    return at;
+}
+
 static size_t locate(const memory *m, place where, uint32_t index)
 {
-    size_t group = where == GEOM ? 0 : section(m, XKV_SECTION_GRPS) + 8;
-    size_t record = group + 48 + 16 * (group ? xkv_load32(m->data + group + 8) : 0) + 32 * index;
+    bool last = where >= LAST_GROUP && where <= LAST_PART;
+    size_t group = group_record(m, last ? UINT32_MAX : 0);
+    size_t record = group + 48 + 16 * xkv_load32(m->data + group + 8) + 32 * index;
 
     switch (where) {
     case GEOM:
@@ -168,10 +200,13 @@ static size_t locate(const memory *m, place where, uint32_t index)
     case FRAM:
         return section(m, XKV_SECTION_FRAM);
     case GROUP:
+    case LAST_GROUP:
         return group;
     case RECORD:
+    case LAST_RECORD:
         return record;
     case PART:
+    case LAST_PART:
         return section(m, XKV_SECTION_PAYL) + (size_t)xkv_load64(m->data + record);
     case UNIT:
         return key(m, "dict.unit");
@@ -199,11 +234,14 @@ enum {
     F32_NAN = 0x7fc00000,
     F16_NAN = 0x7e00,
     F16_INF = 0x7c00,
-    N = 8,                   /* width of the joint groups */
+    N = 8,                   /* width of the joint groups; that of each group apart is 4 */
     TABLES = 4 * N + 8 * N,  /* in the header of the basis */
     BLOCK = TABLES + N,      /* scale of the first block, then 4 x 4 f16 */
     SCALAR_MEAN = 8 + 4 * 2, /* in the side part */
-    SCALAR_TABLES = SCALAR_MEAN + 2 * N
+    SCALAR_TABLES = SCALAR_MEAN + 2 * N,
+    CROSS_SIGMA = 2 * 4, /* in the header of the cross basis of two groups, M coefficients each */
+    CROSS_D = CROSS_SIGMA + 4 * 2 * M,
+    CROSS_TABLES = CROSS_D + 4 * 2 * M
 };
 
 static const bad_case cases[] = {
@@ -253,6 +291,26 @@ static const bad_case cases[] = {
     {"Y3", "dict.unit 0", BASIS, UNIT, 0, 9, 8, 0, BAD, 0},
     {"Y3", "dict.unit infinite", BASIS, UNIT, 0, 9, 8, 0x7ff0000000000000, BAD, 0},
     {"P1", "gap between the parts of a dictionary", BASIS, PART, 0, BLOCK + 2 * 36, 1, 1, BAD, 0},
+    {"Q2", "stored chunk", CROSS, RECORD, 2, 24, 4, 0, BAD, 0},
+    {"Q3", "step infinite", CROSS, PART, 0, 0, 4, 0x7f800000, BAD, 0},
+    {"Q4", "table", CROSS, PART, 0, 8 + 2 * M - 1, 1, 241, BAD, 0},
+    {"Q5", "no dictionary.id", CROSS, ID, 0, 12, 1, 'e', BAD, 0},
+    {"E1", "table of a component", CROSS_BASIS, LAST_PART, 0, CROSS_TABLES, 1, 241, BAD, 0},
+    {"E2", "state below 2^16", CROSS, PART, 2, 0, 4, 1, BAD, 0},
+    {"E2", "state below 2^16", CROSS_BASIS, LAST_PART, 1, 0, 4, 0, BAD, 0},
+    {"E3", "state that does not end at 2^16", CROSS, PART, 3, 1, 1, 1, BAD, 1},
+    {"R2", "reason of a cross stage", CROSS, GROUP, 0, 4, 4, 1, BAD, 0},
+    {"R3", "cross stage with planes", CROSS, GROUP, 0, 8, 4, 1, BAD, 0},
+    {"R3", "dict group that says it is a cross stage", CROSS, LAST_GROUP, 0, 0, 4, XKV_GROUP_CROSS, BAD, 0},
+    {"R4", "rank 0", CROSS, GROUP, 0, 12, 4, 0, BAD, 0},
+    {"R4", "rank beyond all widths", CROSS_BASIS, LAST_GROUP, 0, 12, 4, 262145, BAD, 0},
+    {"R6", "energy of a cross stage", CROSS, GROUP, 0, 24, 8, 0x3ff0000000000000, BAD, 0},
+    {"Y2", "sigma NaN", CROSS_BASIS, LAST_PART, 0, CROSS_SIGMA, 4, F32_NAN, BAD, 0},
+    {"Y2", "d negative", CROSS_BASIS, LAST_PART, 0, CROSS_D, 4, F32_MINUS_1, BAD, 0},
+    {"Y2", "d so large that components overflow", CROSS_BASIS, LAST_PART, 0, CROSS_D, 4, 0x7f7fffff, BAD, 0},
+    {"Y4", "more coefficients than the group has", CROSS_BASIS, LAST_PART, 0, 0, 4, 5, BAD, 0},
+    {"Y4", "so many that the sum overflows", CROSS_BASIS, LAST_PART, 0, 4, 4, 0xffffffff, BAD, 0},
+    {"Y4", "fewer coefficients than components", CROSS_BASIS, LAST_PART, 0, 4, 4, 2, BAD, 0},
     {"R2", "codec 4, which is not known yet", DICT, GROUP, 0, 0, 4, 4, XKV_ERROR_FEATURE, 0},
     {"F7", "hash of the engine's file", LOSSLESS, FRAM, 0, 16, 1, 1, XKV_ERROR_CHECKSUM, 1},
 };
@@ -305,7 +363,9 @@ static xkv_status check_entry(const memory *m, const xkv_dict *dict)
 
 static xkv_status check(const memory *m, base kind)
 {
-    return kind == BASIS ? check_dict(m) : check_entry(m, kind == DICT ? dictionary : NULL);
+    if (kind == BASIS || kind == CROSS_BASIS)
+        return check_dict(m);
+    return check_entry(m, kind == DICT ? dictionary : kind == CROSS ? crossed : NULL);
 }
 
 /* --- Tests -------------------------------------------------------------------------------------------------------- */
@@ -338,19 +398,40 @@ static void each_bad_file_is_refused(void **state)
     assert_int_equal(failures, 0);
 }
 
-/* The entry names a dictionary that has its planes in another width. */
-static void planes_that_the_dictionary_lacks(void **state)
+/* The entry `of` names `dict`, which does not fit it. */
+static void assert_does_not_fit(base of, const xkv_dict *dict)
 {
     xkv_dict_info info;
-    memory m = {.data = malloc(good[DICT].size), .size = good[DICT].size};
+    memory m = {.data = malloc(good[of].size), .size = good[of].size};
 
-    (void)state;
-    xkv_dict_get_info(narrow, &info);
-    memcpy(m.data, good[DICT].data, m.size);
+    xkv_dict_get_info(dict, &info);
+    memcpy(m.data, good[of].data, m.size);
     memcpy(m.data + locate(&m, ID, 0) + strlen("dictionary.id"), info.id, 16);
     seal((span){m.data, m.size});
-    assert_int_equal(check_entry(&m, narrow), XKV_ERROR_CORRUPT);
+    assert_int_equal(check_entry(&m, dict), XKV_ERROR_CORRUPT);
     assert_non_null(strstr(xkv_ctx_error(ctx), "[Q6]"));
+    memory_free(&m);
+}
+
+/* Its planes are of another width; it has no cross stage. */
+static void dictionaries_that_do_not_fit(void **state)
+{
+    (void)state;
+    assert_does_not_fit(DICT, narrow);
+    assert_does_not_fit(CROSS, uncrossed);
+}
+
+/* The group behind the cross stage is one, too. */
+static void a_cross_stage_that_is_not_first(void **state)
+{
+    memory m = {.data = malloc(good[CROSS].size), .size = good[CROSS].size};
+
+    (void)state;
+    memcpy(m.data, good[CROSS].data, m.size);
+    memcpy(m.data + group_record(&m, 1), m.data + group_record(&m, 0), 48);
+    seal((span){m.data, m.size});
+    assert_int_equal(check_entry(&m, crossed), XKV_ERROR_CORRUPT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "is group 1, expected 0 [R3]"));
     memory_free(&m);
 }
 
@@ -425,7 +506,8 @@ static void each_rule_of_the_specifications_has_a_bad_file(void **state)
 
 static int save_all(const char *folder)
 {
-    static const char *const names[BASES] = {"dict.xkv", "scalar.xkv", "svd.xkv", "lossless.xkv", "joint.xkvd"};
+    static const char *const names[BASES] = {"dict.xkv",   "scalar.xkv", "svd.xkv",   "lossless.xkv",
+                                             "joint.xkvd", "cross.xkv",  "cross.xkvd"};
 
     (void)make_good(NULL);
     for (int i = 0; i < BASES; i++) {
@@ -445,7 +527,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(good_files_are_accepted),
         cmocka_unit_test(each_bad_file_is_refused),
-        cmocka_unit_test(planes_that_the_dictionary_lacks),
+        cmocka_unit_test(dictionaries_that_do_not_fit),
+        cmocka_unit_test(a_cross_stage_that_is_not_first),
         cmocka_unit_test(without_its_dictionary),
         cmocka_unit_test(chunks_that_disagree_with_the_tables),
         cmocka_unit_test(each_rule_of_the_specifications_has_a_bad_file),

@@ -29,9 +29,13 @@ pays for itself from N stored tokens on"
 run 0 xkv-train -f -v --validate c4 --group 2 --apart --max-quality 60 "$model" -T1 -o d2.xkvd c1 c2 c3
 out_has 'error [0-9.]+ on c4 \(200 tokens, not trained on\)$'
 out_has '^ +3 +64 +[0-9.e+-]+ +[0-9]+ +[0-9]+ +[0-9]+ +[0-9]+$'
+out_has '^ +4 +256 +[0-9.e+-]+ ' # the cross stage
 is 'qualities' "$(awk '$3 ~ "/256" || $3 ~ "/64" {print $1}' <<<"$out" | tr '\n' ' ')" '30 40 50 60 '
+run 0 xkv-train -q -f --json --group 2 --cross 8 -o d2.xkvd "$model" c1 c2 c3
+out_has '"groups":2,"cross_components":16,"components":256,"width":128,'
+run 2 xkv-train -q -f --cross -1 -o d2.xkvd c1
 run 0 xkv-train -q --json -f -o d2.xkvd "$model" c1 c2 c3
-out_has '^\{"file":"d2\.xkvd","ok":true,"id":"[0-9a-f]{32}","caches":3,"tokens":588,"groups":1,"components":256,"width":256,'
+out_has '^\{"file":"d2\.xkvd","ok":true,"id":"[0-9a-f]{32}","caches":3,"tokens":588,"groups":1,"cross_components":0,"components":256,"width":256,'
 out_has '"validation":\{"file":"c3","trained_on":true,"quality":50,"tokens":200,'
 out_has '"qualities":\[\{"quality":30\.0,"step":'
 err_is ''
@@ -82,6 +86,7 @@ out_figures "d2.xkvd: dictionary, OK
   model.fingerprint        ID
   layers                   4
   groups                   1
+  cross components         0
   components               256
   training tokens          588
   unit                     F
@@ -194,7 +199,7 @@ files_are c1 c2 c3 c4 d.xkvd d2.xkvd dicts dicts/b.xkvd dicts/d2.xkvd e.xkv othe
 # A genuine cache, by its model: 156 rows for bases of 1536 elements.
 sample=$data/smollm2-135m-jargon.ggsq gguf=$data/smollm2-135m.gguf
 run 0 xkv-train --model "$gguf" -o dicts/genuine.xkvd "$sample"
-err_is "xkv-train: dicts/genuine.xkvd: 156 tokens of 1 cache, 8 groups -> SIZE, T s
+err_is "xkv-train: dicts/genuine.xkvd: 156 tokens of 1 cache, 8 groups, cross stage of 2048 components -> SIZE, T s
 xkv-train: warning: 156 training tokens are few for bases 1536 wide; from 3072 on the figures below hold for other texts"
 run 0 xkv-pack -D dicts --model "$gguf" --ratio 16 -o g.xkv "$sample"
 err_has ', step [0-9.]+, metric error 0\.[0-9]+, [0-9]+ of 11520 components, dictionary [0-9a-f]{8}, error K 0\.[0-9]+ V '

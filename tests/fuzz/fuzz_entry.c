@@ -1,10 +1,9 @@
-/* fuzz_entry.c - any bytes as an entry: opened, verified, restored whole and in part, with the dictionary of the seeds.
- * Each input runs twice, as it is and with all checksums made right, because a changed byte is otherwise refused before
- * any table is looked at. */
+/* fuzz_entry.c - any bytes as an entry: opened, verified, restored whole and in part, with the dictionaries of the
+ * seeds. Each input runs twice, as it is and with all checksums made right, because a changed byte is otherwise refused
+ * before any table is looked at. */
 #include "seal.h"
 #include "xkv/codec.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -46,35 +45,30 @@ static xkv_status restore(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens)
     return status;
 }
 
-/* The dictionary that the seeds with dict groups need, as bytes, read once. */
-static span dictionary(void)
+/* A dictionary that the seeds with dict groups need. */
+static xkv_dict *open_dict(xkv_ctx *ctx, const char *path)
 {
-    static uint8_t bytes[8192];
-    static span file;
-    if (file.data == NULL) {
-        FILE *f = fopen(XKV_FUZZ_DICT, "rb");
-        if (f == NULL)
-            abort();
-        file = (span){bytes, fread(bytes, 1, sizeof bytes, f)};
-        fclose(f);
-    }
-    return file;
+    xkv_input input;
+    xkv_dict *dict;
+    if (xkv_input_open(ctx, path, &input) != XKV_OK || xkv_dict_open(ctx, &input, 0, &dict) != XKV_OK)
+        abort();
+    xkv_input_close(ctx, &input);
+    return dict;
 }
 
-/* The dictionary, attached when the entry names it. */
+/* The dictionary that the entry names, attached. */
 static xkv_dict *attach(xkv_ctx *ctx, xkv_entry *entry)
 {
+    static const char *const paths[] = {XKV_FUZZ_DICTS "/joint.xkvd", XKV_FUZZ_DICTS "/cross.xkvd"};
     xkv_entry_info info;
-    xkv_dict *dict = NULL;
     xkv_entry_get_info(entry, &info);
-    if (!info.needs_dict)
-        return NULL;
-    span file = dictionary();
-    xkv_input input = xkv_input_from_memory(file.data, file.size);
-    if (xkv_dict_open(ctx, &input, 0, &dict) != XKV_OK)
-        abort();
-    (void)!xkv_entry_attach(ctx, entry, dict);
-    return dict;
+    for (int i = 0; info.needs_dict && i < 2; i++) {
+        xkv_dict *dict = open_dict(ctx, paths[i]);
+        if (xkv_entry_attach(ctx, entry, dict) == XKV_OK)
+            return dict;
+        xkv_dict_close(ctx, dict);
+    }
+    return NULL;
 }
 
 static void run(const uint8_t *data, size_t size)

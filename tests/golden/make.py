@@ -184,11 +184,15 @@ class Maker:
         caches = [self.sequence(f"train{i}", 600, seed=10 + i) for i in range(3)]
         metric = self.scratch / "metric.safetensors"
         write_metric(metric)
-        how = ("--model", self.models["llama"], "--metric", metric, "--group", 2)
+        how = ("--model", self.models["llama"], "--metric", metric, "--group", 2, "--cross", 0)
         self.run("xkv-train", "-o", dictionary, *how, *caches)
         self.pack(self.sequence("dict-fine", 260, seed=5), "--quality", 70, dictionary=dictionary)
         self.pack(self.sequence("dict-window", 70, seed=6, first=300, cells=np.arange(70)[::-1]), "--quality", 40,
                   "--sinks", 3, "--window", 9, dictionary=dictionary)
+        crossed = self.folder / "dictionary-cross.xkvd"
+        apart = ("--model", self.models["llama"], "--group", 1, "--apart", "--cross", 12)
+        self.run("xkv-train", "-o", crossed, *apart, *caches)
+        self.pack(self.sequence("dict-cross", 260, seed=7), "--quality", 60, dictionary=crossed)
         scalar = ("--profile", "scalar", "--group", 2, "--error")
         self.pack(self.sequence("scalar", 100, "qwen2", gap=9), *scalar, 0.02, style="qwen2")
         self.pack(self.sequence("scalar-coarse", 40, dtype="f32"), *scalar, 0.3, "--sinks", 0)

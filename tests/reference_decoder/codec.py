@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from container import (
+    CROSS,
+    CROSS_BASIS,
     DICT,
     KIND_DICTIONARY,
     LOSSLESS,
@@ -160,6 +162,17 @@ class Basis:
     synthesis: np.ndarray  # b: [R, N]
 
 
+@dataclass
+class CrossBasis:
+    counts: list  # leading coefficients of each group that take part
+    components: np.ndarray  # p: [R, W]
+
+    def part(self, group):
+        """The components' elements that are the group's: [R, M_g]."""
+        first = sum(self.counts[:group])
+        return self.components[:, first : first + self.counts[group]]
+
+
 class Dictionary:
     def __init__(self, data):
         self.box = read_container(data, KIND_DICTIONARY)
@@ -167,13 +180,15 @@ class Dictionary:
         require(len(self.box.token_ids) == 0, "Y1", "a dictionary has no token ids")
         unit = self.box.metadata.get("dict.unit")
         require(isinstance(unit, float) and np.isfinite(unit) and unit > 0, "Y3", f"dict.unit {unit}")
-        self.bases = [read_basis(self.box, group) for group in self.box.groups]
+        self.bases = [read_basis(self.box, group) for group in self.box.groups if group.planes]
+        stages = [group for group in self.box.groups if group.codec == CROSS_BASIS]
+        self.cross = read_cross_basis(self.box, stages[0], self.bases) if stages else None
 
-    def basis_of(self, planes):
-        """The basis of the dictionary's group that holds just these planes [Q6]."""
+    def group_of(self, planes):
+        """Index of the dictionary's group that holds just these planes [Q6]."""
         def shape(of):
             return [(plane.layer, plane.kind, plane.heads, plane.head_dim) for plane in of]
-        found = [basis for basis in self.bases if shape(basis.planes) == shape(planes)]
+        found = [i for i, basis in enumerate(self.bases) if shape(basis.planes) == shape(planes)]
         require(found, "Q6", "the dictionary has no group of these planes")
         return found[0]
 
@@ -184,15 +199,37 @@ def read_basis(box, group):
     heads = [plane.head_dim for plane in planes for _ in range(plane.heads)]
     size = 4 * width + 9 * rank + sum(4 + 2 * dim * dim for dim in heads)
     cursor = Cursor(part_matrix(box, group.parts[0], 1, size, 1), "Y2")
-    mu, sigma, d = (cursor.array("<f4", count).astype(np.float64) for count in (width, rank, rank))
-    require(np.all(np.isfinite(mu)) and np.all(np.isfinite(sigma)) and np.all(np.isfinite(d)), "Y2", "finite figures")
+    mu = cursor.array("<f4", width).astype(np.float64)
+    require(np.all(np.isfinite(mu)), "Y2", "mu is not finite")
+    d, indices = read_component_header(cursor, rank)
+    inverses = [np.linalg.inv(read_metric(cursor, dim)) for dim in heads]
+    u = read_components(box, group, d, indices, width)
+    return Basis(planes, times_blocks(mu[None, :], inverses)[0], times_blocks(u, inverses))
+
+
+def read_component_header(cursor, rank):
+    """d and table indices of a basis; its sigmas are for encoders."""
+    sigma, d = (cursor.array("<f4", rank).astype(np.float64) for _ in range(2))
+    require(np.all(np.isfinite(sigma)) and np.all(np.isfinite(d)), "Y2", "finite figures")
     require(np.all(sigma >= 0) and np.all(d > 0), "Y2", "signs of sigma and d")
     indices = cursor.array("u1", rank).tolist()
     check_tables(indices)
-    inverses = [np.linalg.inv(read_metric(cursor, dim)) for dim in heads]
+    return d, indices
+
+
+def read_components(box, group, d, indices, width):
     require(group.parts[1].method == 2, "P2", "method of components")
-    u = rans_decode(box.part_bytes(group.parts[1]), indices, width) * d[:, None]
-    return Basis(planes, times_blocks(mu[None, :], inverses)[0], times_blocks(u, inverses))
+    return rans_decode(box.part_bytes(group.parts[1]), indices, width) * d[:, None]
+
+
+def read_cross_basis(box, group, bases):
+    """Section 4: the cross basis at the end of a dictionary."""
+    cursor = Cursor(part_matrix(box, group.parts[0], 1, 4 * len(bases) + 9 * group.rank, 1), "Y2")
+    counts = cursor.array("<u4", len(bases)).tolist()
+    require(all(count <= len(basis.synthesis) for count, basis in zip(counts, bases)), "Y4", "coefficients of a group")
+    require(group.rank <= sum(counts) <= 262144, "Y4", "width of the cross stage")
+    d, indices = read_component_header(cursor, group.rank)
+    return CrossBasis(counts, read_components(box, group, d, indices, sum(counts)))
 
 
 def read_metric(cursor, dim):
@@ -272,17 +309,41 @@ def side_header(cursor):
     return step
 
 
-def dict_codec(box, group, planes, dictionary):
+def check_dictionary(box, dictionary):
     named = box.metadata.get("dictionary.id")
     require(isinstance(named, bytes) and len(named) == 16, "Q5", "dictionary.id")
     found = dictionary.id if dictionary else b""
     require(found == named, "Q5", f"needs dictionary {named.hex()}, given {found.hex() or 'none'}")
-    basis = dictionary.basis_of(planes)
-    require(group.rank <= len(basis.synthesis), "Q1", f"rank {group.rank} above the dictionary's")
+
+
+def with_dictionary(box, group):
+    """Coefficients of a dict group, its own, or of the cross stage."""
     cursor = Cursor(part_matrix(box, group.parts[0], 1, 8 + group.rank, 1), "Q4")
     step = side_header(cursor)
-    indices = cursor.array("u1", group.rank).tolist()
-    return coded_coefficients(box, group, step, indices), basis.synthesis[: group.rank], basis.mean
+    return coded_coefficients(box, group, step, cursor.array("u1", group.rank).tolist())
+
+
+def cross_coefficients(box, dictionary):
+    """c: [tokens, R] of the entry's cross stage, None without one."""
+    stage = box.groups[0]
+    if stage.codec != CROSS:
+        return None
+    require(dictionary.cross and stage.rank <= len(dictionary.cross.components), "Q6", "the dictionary's cross stage")
+    return with_dictionary(box, stage)
+
+
+def dict_codec(box, group, planes, dictionary):
+    check_dictionary(box, dictionary)
+    index = dictionary.group_of(planes)
+    basis = dictionary.bases[index]
+    require(group.rank <= len(basis.synthesis), "Q1", f"rank {group.rank} above the dictionary's")
+    coefficients = np.zeros((box.token_count - box.sinks - box.window, len(basis.synthesis)))
+    coefficients[:, : group.rank] = with_dictionary(box, group)
+    cross = cross_coefficients(box, dictionary)
+    if cross is not None:
+        share = cross @ dictionary.cross.part(index)[: cross.shape[1]]
+        coefficients[:, : share.shape[1]] += share
+    return coefficients, basis.synthesis, basis.mean
 
 
 def scalar(box, group, planes, _dictionary):

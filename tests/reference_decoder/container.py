@@ -11,7 +11,7 @@ import xxhash
 import zstandard
 
 KIND_ENTRY, KIND_DICTIONARY = 1, 2
-LOSSLESS, SVD, DICT, SCALAR, SVDQ, BASIS = range(6)
+LOSSLESS, SVD, DICT, SCALAR, SVDQ, BASIS, CROSS, CROSS_BASIS = range(8)
 K, V, LATENT, K_ROPE = range(4)
 ELEMENT_SIZE = {0: 4, 1: 2, 2: 2}  # of f32, f16, bf16
 NO_ROPE = 2**32 - 1
@@ -355,10 +355,14 @@ def metadata_value(kind, value):
 
 def read_groups(box, cursor, kind):
     count, reserved = cursor.fields("II")
-    require(count <= len(box.planes) and reserved == 0, "R1", f"{count} groups")
+    require(reserved == 0, "R1", "reserved field")
     box.groups = [read_group(box, cursor, kind) for _ in range(count)]
     cursor.finish()
-    first = [group.planes[0] for group in box.groups]
+    stages = [i for i, group in enumerate(box.groups) if not group.planes]
+    require(count <= len(box.planes) + len(stages), "R1", f"{count} groups")
+    place = count - 1 if kind == KIND_DICTIONARY else 0
+    require(stages in ([], [place]), "R3", "place of a cross stage")
+    first = [group.planes[0] for group in box.groups if group.planes]
     require(first == sorted(first), "R3", "order of the groups")
     used = sorted(plane for group in box.groups for plane in group.planes)
     require(used == list(range(len(box.planes))), "R3", "planes of the groups")
@@ -366,10 +370,11 @@ def read_groups(box, cursor, kind):
 
 def read_group(box, cursor, kind):
     codec, reason, planes, rank, parts, reserved, energy, error, reserved_2 = cursor.fields("IIIIIIddQ")
-    known = codec == BASIS if kind == KIND_DICTIONARY else codec < BASIS
+    stage = codec in (CROSS, CROSS_BASIS)
+    known = codec in (BASIS, CROSS_BASIS) if kind == KIND_DICTIONARY else codec < BASIS or codec == CROSS
     require(known, "R2", f"codec {codec} in a file of kind {kind}")
     require(reason <= 5 if codec == LOSSLESS else reason == 0, "R2", f"reason {reason}")
-    require(1 <= planes <= len(box.planes), "R3", f"{planes} planes in a group")
+    require(planes == 0 if stage else 1 <= planes <= len(box.planes), "R3", f"{planes} planes in a group")
     require(parts == box.chunk_count + 2, "R5", f"{parts} parts")
     require(reserved == 0 and reserved_2 == 0, "R1", "reserved field of a group")
     figures, indices = [energy, error], []
@@ -381,13 +386,13 @@ def read_group(box, cursor, kind):
         figures.append(plane_error)
     require(all(a < b for a, b in zip(indices, indices[1:])), "R3", "order of the planes in a group")
     require(all(np.isfinite(x) and x >= 0 for x in figures), "R6", "energy and errors")
-    require(codec not in (LOSSLESS, BASIS) or not any(figures), "R6", "energy and errors of an exact group")
-    width = sum(box.planes[index].width for index in indices)
+    require(codec in (SVD, DICT, SCALAR, SVDQ) or not any(figures), "R6", "energy and errors of an exact group")
+    width = 262144 if stage else sum(box.planes[index].width for index in indices)
     require(rank == 0 if codec == LOSSLESS else 1 <= rank <= width <= 262144, "R4", f"rank {rank}")
     require(codec != SCALAR or rank == width, "Q1", f"rank {rank} of {width} elements")
     kinds = {box.planes[index].kind for index in indices}
     require(codec == LOSSLESS or K_ROPE not in kinds, "D1", "K-rope in a group that is not lossless")
-    require(len({box.planes[index].dtype for index in indices}) == 1, "D1", "dtypes in a group")
+    require(len({box.planes[index].dtype for index in indices}) <= 1, "D1", "dtypes in a group")
     return Group(codec, rank, indices, [read_part(cursor) for _ in range(parts)])
 
 

@@ -20,7 +20,7 @@ KIND_NAMES = ("K", "V", "latent", "K-rope")
 def decode_planes(box, dictionary):
     """The rows of every plane in order of position: [token_count, width]."""
     planes = [None] * len(box.planes)
-    for group in box.groups:
+    for group in (group for group in box.groups if group.planes):
         rows, first = decode_group(box, group, dictionary), 0
         for index in group.planes:
             planes[index] = rows[:, first : first + box.planes[index].width]

@@ -29,7 +29,7 @@ check() {
 check_all() {
     local model=$1 cache=$2
     echo "$cache"
-    "$XKV_BIN/xkv-train" -q -f --model "$model" "$cache" -o "$work/trained.xkvd"
+    "$XKV_BIN/xkv-train" -q -f --model "$model" --cross 64 "$cache" -o "$work/trained.xkvd"
     check lossless "$model" "$cache" "" --lossless
     check svd "$model" "$cache" "" --profile svd --error 0.1
     check svd-zstd "$model" "$cache" "" --profile svd --error 0.3 --zstd-factors --sinks 0 --window 3

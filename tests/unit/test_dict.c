@@ -79,6 +79,21 @@ static void free_metric(metric *m)
     free(m->v);
 }
 
+/* Every test runs without and with a cross stage: set_up() says how many coefficients of each group it takes. */
+static uint32_t leading;
+
+static int set_up(void **state)
+{
+    leading = *(const uint32_t *)*state;
+    return 0;
+}
+
+/* Where the groups that have planes start. */
+static uint32_t first_group(const xkv_container *c)
+{
+    return c->groups[0].codec == XKV_GROUP_CROSS;
+}
+
 typedef struct trained {
     memory m;
     xkv_dict *dict;
@@ -93,6 +108,7 @@ static trained train(xkv_ctx *ctx, const synthetic *s, const xkv_train_options *
 
     if (!given)
         o.group_layers = 2;
+    o.cross = leading;
     assert_ok(ctx, train_on(ctx, &s, 1, &o, m));
     t.m = *m;
     free(m);
@@ -202,6 +218,26 @@ static void read_blocks(const xkv_container *c, const xkv_group *g, const uint8_
     }
 }
 
+/* Components [r][n] of a dictionary's group, whose header has their d at `d` and their tables at `tables`. */
+static double *read_components(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c, const xkv_group *g,
+                               uint32_t n, const uint8_t *d, const uint8_t *tables)
+{
+    uint32_t r = g->rank;
+    uint8_t *stream = malloc(g->parts[1].size + 1);
+    int16_t *q = calloc((size_t)r * n, sizeof *q);
+    double *u = malloc((size_t)r * n * sizeof *u);
+    xkv_rans_shape shape = {n, r, n, tables};
+
+    assert_ok(ctx, xkv_container_read_part(ctx, input, c, &g->parts[1], stream));
+    assert_ok(ctx, xkv_rans_decode(ctx, xkv_coder_cpu_generic(), &shape, stream, g->parts[1].size, "stream", q));
+    for (uint32_t j = 0; j < r; j++)
+        for (uint32_t i = 0; i < n; i++)
+            u[j * n + i] = q[j * n + i] * (double)xkv_loadf32(d + 4 * j);
+    free(stream);
+    free(q);
+    return u;
+}
+
 static oracle read_basis(xkv_ctx *ctx, const memory *m, uint32_t group)
 {
     xkv_input input = xkv_input_from_memory(m->data, m->size);
@@ -212,24 +248,15 @@ static oracle read_basis(xkv_ctx *ctx, const memory *m, uint32_t group)
     assert_ok(ctx, xkv_container_read(ctx, &input, XKV_KIND_DICTIONARY, &c));
     const xkv_group *g = &c.groups[group];
     uint32_t n = o.width = g->width, r = o.rank = g->rank;
-    uint8_t *stream = malloc(g->parts[1].size + 1);
-    int16_t *q = calloc((size_t)r * n, sizeof *q);
     assert_ok(ctx, xkv_read_matrix(ctx, &input, &c, g, 0, "header", &header));
-    assert_ok(ctx, xkv_container_read_part(ctx, &input, &c, &g->parts[1], stream));
-    xkv_rans_shape shape = {n, r, n, header + 4 * n + 8 * r};
-    assert_ok(ctx, xkv_rans_decode(ctx, xkv_coder_cpu_generic(), &shape, stream, g->parts[1].size, "stream", q));
-
     o.mu = malloc(n * sizeof *o.mu);
     o.mean = malloc(n * sizeof *o.mean);
-    o.u = malloc((size_t)r * n * sizeof *o.u);
     o.basis = malloc((size_t)r * n * sizeof *o.basis);
     o.w = calloc((size_t)n * n, sizeof *o.w);
     o.inverse = malloc((size_t)n * n * sizeof *o.inverse);
     for (uint32_t i = 0; i < n; i++)
         o.mu[i] = (double)xkv_loadf32(header + 4 * i);
-    for (uint32_t j = 0; j < r; j++)
-        for (uint32_t i = 0; i < n; i++)
-            o.u[j * n + i] = q[j * n + i] * (double)xkv_loadf32(header + 4 * n + 4 * r + 4 * j);
+    o.u = read_components(ctx, &input, &c, g, n, header + 4 * n + 4 * r, header + 4 * n + 8 * r);
     read_blocks(&c, g, header + 4 * n + 9 * r, o.w);
     invert(o.w, n, o.inverse);
     times(o.mu, o.inverse, n, o.mean);
@@ -237,8 +264,35 @@ static oracle read_basis(xkv_ctx *ctx, const memory *m, uint32_t group)
         times(o.u + j * n, o.inverse, n, o.basis + j * n);
     xkv_release(ctx, header);
     xkv_container_free(ctx, &c);
-    free(stream);
-    free(q);
+    return o;
+}
+
+/* The cross basis as stored. */
+typedef struct cross_oracle {
+    uint32_t width, rank, counts[4], place[4]; /* of the groups */
+    double *p;                                 /* [rank][width] */
+} cross_oracle;
+
+static cross_oracle read_cross(xkv_ctx *ctx, const memory *m)
+{
+    xkv_input input = xkv_input_from_memory(m->data, m->size);
+    xkv_container c;
+    cross_oracle o = {0};
+    uint8_t *header = NULL;
+
+    assert_ok(ctx, xkv_container_read(ctx, &input, XKV_KIND_DICTIONARY, &c));
+    const xkv_group *g = &c.groups[c.group_count - 1];
+    uint32_t r = o.rank = g->rank, n = c.group_count - 1;
+    assert_true(g->codec == XKV_GROUP_CROSS_BASIS && n <= 4);
+    assert_ok(ctx, xkv_read_matrix(ctx, &input, &c, g, 0, "header", &header));
+    for (uint32_t i = 0; i < n; i++) {
+        o.counts[i] = xkv_load32(header + 4 * i);
+        o.place[i] = o.width;
+        o.width += o.counts[i];
+    }
+    o.p = read_components(ctx, &input, &c, g, o.width, header + 4 * n + 4 * r, header + 4 * n + 8 * r);
+    xkv_release(ctx, header);
+    xkv_container_free(ctx, &c);
     return o;
 }
 
@@ -296,7 +350,7 @@ static int16_t *read_integers(xkv_ctx *ctx, const packed *p, uint32_t group, dou
         t0 = t0 < c->sinks ? c->sinks : t0;
         t1 = t1 > end ? end : t1;
         if (t0 < t1) {
-            const uint8_t *tables = side + (g->codec == XKV_GROUP_DICT ? 8 : 8 + 4 * g->plane_count + 2 * g->width);
+            const uint8_t *tables = side + (g->codec == XKV_GROUP_SCALAR ? 8 + 4 * g->plane_count + 2 * g->width : 8);
             xkv_rans_shape shape = {t1 - t0, g->rank, tokens, tables};
             assert_ok(ctx, xkv_container_read_part(ctx, &p->input, c, part, stream));
             assert_ok(ctx, xkv_rans_decode(ctx, xkv_coder_cpu_generic(), &shape, stream, part->size, "chunk", q + t0));
@@ -309,16 +363,44 @@ static int16_t *read_integers(xkv_ctx *ctx, const packed *p, uint32_t group, dou
 
 /* --- Reconstruction ----------------------------------------------------------------------------------------------- */
 
-/* Largest difference between the restored rows of a group and mean + sum q step b, over the rms of the rows. */
+/* Coefficients [rank][tokens] of the group-th group with planes: its own, and the share of the cross stage. */
+static double *read_coefficients(xkv_ctx *ctx, const trained *t, const packed *p, uint32_t group)
+{
+    const xkv_container *c = &p->entry->c;
+    uint32_t tokens = c->geometry.token_count, first = first_group(c), rank = c->groups[first + group].rank;
+    double step, cross_step;
+    int16_t *q = read_integers(ctx, p, first + group, &step);
+    double *a = malloc((size_t)rank * tokens * sizeof *a);
+
+    for (size_t i = 0; i < (size_t)rank * tokens; i++)
+        a[i] = q[i] * step;
+    free(q);
+    if (first == 0)
+        return a;
+    cross_oracle o = read_cross(ctx, &t->m);
+    q = read_integers(ctx, p, 0, &cross_step);
+    assert_true(o.rank == c->groups[0].rank && o.counts[group] == leading);
+    for (uint32_t j = 0; j < o.counts[group]; j++)
+        for (uint32_t i = 0; i < tokens; i++) {
+            assert_true(a[j * tokens + i] == 0); /* an encoder codes no such component itself */
+            for (uint32_t k = 0; k < o.rank; k++)
+                a[j * tokens + i] += q[k * tokens + i] * cross_step * o.p[k * o.width + o.place[group] + j];
+        }
+    free(o.p);
+    free(q);
+    return a;
+}
+
+/* Largest difference between the restored rows of a group and mean + sum a b, over the rms of the rows. */
 static double reconstruction_error(xkv_ctx *ctx, const synthetic *s, const trained *t, const packed *p, uint32_t group,
                                    const uint8_t *data)
 {
     const xkv_container *c = &p->entry->c;
-    const xkv_group *g = &c->groups[group];
+    const xkv_group *g = &c->groups[first_group(c) + group];
     uint32_t n = g->width, tokens = c->geometry.token_count;
-    double step, worst = 0, energy = 0, row[64], want[64];
+    double worst = 0, energy = 0, row[64], want[64];
     oracle o = read_basis(ctx, &t->m, group);
-    int16_t *q = read_integers(ctx, p, group, &step);
+    double *a = read_coefficients(ctx, t, p, group);
 
     assert_true(n <= 64 && o.width == n && o.rank == g->rank);
     for (uint32_t i = c->sinks; i < tokens - c->window; i++) {
@@ -326,14 +408,14 @@ static double reconstruction_error(xkv_ctx *ctx, const synthetic *s, const train
         memcpy(want, o.mean, n * sizeof *want);
         for (uint32_t j = 0; j < g->rank; j++)
             for (uint32_t k = 0; k < n; k++)
-                want[k] += q[j * tokens + i] * step * o.basis[j * n + k];
+                want[k] += a[j * tokens + i] * o.basis[j * n + k];
         for (uint32_t k = 0; k < n; k++) {
             worst = fmax(worst, fabs(row[k] - want[k]));
             energy += want[k] * want[k];
         }
     }
     free_oracle(&o);
-    free(q);
+    free(a);
     return worst / sqrt(energy / n / (tokens - c->sinks - c->window));
 }
 
@@ -354,9 +436,10 @@ static void rows_are_mean_plus_coefficients(void **state)
         o.window = 3;
         packed p = pack_planes(ctx, &s, &o);
         uint8_t *data = restore(ctx, &s, p.entry);
-        assert_int_equal(p.report.group_count, to.apart ? 4 : 2);
+        uint32_t count = to.apart ? 4 : 2;
+        assert_int_equal(p.report.group_count, count + (leading > 0));
         assert_int_equal(p.report.lossless_groups, 0);
-        for (uint32_t g = 0; g < p.report.group_count; g++)
+        for (uint32_t g = 0; g < count; g++)
             assert_true(reconstruction_error(ctx, &s, &t, &p, g, data) < 2e-5);
         assert_ok(ctx, xkv_entry_verify(ctx, p.entry, NULL, NULL));
         free(data);
@@ -437,9 +520,9 @@ static double metric_error(xkv_ctx *ctx, const synthetic *s, const trained *t, c
     const xkv_container *c = &p->entry->c;
     double squares = 0, energy = 0, x[64], y[64], product[64];
 
-    for (uint32_t i = 0; i < c->group_count; i++) {
+    for (uint32_t i = first_group(c); i < c->group_count; i++) {
         const xkv_group *g = &c->groups[i];
-        oracle o = read_basis(ctx, &t->m, i);
+        oracle o = read_basis(ctx, &t->m, i - first_group(c));
         for (uint32_t token = c->sinks; token < c->geometry.token_count - c->window; token++) {
             group_row(s, s->data, g, token, x);
             group_row(s, data, g, token, y);
@@ -512,13 +595,15 @@ static void quality_is_a_step(void **state)
     for (uint32_t g = 0; g < info.group_count; g++) {
         uint32_t n;
         const float *sigma = xkv_dict_sigma(t.dict, g, &n);
-        for (uint32_t i = 0; i < n; i++)
+        assert_int_equal(xkv_dict_leading(t.dict, g), g < 2 ? leading : 0);
+        for (uint32_t i = xkv_dict_leading(t.dict, g); i < n; i++)
             sum += (double)sigma[i] * (double)sigma[i];
-        count += n;
+        count += n - xkv_dict_leading(t.dict, g);
     }
     assert_int_equal(info.tokens, 396);
-    assert_int_equal(info.group_count, 2);
+    assert_int_equal(info.group_count, leading > 0 ? 3 : 2);
     assert_int_equal(info.component_count, 96);
+    assert_true(count == 96);
     assert_int_equal(info.file_size, t.m.size);
     assert_true(fabs(info.unit - sqrt(sum / count)) < 1e-4 * info.unit);
     assert_true(fabs(xkv_dict_step(t.dict, 50) - info.unit * 2 / 3) < 1e-12);
@@ -655,9 +740,10 @@ static void outliers_make_a_group_lossless(void **state)
     packed p = pack_planes(ctx, &s, &o);
     uint8_t *data = restore(ctx, &s, p.entry);
     assert_int_equal(p.report.fallback_groups, 1);
-    assert_int_equal(p.entry->c.groups[0].codec, XKV_GROUP_DICT);
-    assert_int_equal(p.entry->c.groups[1].codec, XKV_GROUP_LOSSLESS);
-    assert_int_equal(p.entry->c.groups[1].reason, XKV_REASON_NO_GAIN);
+    const xkv_group *groups = p.entry->c.groups + first_group(&p.entry->c);
+    assert_int_equal(groups[0].codec, XKV_GROUP_DICT);
+    assert_int_equal(groups[1].codec, XKV_GROUP_LOSSLESS);
+    assert_int_equal(groups[1].reason, XKV_REASON_NO_GAIN);
     assert_memory_equal(data + s.size / 3 * 2, s.data + s.size / 3 * 2, s.size / 3);
     assert_string_equal(xkv_ctx_error(ctx), "");
     free(data);
@@ -668,8 +754,6 @@ static void outliers_make_a_group_lossless(void **state)
     xkv_ctx_free(ctx);
 }
 
-/* Coefficients that even f32 does not hold have no say in the step of the other groups, which here are all zeros, and
- * no step but a finite one is written [Q3]. */
 /* Huge values in one group cost bytes there and no quality elsewhere, whatever the target. */
 static void an_outlier_leaves_other_groups_alone(void **state)
 {
@@ -687,7 +771,7 @@ static void an_outlier_leaves_other_groups_alone(void **state)
         o.quality = 0;
         o.error = 0.1;
         packed p = pack_planes(ctx, &s, &o);
-        xkv_entry_get_group(p.entry, 0, &g);
+        xkv_entry_get_group(p.entry, first_group(&p.entry->c), &g);
         assert_int_equal(g.codec, XKV_CODEC_DICT);
         assert_true(g.error < 0.4);
         free_packed(ctx, &p);
@@ -698,6 +782,8 @@ static void an_outlier_leaves_other_groups_alone(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* Coefficients that even f32 does not hold have no say in the step of the other groups, which here are all zeros, and
+ * no step but a finite one is written [Q3]. */
 static void values_beyond_f32_leave_a_finite_step(void **state)
 {
     xkv_ctx *ctx = new_ctx(2);
@@ -768,7 +854,7 @@ static void nonfinite_groups_are_exact(void **state)
         assert_int_equal(p.report.nonfinite_planes, 1);
         assert_int_equal(p.report.lossless_groups, 1);
         assert_memory_equal(data + s.size / 6 * 4, s.data + s.size / 6 * 4, s.size / 6);
-        assert_int_equal(p.entry->c.groups[1].reason, XKV_REASON_NONFINITE);
+        assert_int_equal(p.entry->c.groups[first_group(&p.entry->c) + 1].reason, XKV_REASON_NONFINITE);
         free(data);
         free_packed(ctx, &p);
     }
@@ -1024,8 +1110,8 @@ static void other_dictionaries_are_refused(void **state)
     for (uint32_t i = 0; i < info.group_count; i++) {
         xkv_group_info g;
         xkv_entry_get_group(entry, i, &g);
-        assert_int_equal(g.codec, XKV_CODEC_DICT);
-        assert_int_equal(g.rank, g.width);
+        assert_int_equal(g.codec, leading > 0 && i == 0 ? XKV_CODEC_CROSS : XKV_CODEC_DICT);
+        assert_int_equal(g.rank, g.codec == XKV_CODEC_CROSS ? 2 * leading : g.width);
     }
     assert_int_equal(xkv_entry_read(ctx, entry, NULL, views), XKV_ERROR_MISMATCH);
     assert_non_null(strstr(xkv_ctx_error(ctx), hex[0]));
@@ -1106,7 +1192,7 @@ static void unknown_layers_are_exact(void **state)
         xkv_pack_options o = dict_options(t.dict);
         o.group_layers = 2;
         packed p = pack_planes(ctx, &s, &o);
-        for (uint32_t i = 0; i < p.report.group_count; i++) {
+        for (uint32_t i = first_group(&p.entry->c); i < p.report.group_count; i++) {
             bool known = s.planes[p.entry->c.groups[i].planes[0]].layer < 2;
             assert_int_equal(p.entry->c.groups[i].codec, known ? XKV_GROUP_DICT : XKV_GROUP_LOSSLESS);
             assert_int_equal(p.entry->c.groups[i].reason, known ? 0 : XKV_REASON_NOT_TRAINED);
@@ -1193,6 +1279,7 @@ static void every_damaged_byte_is_found(void **state)
 
     (void)state;
     to.group_layers = 1;
+    leading = leading > 0 ? 2 : 0; /* of 8 */
     trained t = train(ctx, &training, &to);
     damage(ctx, &t.m, open_dict, NULL);
     for (int k = 0; k < 2; k++) {
@@ -1209,31 +1296,38 @@ static void every_damaged_byte_is_found(void **state)
     xkv_ctx_free(ctx);
 }
 
+#define BOTH_WAYS(f)                                                                                                   \
+    {#f, f, set_up, NULL, &without},                                                                                   \
+    {                                                                                                                  \
+#f " with a cross stage", f, set_up, NULL, &with                                                               \
+    }
+
 int main(void)
 {
+    static uint32_t without = 0, with = 8;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(rows_are_mean_plus_coefficients),
+        BOTH_WAYS(rows_are_mean_plus_coefficients),
         cmocka_unit_test(scalar_rows_are_mean_plus_coefficients),
-        cmocka_unit_test(stored_errors_are_true),
-        cmocka_unit_test(quality_is_a_step),
-        cmocka_unit_test(error_is_kept),
-        cmocka_unit_test(ratio_is_met),
-        cmocka_unit_test(other_domains_keep_the_error),
-        cmocka_unit_test(outliers_make_a_group_lossless),
-        cmocka_unit_test(an_outlier_leaves_other_groups_alone),
+        BOTH_WAYS(stored_errors_are_true),
+        BOTH_WAYS(quality_is_a_step),
+        BOTH_WAYS(error_is_kept),
+        BOTH_WAYS(ratio_is_met),
+        BOTH_WAYS(other_domains_keep_the_error),
+        BOTH_WAYS(outliers_make_a_group_lossless),
+        BOTH_WAYS(an_outlier_leaves_other_groups_alone),
         cmocka_unit_test(values_beyond_f32_leave_a_finite_step),
-        cmocka_unit_test(infinite_steps_are_refused),
-        cmocka_unit_test(nonfinite_groups_are_exact),
-        cmocka_unit_test(mla_keeps_its_rotated_part),
-        cmocka_unit_test(few_training_tokens_still_work),
-        cmocka_unit_test(useless_caches_are_refused),
-        cmocka_unit_test(all_lengths_work),
-        cmocka_unit_test(every_range_is_a_slice),
-        cmocka_unit_test(threads_do_not_change_a_byte),
-        cmocka_unit_test(other_dictionaries_are_refused),
-        cmocka_unit_test(reading_needs_half),
-        cmocka_unit_test(unknown_layers_are_exact),
-        cmocka_unit_test(every_damaged_byte_is_found),
+        BOTH_WAYS(infinite_steps_are_refused),
+        BOTH_WAYS(nonfinite_groups_are_exact),
+        BOTH_WAYS(mla_keeps_its_rotated_part),
+        BOTH_WAYS(few_training_tokens_still_work),
+        BOTH_WAYS(useless_caches_are_refused),
+        BOTH_WAYS(all_lengths_work),
+        BOTH_WAYS(every_range_is_a_slice),
+        BOTH_WAYS(threads_do_not_change_a_byte),
+        BOTH_WAYS(other_dictionaries_are_refused),
+        BOTH_WAYS(reading_needs_half),
+        BOTH_WAYS(unknown_layers_are_exact),
+        BOTH_WAYS(every_damaged_byte_is_found),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

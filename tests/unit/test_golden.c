@@ -7,21 +7,27 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DICTIONARY XKV_GOLDEN_DIR "/dictionary.xkvd"
-
 typedef struct golden {
     const char *name, *suffix;
-    int lossless, needs_dict;
+    int lossless;
+    const char *dictionary; /* NULL: needs none */
 } golden;
 
 static const golden goldens[] = {
-    {"lossless-f16", "ggsq", 1, 0},    {"lossless-f32", "ggsq", 1, 0},
-    {"lossless-chunks", "ggsq", 1, 0}, {"lossless-heads", "safetensors", 1, 0},
-    {"opaque", "bin", 1, 0},           {"svd-stored", "ggsq", 0, 0},
-    {"svd-zstd", "ggsq", 0, 0},        {"svd-window", "ggsq", 0, 0},
-    {"svd-latent", "ggsq", 0, 0},      {"dict-fine", "ggsq", 0, 1},
-    {"dict-window", "ggsq", 0, 1},     {"scalar", "ggsq", 0, 0},
-    {"scalar-coarse", "ggsq", 0, 0},
+    {"lossless-f16", "ggsq", 1, NULL},
+    {"lossless-f32", "ggsq", 1, NULL},
+    {"lossless-chunks", "ggsq", 1, NULL},
+    {"lossless-heads", "safetensors", 1, NULL},
+    {"opaque", "bin", 1, NULL},
+    {"svd-stored", "ggsq", 0, NULL},
+    {"svd-zstd", "ggsq", 0, NULL},
+    {"svd-window", "ggsq", 0, NULL},
+    {"svd-latent", "ggsq", 0, NULL},
+    {"dict-fine", "ggsq", 0, "dictionary"},
+    {"dict-window", "ggsq", 0, "dictionary"},
+    {"scalar", "ggsq", 0, NULL},
+    {"dict-cross", "ggsq", 0, "dictionary-cross"},
+    {"scalar-coarse", "ggsq", 0, NULL},
 };
 
 /* --- Agreement of two decoders: spec/codec.md, section 3 --- */
@@ -127,12 +133,26 @@ static void check_restored(xkv_ctx *ctx, const golden *g, const xkv_entry *entry
     free(expected);
 }
 
-static void check_golden(const golden *g, const xkv_dict *dict)
+static xkv_dict *open_dictionary(xkv_ctx *ctx, const char *name)
+{
+    char path[512];
+    xkv_input input;
+    xkv_dict *dict;
+
+    (void)snprintf(path, sizeof path, "%s/%s.xkvd", XKV_GOLDEN_DIR, name);
+    assert_ok(ctx, xkv_input_open(ctx, path, &input));
+    assert_ok(ctx, xkv_dict_open(ctx, &input, 0, &dict));
+    xkv_input_close(ctx, &input);
+    return dict;
+}
+
+static void check_golden(const golden *g)
 {
     xkv_ctx *ctx = new_ctx(1);
     char path[512];
     xkv_input input;
     xkv_entry *entry;
+    xkv_dict *dict = g->dictionary ? open_dictionary(ctx, g->dictionary) : NULL;
     xkv_entry_info info;
 
     (void)snprintf(path, sizeof path, "%s/%s.xkv", XKV_GOLDEN_DIR, g->name);
@@ -140,29 +160,21 @@ static void check_golden(const golden *g, const xkv_dict *dict)
     assert_ok(ctx, xkv_entry_open(ctx, &input, &entry));
     xkv_entry_get_info(entry, &info);
     assert_int_equal(info.lossless != 0, g->lossless);
-    assert_int_equal(info.needs_dict != 0, g->needs_dict);
-    if (g->needs_dict)
+    assert_int_equal(info.needs_dict != 0, dict != NULL);
+    if (dict)
         assert_ok(ctx, xkv_entry_attach(ctx, entry, dict));
     check_restored(ctx, g, entry);
     xkv_entry_close(ctx, entry);
+    xkv_dict_close(ctx, dict);
     xkv_input_close(ctx, &input);
     xkv_ctx_free(ctx);
 }
 
 static void test_golden(void **state)
 {
-    xkv_ctx *ctx = new_ctx(1);
-    xkv_input input;
-    xkv_dict *dict;
-
     (void)state;
-    assert_ok(ctx, xkv_input_open(ctx, DICTIONARY, &input));
-    assert_ok(ctx, xkv_dict_open(ctx, &input, 0, &dict));
-    xkv_input_close(ctx, &input);
     for (size_t i = 0; i < sizeof goldens / sizeof *goldens; i++)
-        check_golden(&goldens[i], dict);
-    xkv_dict_close(ctx, dict);
-    xkv_ctx_free(ctx);
+        check_golden(&goldens[i]);
 }
 
 int main(void)
