@@ -39,7 +39,7 @@ static const char help[] = "Train a dictionary (.xkvd) on KV caches of one model
                            "      --cross N         leading coefficients of each group to code together in a stage\n"
                            "                        over all groups: better, but slower to restore; 0: none [256]\n"
                            "      --apart           K and V in groups of their own; worse at equal size\n"
-                           "      --max-quality Q   finest quality that the dictionary is stored for, 1 to 100 [75]\n"
+                           "      --max-quality Q   finest quality that the dictionary is stored for, 1 to 100 [85]\n"
                            "      --sinks N         tokens at the start of each cache to leave out [4]\n"
                            "      --validate FILE   cache that was not trained on, to try the dictionary with\n"
                            "  -f, --force           overwrite the output; write even to a terminal\n"

@@ -13,6 +13,10 @@
 #define SMALLEST_RATIO 0.5
 /* Of the eigenproblem of the cross stage, whose time grows with the cube. */
 enum { MAX_CROSS_WIDTH = 16384 };
+/* Taken off the covariances between planes, and between groups in the cross stage: what few rows do not span is then
+ * ordered by the planes' own covariances, which are 2 to 4 % less error from 400 rows on a width of 1024 to 1536. More
+ * of it costs: what planes have in common is real, and 10 % make the error 5 % larger. */
+#define PRIOR 0.005
 /* Added to the diagonal of a metric, in units of its mean: no direction is free. */
 #define RIDGE 0.02
 /* Without a metric: planes are divided by their deviation, and keys weigh more. */
@@ -179,15 +183,27 @@ static void finish(moments *m)
         m->shift[i] += (float)(m->sum[i] / n);
 }
 
+/* Columns [first, first + n) are a block: shrink its covariances with all others. */
+static void shrink_block(moments *m, size_t first, size_t n)
+{
+    for (size_t i = first; i < first + n; i++)
+        for (size_t k = 0; k < m->width; k++)
+            if (k < first || k >= first + n)
+                m->total[i * m->width + k] *= 1 - PRIOR;
+}
+
 static xkv_status measure_moments(trainer *t, const xkv_group *g, moments *m)
 {
     float *x = NULL;
+    size_t first = 0;
     xkv_status status = XKV_OK;
 
     XKV_TRY_GOTO(moments_init(t, g->width, m), out);
     XKV_TRY_GOTO(XKV_NEW(t->ctx, (size_t)XKV_TILE_ROWS * g->width, &x), out);
     XKV_TRY_GOTO(each_tile(t, g, x, add_tile, m), out);
     finish(m);
+    for (uint32_t i = 0; i < g->plane_count; first += xkv_plane_width(&t->c.geometry.planes[g->planes[i++]]))
+        shrink_block(m, first, xkv_plane_width(&t->c.geometry.planes[g->planes[i]]));
 out:
     xkv_release(t->ctx, x);
     return status;
@@ -528,6 +544,7 @@ static xkv_status add_cross_tile(cross_rows *r, uint32_t cache, uint32_t t0, uin
 static xkv_status measure_cross(cross_rows *r)
 {
     trainer *t = r->t;
+    size_t first = 0;
 
     for (uint32_t i = 0; i < t->cache_count; i++) {
         uint32_t n = t->sources[i].geometry.token_count, t1;
@@ -537,6 +554,8 @@ static xkv_status measure_cross(cross_rows *r)
         }
     }
     finish(&r->m);
+    for (const xkv_group *g = t->c.groups; g < r->cross; first += leading_count(t, g++))
+        shrink_block(&r->m, first, leading_count(t, g));
     return XKV_OK;
 }
 

@@ -306,7 +306,7 @@ typedef struct xkv_train_options {
     uint32_t group_layers; /* default 4 */
     uint32_t apart;        /* non-zero: K and V in groups of their own; default 0: jointly, which is 3 times better */
     uint32_t sinks;        /* tokens at the start of each cache to leave out; default 4 */
-    double max_quality;    /* finest quality the components are rounded for; default 75, about 8x */
+    double max_quality;    /* finest quality the components are rounded for; default 85, which is beyond 8x */
     int32_t zstd_level;    /* default 19 */
     /* What errors cost. NULL: planes are divided by their standard deviation, and keys weigh 1.4. */
     const xkv_metric *metric;
@@ -325,7 +325,7 @@ static inline xkv_train_options xkv_train_options_default(void)
     o.struct_size = sizeof o;
     o.group_layers = 4;
     o.sinks = 4;
-    o.max_quality = 75;
+    o.max_quality = 85;
     o.zstd_level = 19;
     o.cross = 256;
     return o;
