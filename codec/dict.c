@@ -14,6 +14,11 @@ double xkv_dict_step(const xkv_dict *dict, double quality)
     return 2.0 / 3 * dict->unit * exp2((QUALITY_MIDDLE - quality) / QUALITY_OCTAVE);
 }
 
+double xkv_dict_quality(const xkv_dict *dict, double step)
+{
+    return QUALITY_MIDDLE - QUALITY_OCTAVE * log2(step / (2.0 / 3 * dict->unit));
+}
+
 bool xkv_dict_find_plane(const xkv_dict *dict, const xkv_plane *plane, uint32_t *group)
 {
     for (uint32_t i = 0; i < dict->c.group_count; i++)

@@ -300,6 +300,8 @@ XKV_API uint32_t xkv_dict_leading(const xkv_dict *dict, uint32_t group);
 
 /* The quantizer's step of a quality: 2/3 * unit * 2^((50 - quality) / 16). */
 XKV_API double xkv_dict_step(const xkv_dict *dict, double quality);
+/* The quality of a step: the inverse. */
+XKV_API double xkv_dict_quality(const xkv_dict *dict, double step);
 
 typedef struct xkv_train_options {
     size_t struct_size;

@@ -233,7 +233,7 @@ static uint32_t group_width(const xkv_geometry *geometry, uint32_t kind)
     return 0;
 }
 
-static json_t *measure_file(bench_plan *plan, const char *path, const xkv_model *model)
+static json_t *measure_file(bench_plan *plan, const char *path, const xkv_model *model, const xkv_dict *dict)
 {
     xkv_ctx *ctx = bench_context(1);
     xkv_cache *cache;
@@ -252,6 +252,8 @@ static json_t *measure_file(bench_plan *plan, const char *path, const xkv_model 
     for (int i = 0; i < plan->thread_counts; i++) {
         json_array_append_new(all, bench_lossless(plan, &s, plan->threads[i]));
         json_array_append_new(all, bench_svd(plan, &s, k / 10, (v ? v : k) * 15 / 100, 2, plan->threads[i]));
+        if (dict)
+            json_array_append_new(all, bench_dict(plan, &s, dict, 16, plan->threads[i]));
     }
     bench_subject_free(&s);
     xkv_cache_free(ctx, cache);
@@ -267,20 +269,33 @@ static xkv_model *load_model(xkv_ctx *ctx, const char *path)
     return model;
 }
 
+static xkv_dict *load_dict(xkv_ctx *ctx, const char *path)
+{
+    xkv_input input;
+    xkv_dict *dict;
+
+    bench_try(ctx, xkv_input_open(ctx, path, &input), path);
+    bench_try(ctx, xkv_dict_open(ctx, &input, 1, &dict), path);
+    xkv_input_close(ctx, &input);
+    return dict;
+}
+
 /* --- Command line ------------------------------------------------------------------------------------------------- */
 
 static void usage(FILE *out)
 {
-    (void)fputs("usage: xkv_bench [--quick] [--tokens N] [--threads N] [--repeats N] [[--model GGUF] FILE...]\n"
-                "Prints one JSON document: machine, ceilings, lossless and svd speed on synthetic caches, scaling\n"
-                "over 1k .. 32k tokens, and the same figures for each engine file given.\n"
-                "  --quick      tiny sizes, once: tells whether the benchmark works, not how fast anything is\n"
-                "  --tokens N   tokens of the synthetic caches\n"
-                "  --threads N  largest number of threads (default: processors online)\n"
-                "  --repeats N  each time is the median of N (default 3)\n"
-                "  --model GGUF the model of the files that follow\n"
-                "  --json       accepted; there is no other output\n",
-                out);
+    (void)fputs(
+        "usage: xkv_bench [--quick] [--tokens N] [--threads N] [--repeats N] [[--model GGUF] [--dict XKVD] FILE...]\n"
+        "Prints one JSON document: machine, ceilings, lossless and svd speed on synthetic caches, scaling\n"
+        "over 1k .. 32k tokens, and the same figures for each engine file given.\n"
+        "  --quick      tiny sizes, once: tells whether the benchmark works, not how fast anything is\n"
+        "  --tokens N   tokens of the synthetic caches\n"
+        "  --threads N  largest number of threads (default: processors online)\n"
+        "  --repeats N  each time is the median of N (default 3)\n"
+        "  --model GGUF the model of the files that follow\n"
+        "  --dict XKVD  its dictionary: pack these files with it to 16x as well\n"
+        "  --json       accepted; there is no other output\n",
+        out);
 }
 
 static uint32_t number(const char *text, uint32_t largest)
@@ -295,19 +310,23 @@ static uint32_t number(const char *text, uint32_t largest)
     return (uint32_t)n;
 }
 
-/* Files and models, in the order given; everything else into the plan. */
+/* Files, models and dictionaries, in the order given; everything else into the plan. */
 typedef struct argument {
-    bool is_model;
+    enum { ARGUMENT_FILE, ARGUMENT_MODEL, ARGUMENT_DICT } kind;
     const char *path;
 } argument;
 
 static int parse(int argc, char **argv, bench_plan *plan, argument *arguments)
 {
-    static const struct option options[] = {
-        {"quick", no_argument, NULL, 'q'},         {"json", no_argument, NULL, 'j'},
-        {"tokens", required_argument, NULL, 't'},  {"threads", required_argument, NULL, 'T'},
-        {"repeats", required_argument, NULL, 'r'}, {"model", required_argument, NULL, 'm'},
-        {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
+    static const struct option options[] = {{"quick", no_argument, NULL, 'q'},
+                                            {"json", no_argument, NULL, 'j'},
+                                            {"tokens", required_argument, NULL, 't'},
+                                            {"threads", required_argument, NULL, 'T'},
+                                            {"repeats", required_argument, NULL, 'r'},
+                                            {"model", required_argument, NULL, 'm'},
+                                            {"dict", required_argument, NULL, 'd'},
+                                            {"help", no_argument, NULL, 'h'},
+                                            {NULL, 0, NULL, 0}};
     int c, count = 0;
 
     while ((c = getopt_long(argc, argv, "-h", options, NULL)) != -1) {
@@ -319,15 +338,18 @@ static int parse(int argc, char **argv, bench_plan *plan, argument *arguments)
             plan->threads[1] = number(optarg, 1024);
         else if (c == 'r')
             plan->repeats = (int)number(optarg, 99);
-        else if (c == 'm' || c == 1)
-            arguments[count++] = (argument){c == 'm', optarg};
+        else if (c == 'm' || c == 'd' || c == 1)
+            arguments[count++] = (argument){c == 'm'   ? ARGUMENT_MODEL
+                                            : c == 'd' ? ARGUMENT_DICT
+                                                       : ARGUMENT_FILE,
+                                            optarg};
         else if (c != 'j') {
             usage(c == 'h' ? stdout : stderr);
             exit(c == 'h' ? 0 : 1);
         }
     }
     for (; optind < argc; optind++)
-        arguments[count++] = (argument){false, argv[optind]};
+        arguments[count++] = (argument){ARGUMENT_FILE, argv[optind]};
     return count;
 }
 
@@ -335,17 +357,25 @@ static json_t *measure_files(bench_plan *plan, const argument *arguments, int co
 {
     xkv_ctx *ctx = bench_context(1);
     xkv_model *model = NULL;
+    xkv_dict *dict = NULL;
     json_t *all = bench_json(json_array());
 
     for (int i = 0; i < count; i++) {
-        if (arguments[i].is_model) {
+        const char *path = arguments[i].path;
+        if (arguments[i].kind == ARGUMENT_MODEL) {
             xkv_model_free(ctx, model);
-            model = load_model(ctx, arguments[i].path);
+            xkv_dict_close(ctx, dict);
+            dict = NULL;
+            model = load_model(ctx, path);
+        } else if (arguments[i].kind == ARGUMENT_DICT) {
+            xkv_dict_close(ctx, dict);
+            dict = load_dict(ctx, path);
         } else {
-            json_array_extend(all, measure_file(plan, arguments[i].path, model));
+            json_array_extend(all, measure_file(plan, path, model, dict));
         }
     }
     xkv_model_free(ctx, model);
+    xkv_dict_close(ctx, dict);
     xkv_ctx_free(ctx);
     return all;
 }

@@ -70,9 +70,21 @@ void bench_subject_free(bench_subject *s);
 /* views[plane_count] of planes one behind the other, token-major, in `data`. */
 void bench_contiguous_views(const xkv_geometry *geometry, uint8_t *data, xkv_view *views);
 
+/* Seconds of one call. */
+double bench_time_pack(bench_subject *s, xkv_ctx *ctx, const xkv_pack_options *o, xkv_pack_report *report);
+double bench_time_unpack(const bench_subject *s, xkv_ctx *ctx, const xkv_entry *entry);
+xkv_entry *bench_open_entry(const bench_subject *s, xkv_ctx *ctx); /* what was packed last */
+/* What all results have; and a goal named after the subject. */
+void bench_set_result(json_t *result, const bench_subject *s, const xkv_pack_report *r, uint32_t threads);
+void bench_add_goal(bench_plan *plan, const bench_subject *s, const char *what, uint32_t threads, double limit,
+                    double found);
+
 json_t *bench_lossless(bench_plan *plan, bench_subject *s, uint32_t threads);
 json_t *bench_svd(bench_plan *plan, bench_subject *s, uint32_t rank_k, uint32_t rank_v, uint32_t iterations,
                   uint32_t threads);
+
+/* coded.c: with a dictionary that has all planes of the subject. */
+json_t *bench_dict(bench_plan *plan, bench_subject *s, const xkv_dict *dict, double ratio, uint32_t threads);
 
 /* --- scaling.c: time and memory over the number of tokens, from file to file -------------------------------------- */
 

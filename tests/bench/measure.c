@@ -61,7 +61,7 @@ static xkv_status write_entry(void *user, xkv_ctx *ctx, uint64_t offset, const v
     return XKV_OK;
 }
 
-static double time_pack(bench_subject *s, xkv_ctx *ctx, const xkv_pack_options *o, xkv_pack_report *report)
+double bench_time_pack(bench_subject *s, xkv_ctx *ctx, const xkv_pack_options *o, xkv_pack_report *report)
 {
     xkv_output output = {.user = s, .write = write_entry};
     double start;
@@ -72,7 +72,7 @@ static double time_pack(bench_subject *s, xkv_ctx *ctx, const xkv_pack_options *
     return bench_now() - start;
 }
 
-static xkv_entry *open_entry(const bench_subject *s, xkv_ctx *ctx)
+xkv_entry *bench_open_entry(const bench_subject *s, xkv_ctx *ctx)
 {
     xkv_input input = xkv_input_from_memory(s->entry, s->entry_size);
     xkv_entry *entry;
@@ -81,7 +81,7 @@ static xkv_entry *open_entry(const bench_subject *s, xkv_ctx *ctx)
     return entry;
 }
 
-static double time_unpack(const bench_subject *s, xkv_ctx *ctx, const xkv_entry *entry)
+double bench_time_unpack(const bench_subject *s, xkv_ctx *ctx, const xkv_entry *entry)
 {
     double start = bench_now();
 
@@ -108,8 +108,8 @@ static bool identical(const bench_subject *s)
     return true;
 }
 
-static void add_goal(bench_plan *plan, const bench_subject *s, const char *what, uint32_t threads, double limit,
-                     double found)
+void bench_add_goal(bench_plan *plan, const bench_subject *s, const char *what, uint32_t threads, double limit,
+                    double found)
 {
     char text[160];
 
@@ -142,7 +142,7 @@ static json_t *svd_rate(double raw, double seconds, double best, double flops, d
                                 100 * gflops / shape));
 }
 
-static void set_result(json_t *result, const bench_subject *s, const xkv_pack_report *r, uint32_t threads)
+void bench_set_result(json_t *result, const bench_subject *s, const xkv_pack_report *r, uint32_t threads)
 {
     json_object_set_new(result, "cache", bench_json(json_string(s->name)));
     json_object_set_new(result, "tokens", json_integer(s->geometry->token_count));
@@ -160,16 +160,16 @@ static void time_lossless(const bench_plan *plan, bench_subject *s, xkv_ctx *ctx
     xkv_entry *entry;
     bench_frames *frames;
 
-    time_pack(s, ctx, o, report);
-    entry = open_entry(s, ctx);
+    bench_time_pack(s, ctx, o, report);
+    entry = bench_open_entry(s, ctx);
     frames = bench_frames_create(entry, s->views, o->zstd_level);
     t->zstd_pack = t->zstd_unpack = INFINITY;
     for (int i = -1; i < plan->repeats; i++) { /* round -1 is the warm-up */
         double packed = bench_frames_compress(frames, threads), unpacked = bench_frames_decompress(frames, threads);
         t->zstd_pack = fmin(t->zstd_pack, packed);
         t->zstd_unpack = fmin(t->zstd_unpack, unpacked);
-        t->pack[i < 0 ? 0 : i] = time_pack(s, ctx, o, report);
-        t->unpack[i < 0 ? 0 : i] = time_unpack(s, ctx, entry); /* each pack writes the same entry */
+        t->pack[i < 0 ? 0 : i] = bench_time_pack(s, ctx, o, report);
+        t->unpack[i < 0 ? 0 : i] = bench_time_unpack(s, ctx, entry); /* each pack writes the same entry */
     }
     bench_frames_free(frames);
     xkv_entry_close(ctx, entry);
@@ -189,13 +189,13 @@ json_t *bench_lossless(bench_plan *plan, bench_subject *s, uint32_t threads)
     pack = bench_median(t.pack, plan->repeats);
     unpack = bench_median(t.unpack, plan->repeats);
     raw = (double)report.raw_bytes;
-    set_result(result, s, &report, threads);
+    bench_set_result(result, s, &report, threads);
     json_object_set_new(result, "zstd_level", json_integer(o.zstd_level));
     json_object_set_new(result, "identical", json_boolean(identical(s)));
     json_object_set_new(result, "pack", lossless_rate(raw, pack, t.pack[0], t.zstd_pack));
     json_object_set_new(result, "unpack", lossless_rate(raw, unpack, t.unpack[0], t.zstd_unpack));
-    add_goal(plan, s, "lossless pack, % of zstd", threads, 60, 100 * t.zstd_pack / pack);
-    add_goal(plan, s, "lossless unpack, % of zstd", threads, 60, 100 * t.zstd_unpack / unpack);
+    bench_add_goal(plan, s, "lossless pack, % of zstd", threads, 60, 100 * t.zstd_pack / pack);
+    bench_add_goal(plan, s, "lossless unpack, % of zstd", threads, 60, 100 * t.zstd_unpack / unpack);
     xkv_ctx_free(ctx);
     return result;
 }
@@ -259,9 +259,9 @@ static void time_svd(const bench_plan *plan, bench_subject *s, xkv_ctx *ctx, uin
     for (int i = -1; i < plan->repeats; i++) { /* round -1 is the warm-up */
         xkv_entry *entry;
         square = fmax(square, bench_sgemm_square(plan, threads, 1));
-        t->pack[i < 0 ? 0 : i] = time_pack(s, ctx, o, report);
-        entry = open_entry(s, ctx);
-        t->unpack[i < 0 ? 0 : i] = time_unpack(s, ctx, entry);
+        t->pack[i < 0 ? 0 : i] = bench_time_pack(s, ctx, o, report);
+        entry = bench_open_entry(s, ctx);
+        t->unpack[i < 0 ? 0 : i] = bench_time_unpack(s, ctx, entry);
         *w = count_work(entry, o->iterations);
         xkv_entry_close(ctx, entry);
     }
@@ -300,7 +300,7 @@ json_t *bench_svd(bench_plan *plan, bench_subject *s, uint32_t rank_k, uint32_t 
     pack = bench_median(t.pack, plan->repeats);
     unpack = bench_median(t.unpack, plan->repeats);
     raw = (double)report.raw_bytes;
-    set_result(result, s, &report, threads);
+    bench_set_result(result, s, &report, threads);
     json_object_set_new(result, "width", json_integer(w.width));
     json_object_set_new(result, "rank_k", json_integer(rank_k));
     json_object_set_new(result, "rank_v", json_integer(rank_v));
@@ -312,8 +312,8 @@ json_t *bench_svd(bench_plan *plan, bench_subject *s, uint32_t rank_k, uint32_t 
     json_object_set_new(result, "unpack",
                         svd_rate(raw, unpack, t.unpack[0], w.unpack_flops, w.square, unpack_shape(&w, threads)));
     if (iterations == 1) {
-        add_goal(plan, s, "svd pack q=1, % of GEMM", threads, 60, w.pack_flops / pack / w.square / 1e7);
-        add_goal(plan, s, "svd unpack, % of GEMM", threads, 75, w.unpack_flops / unpack / w.square / 1e7);
+        bench_add_goal(plan, s, "svd pack q=1, % of GEMM", threads, 60, w.pack_flops / pack / w.square / 1e7);
+        bench_add_goal(plan, s, "svd unpack, % of GEMM", threads, 75, w.unpack_flops / unpack / w.square / 1e7);
     }
     xkv_ctx_free(ctx);
     return result;
