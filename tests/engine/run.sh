@@ -1,7 +1,8 @@
 #!/bin/bash
-# run.sh [fidelity] MODEL [OPTION...] - restored caches in a real engine: llama.cpp, through llama-cpp-python.
+# run.sh [fidelity | caches] MODEL [OPTION...] - restored caches in a real engine: llama.cpp, through llama-cpp-python.
 #
-# MODEL is smollm2 or qwen. With the word fidelity it sweeps ratios (see fidelity.py --help) instead of testing.
+# MODEL is smollm2 or qwen. Instead of testing, fidelity sweeps ratios (see fidelity.py --help), and caches makes caches
+# of one text at several lengths (see make_caches.py --help).
 # Opt-in, because the first run installs about 1 GB from PyPI and builds the engine (minutes):
 #     XKV_ENGINE_TESTS=1 ctest --test-dir build -R engine --verbose
 # XKV_BIN         folder with xkv-pack and xkv-unpack (ctest sets it)
@@ -31,8 +32,8 @@ fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$here/requirements.txt"
 
 script=test_engine.py
-if [ "${1:-}" = fidelity ]; then
-    script=fidelity.py
-    shift
-fi
+case ${1:-} in
+    fidelity) script=fidelity.py && shift ;;
+    caches) script=make_caches.py && shift ;;
+esac
 PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "$here/$script" --cache "$cache" "$@"
