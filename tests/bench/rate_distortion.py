@@ -1,0 +1,457 @@
+"""Bytes against error: every profile of the tools, the block formats of engines and the systems of the xKV paper, on
+the same caches and in one metric; and which profile wins at which prompt length. Writes CSV, JSON, Markdown and SVG.
+Run through rate_distortion.sh; README.md explains the figures."""
+import argparse
+import csv
+import datetime
+import json
+import math
+import pathlib
+import platform
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "engine"))
+
+import baselines
+import distortion
+import gguf_header
+import plot
+from sequence_file import SequenceFile
+from tools import tool, train, version
+
+RATIOS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+LENGTH_RATIOS = (2, 4, 8, 16, 32)
+GROUPS = (1, 2, 4, 8)       # layers of xKV-1 (Single SVD), xKV-2, ...
+MARGIN = 1.005              # the packer's search for a ratio ends up to 0.5 % below what was asked
+RETAINED = (0, 0.05, 0.25, 0.5)  # share of tokens that the spherical merge leaves alone; published: 0.05
+ERRORS = (0.15, 0.05)       # at which prompt lengths are compared; the first is drawn
+AGREEMENT = 0.03            # for --check, with the packer's metric error: xkv-train rounds the metric, lifts its floor
+
+
+# --- One cache ---
+
+class Cache:
+    def __init__(self, path, geometry, metric, means, sinks):
+        self.path, self.name, self.geometry = path, path.stem, geometry
+        self.file = SequenceFile(path)
+        self.planes = distortion.unrotated(self.file, geometry)
+        self.tokens = self.file.cells
+        self.raw16 = 2 * sum(rows.size for kind in self.planes for rows in self.planes[kind])
+        self.framing = len(self.file.image) - sum(p.values.nbytes for p in self.file.K + self.file.V)
+        self.judge = distortion.Judge(self.planes, metric, means, sinks)
+
+
+@dataclass
+class Attempt:
+    """A cache, approximated."""
+    method: str
+    setting: str
+    target: float  # the ratio that was asked for, or None
+    bytes: int     # all that is stored, but a dictionary
+    planes: dict   # K without RoPE
+    reported: float = None  # metric error, by the packer
+
+
+def attempts(bench, cache, ratios, groups):
+    yield from profiles(bench, cache, ratios)
+    yield from blocks(cache)
+    for size in groups:
+        yield from grouped_svd(cache, size, ratios)
+    yield from merged_layers(cache)
+
+
+# --- Profiles of the tools ---
+
+def profiles(bench, cache, ratios):
+    yield from packed(bench, cache, "lossless", None, "--profile", "lossless")
+    for ratio in ratios:
+        asked = ("--ratio", f"{ratio * MARGIN:.4f}")
+        yield from packed(bench, cache, "dict", ratio, "--profile", "dict", "-D", bench.dictionary, *asked)
+        yield from packed(bench, cache, "scalar", ratio, "--profile", "scalar", *asked)
+        yield from packed(bench, cache, "svd", ratio, "--profile", "svd", *asked)
+        ranks = ranks_of_entry(cache, bench.sinks, ratio)
+        if ranks:
+            yield from packed(bench, cache, "svd, 16-bit factors", ratio, "--profile", "svd", "--rank-k", ranks[0],
+                              "--rank-v", ranks[1])
+
+
+def packed(bench, cache, method, target, *options):
+    entry, restored = bench.work / "entry.xkv", bench.work / "restored.ggsq"
+    dictionary = options[options.index("-D"):][:2] if "-D" in options else ()
+    setting = " ".join(str(option) for option in options if option not in (*dictionary, "--profile"))
+    try:
+        report = tool("xkv-pack", "-f", "-o", entry, "--sinks", bench.sinks, "--model", bench.model_file, *options,
+                      cache.path)
+        tool("xkv-unpack", "-f", "-o", restored, *dictionary, entry)
+    except RuntimeError as failure:
+        print(f"skip {cache.name}: {setting}: {str(failure).split(': ', 2)[-1]}", flush=True)
+        return
+    planes = distortion.unrotated(SequenceFile(restored), cache.geometry)
+    reported = report.get("error_metric") if method == "dict" else None
+    yield Attempt(method, setting, target, entry.stat().st_size, planes, reported)
+
+
+def ranks_of_entry(cache, sinks, ratio, size=4):
+    """Ranks of the svd profile, K to V as 1 to 1.5, whose factors and sinks take 1 / ratio of the raw bytes."""
+    layers, width = len(cache.planes["K"]), cache.planes["K"][0].shape[1]
+    per_rank = 2 * layers / size * (cache.tokens - sinks + size * width)
+    fixed = cache.framing + cache.raw16 * sinks / cache.tokens
+    ranks = baselines.split_ranks(int((cache.raw16 / ratio - fixed) / per_rank))
+    return ranks if min(ranks) >= 1 and max(ranks) <= min(size * width, cache.tokens - sinks) else None
+
+
+# --- Baselines ---
+
+def blocks(cache):
+    for method, quantize in (("q8_0", baselines.q8_0), ("q4_0", baselines.q4_0)):
+        file, size = SequenceFile(cache.path), cache.framing
+        for plane in file.K + file.V:  # with RoPE, as engines hold them
+            rows, plane_size = quantize(plane.get())
+            plane.set(rows)
+            size += plane_size
+        yield Attempt(method, "", None, size, distortion.unrotated(file, cache.geometry))
+
+
+def grouped_svd(cache, size, ratios):
+    method = "Single SVD" if size == 1 else f"xKV-{size}"
+    keys, values = (baselines.GroupedSvd(cache.planes[kind], size) for kind in ("K", "V"))
+    for ratio in ratios:
+        ranks = baselines.ranks_at(keys, values, cache.raw16 / ratio - cache.framing)
+        if ranks:
+            (k, k_bytes), (v, v_bytes) = keys.at(ranks[0]), values.at(ranks[1])
+            yield Attempt(method, f"ranks {ranks[0]}/{ranks[1]}", ratio, cache.framing + k_bytes + v_bytes,
+                          {"K": k, "V": v})
+
+
+def merged_layers(cache):
+    """As published: from the middle layer on, or all layers for its largest ratio."""
+    layers = len(cache.planes["K"])
+    for method, start in (("MiniCache", layers // 2), ("MiniCache, all layers", 0)):
+        for retained in RETAINED:
+            (k, k_bytes), (v, v_bytes) = (baselines.merge_layers(cache.planes[kind], start, retained)
+                                          for kind in ("K", "V"))
+            yield Attempt(method, f"{retained:.0%} retained", None, cache.framing + k_bytes + v_bytes,
+                          {"K": k, "V": v})
+
+
+# --- The sweep ---
+
+@dataclass
+class Bench:
+    model_file: pathlib.Path
+    dictionary: pathlib.Path
+    metric: distortion.Metric
+    means: distortion.Means
+    geometry: gguf_header.Geometry
+    sinks: int
+    work: pathlib.Path
+
+    def open(self, path):
+        return Cache(path, self.geometry, self.metric, self.means, self.sinks)
+
+
+def sweep(bench, paths, ratios, groups, shared_tokens=None):
+    """One row an attempt. `shared_tokens`: leading tokens that all caches have, judged by themselves as well."""
+    rows = []
+    for path in paths:
+        cache = bench.open(path)
+        for attempt in attempts(bench, cache, ratios, groups):
+            rows.append(row_of(cache, attempt, shared_tokens))
+            print("{cache} {tokens:5} {method:22} {ratio:6.2f}x  metric error {error_metric:.4f}  K {error_k:.4f}  "
+                  "V {error_v:.4f}  {setting}".format(**rows[-1]), flush=True)
+    return rows
+
+
+def row_of(cache, attempt, shared_tokens):
+    comparison = cache.judge.compare(attempt.planes)
+    errors = comparison.errors()
+    row = dict(cache=cache.name, tokens=cache.tokens, method=attempt.method, setting=attempt.setting,
+               target=attempt.target, bytes=attempt.bytes, ratio=cache.raw16 / attempt.bytes,
+               error_metric=errors.metric, error_k=errors.kinds["K"], error_v=errors.kinds["V"],
+               reported_metric=attempt.reported, planes_k=errors.planes["K"], planes_v=errors.planes["V"])
+    if shared_tokens:
+        row["error_metric_shared"] = comparison.errors(shared_tokens).metric
+    return row
+
+
+def pooled(rows):
+    """One row a method and setting that was asked for: ratios and root mean squares over the caches."""
+    out = []
+    for key in dict.fromkeys(key_of(row) for row in rows):
+        same = [row for row in rows if key_of(row) == key]
+        row = dict(method=key[0], target=same[0]["target"], setting=same[0]["setting"], caches=len(same),
+                   ratio=1 / np.mean([1 / row["ratio"] for row in same]))
+        for field in ("error_metric", "error_k", "error_v"):
+            row[field] = float(np.sqrt(np.mean([row[field] ** 2 for row in same])))
+        out.append(row)
+    return out
+
+
+def key_of(row):
+    return row["method"], row["target"] or row["setting"]
+
+
+# --- Prompt lengths ---
+
+def ratio_at(rows, error, field="error_metric_shared"):
+    """The ratio at which a method makes this error, between the two nearest of its rows on log scales; None outside."""
+    points = sorted((math.log(row[field]), math.log(row["ratio"])) for row in rows if row[field] > 0)
+    for (e0, r0), (e1, r1) in zip(points, points[1:]):
+        if e0 <= math.log(error) <= e1:
+            return math.exp(r0 + (r1 - r0) * (math.log(error) - e0) / max(e1 - e0, 1e-12))
+    return None
+
+
+def by_length(rows, error):
+    """{method: [(tokens, ratio)]} at an error."""
+    lines = {}
+    for method in dict.fromkeys(row["method"] for row in rows if row["target"]):
+        for tokens in sorted({row["tokens"] for row in rows}):
+            ratio = ratio_at([row for row in rows if (row["method"], row["tokens"]) == (method, tokens)], error)
+            if ratio:
+                lines.setdefault(method, []).append((tokens, ratio))
+    return lines
+
+
+# --- Output ---
+
+def distortion_chart(rows, model, caches):
+    lines = {}
+    for row in pooled(rows):
+        if row["error_metric"] > 0:
+            lines.setdefault(row["method"], []).append((row["ratio"], row["error_metric"]))
+    series = [plot.Series(method, sorted(points), **plot.looks(method)) for method, points in lines.items()]
+    points = [point for one in series for point in one.points]
+    x_axis = plot.power_axis("raw 16-bit bytes / all bytes stored (a dictionary beside)", [x for x, _ in points],
+                             lambda n: f"{n:g}×")
+    y_axis = plot.log_axis("relative error in the metric", [y for _, y in points], lambda v: f"{v:g}")
+    x_axis.marks = {row["ratio"]: f"lossless, {row['ratio']:.2f}×" for row in pooled(rows)
+                    if row["method"] == "lossless"}
+    y_axis.marks = {1: "nothing but the mean"} if y_axis.high > 1 else {}
+    return plot.chart(f"{model}: error against ratio", f"{caches}. Lower and further right is better; both scales are "
+                      "logarithmic", x_axis, y_axis, series)
+
+
+def length_chart(rows, model, error):
+    lines = by_length(rows, error)
+    series = [plot.Series(method, points, **plot.looks(method)) for method, points in lines.items()]
+    points = [point for one in series for point in one.points]
+    return plot.chart(
+        f"{model}: ratio by prompt length", f"Where the relative error in the metric is {error:g}, on the same text. "
+        "Higher is better", plot.power_axis("tokens of the prompt", [x for x, _ in points], lambda n: f"{n:g}"),
+        plot.power_axis("raw 16-bit bytes / all bytes stored", [y for _, y in points], lambda n: f"{n:g}×"), series)
+
+
+def markdown(results):
+    rows = pooled(results["rows"])
+    dictionary = results["dictionary"]
+    out = [f"# Bytes against error: {results['model']}", "",
+           f"Measured {results['date']} with {results['code']}; caches {', '.join(results['caches'])}. "
+           f"Dictionary: {dictionary['dictionary_bytes']} bytes from {dictionary['tokens']} tokens"
+           f"{' (xkv-train ' + results['train_options'] + ')' if results['train_options'] else ''}, not in the ratios. "
+           "What the columns mean: `tests/bench/README.md`.", "", f"![Error against ratio]({results['model']}.svg)", ""]
+    out += ["## At the same bytes", "", "Relative error in the metric where all bytes stored are at most 1/N of the "
+            "raw ones.", "", *same_bytes(rows), "", "## All settings", "", *all_settings(rows)]
+    if results["lengths"]:
+        out += ["", *lengths_section(results)]
+    return "\n".join(out) + "\n"
+
+
+def table(header, rows):
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def same_bytes(rows):
+    targets = sorted({row["target"] for row in rows if row["target"]})
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["target"]):
+        found = {row["target"]: f"{row['error_metric']:.4f}" for row in rows if row["method"] == method}
+        cells.append([method, *(found.get(target, "") for target in targets)])
+    return table(["method", *(f"{target:g}×" for target in targets)], cells)
+
+
+def all_settings(rows):
+    return table(["method", "setting", "ratio", "metric error", "K error", "V error"],
+                 [[row["method"], "" if row["target"] else row["setting"], f"{row['ratio']:.2f}",
+                   *(f"{row[field]:.4f}" for field in ("error_metric", "error_k", "error_v"))] for row in rows])
+
+
+def lengths_section(results):
+    out = ["## By prompt length", "", f"Ratio at a given error in the metric over the first {results['shared_tokens']} "
+           "tokens, which all prompts have in common; the best in bold, - where the sweep ends before the error.", "",
+           f"![Ratio by prompt length]({results['model']}-lengths.svg)"]
+    for error in ERRORS:
+        lines = {method: dict(points) for method, points in by_length(results["lengths"], error).items()}
+        lengths = sorted({row["tokens"] for row in results["lengths"]})
+        best = {n: max((line.get(n, 0) for line in lines.values()), default=0) for n in lengths}
+        cells = [[method, *(length_cell(line.get(n), best[n]) for n in lengths)] for method, line in lines.items()]
+        out += ["", *table([f"at {error:g}", *(f"{n} tokens" for n in lengths)], cells)]
+    return out
+
+
+def length_cell(ratio, best):
+    if ratio is None:
+        return "-"
+    return f"**{ratio:.1f}**" if ratio == best else f"{ratio:.1f}"
+
+
+COLUMNS = ("part", "cache", "tokens", "method", "setting", "bytes", "ratio", "error_metric", "error_metric_shared",
+           "error_k", "error_v", "reported_metric")
+
+
+def write_csv(path, results):
+    with open(path, "w", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        out.writeheader()
+        for part in ("rows", "lengths"):
+            for row in results[part]:
+                out.writerow({"part": part, **{key: figure(value) for key, value in row.items()}})
+
+
+def write_planes_csv(path, results):
+    with open(path, "w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(("cache", "tokens", "method", "setting", "ratio", "layer", "error_k", "error_v"))
+        for row in results["rows"]:
+            for layer, errors in enumerate(zip(row["planes_k"], row["planes_v"])):
+                out.writerow((row["cache"], row["tokens"], row["method"], row["setting"], figure(row["ratio"]), layer,
+                              *map(figure, errors)))
+
+
+def figure(value):
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def rounded(value):
+    """For JSON: six digits are more than the figures are good for."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def write_all(folder, results):
+    folder.mkdir(parents=True, exist_ok=True)
+    name = results["model"]
+    (folder / f"{name}.json").write_text(json.dumps(rounded(results)) + "\n")
+    write_csv(folder / f"{name}.csv", results)
+    write_planes_csv(folder / f"{name}-planes.csv", results)
+    (folder / f"{name}.md").write_text(markdown(results))
+    (folder / f"{name}.svg").write_text(distortion_chart(results["rows"], name, ", ".join(results["caches"])))
+    if results["lengths"]:
+        (folder / f"{name}-lengths.svg").write_text(length_chart(results["lengths"], name, ERRORS[0]))
+
+
+# --- Checks ---
+
+def check(rows):
+    """What must hold whatever the codec becomes; the number of failures."""
+    failures = 0
+    for row in rows:
+        reported = row["reported_metric"]
+        if reported and abs(row["error_metric"] / reported - 1) > AGREEMENT:
+            print(f"FAIL {row['cache']}: {row['setting']}: error {row['error_metric']:.5f}, reported {reported:.5f}")
+            failures += 1
+        if row["method"] == "lossless" and row["error_metric"] != 0:
+            print(f"FAIL {row['cache']}: lossless has an error of {row['error_metric']}")
+            failures += 1
+    best = {row["target"]: row["error_metric"] for row in pooled(rows) if row["method"] == "dict"}
+    for row in pooled(rows):
+        if row["method"].startswith("xKV") and best.get(row["target"], 0) > row["error_metric"]:
+            print(f"FAIL {row['target']:g}x: {row['method']} beats dict")
+            failures += 1
+    print(f"{len(rows)} rows checked, {failures} failures")
+    return failures
+
+
+# --- Main ---
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(prog="rate_distortion.sh")
+    parser.add_argument("caches", nargs="*", type=pathlib.Path, help="llama.cpp sequence files (default: DATA/test)")
+    parser.add_argument("--data", type=pathlib.Path, help="folder with train/, test/, header.gguf, metric.safetensors")
+    parser.add_argument("--model", type=pathlib.Path, help="GGUF file of the model (default: DATA/header.gguf)")
+    parser.add_argument("--metric", type=pathlib.Path, help="(default: DATA/metric.safetensors)")
+    parser.add_argument("--train", type=pathlib.Path, nargs="+", help="training caches (default: DATA/train)")
+    parser.add_argument("--train-options", default="", help="more options for xkv-train, in one word")
+    parser.add_argument("--dict", type=pathlib.Path, help="dictionary of the training caches (default: trained now)")
+    parser.add_argument("--lengths", type=pathlib.Path, help="folder with caches of one text at several lengths")
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--length-ratios", type=float, nargs="+", default=LENGTH_RATIOS)
+    parser.add_argument("--groups", type=int, nargs="+", choices=GROUPS, default=GROUPS, help="layers of xKV-N")
+    parser.add_argument("--name", help="of the model and of the files (default: that of the folder DATA)")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results (default: none are written)")
+    parser.add_argument("--redraw", type=pathlib.Path, metavar="JSON", help="write the files of these results again")
+    parser.add_argument("--check", action="store_true", help="fail when the results contradict themselves")
+    args = parser.parse_args()
+    if not args.redraw:
+        fill_from_data(parser, args)
+    return args
+
+
+def fill_from_data(parser, args):
+    if args.data:
+        args.model = args.model or args.data / "header.gguf"
+        args.metric = args.metric or args.data / "metric.safetensors"
+        args.train = args.train or sorted(args.data.glob("train/*.ggsq"))
+        args.caches = args.caches or sorted(args.data.glob("test/*.ggsq"))
+        args.name = args.name or args.data.resolve().name
+    for wanted in ("model", "metric", "train", "caches", "name"):
+        if not getattr(args, wanted):
+            parser.error(f"--data or {wanted} is needed")
+
+
+def open_bench(args, work):
+    geometry, means = gguf_header.geometry(args.model), distortion.Means(args.sinks)
+    for path in args.train:
+        means.add(distortion.unrotated(SequenceFile(path), geometry))
+    dictionary = args.dict or train(args.train, args.metric, args.model, work / "trained.xkvd",
+                                    *shlex.split(args.train_options))
+    return Bench(args.model, dictionary, distortion.read_metric(args.metric), means, geometry, args.sinks, work)
+
+
+def sweep_lengths(bench, folder, ratios):
+    """(rows, tokens that all of the caches share)."""
+    paths = sorted(folder.glob("*.ggsq"), key=lambda path: path.stat().st_size)
+    if not paths:
+        raise SystemExit(f"no caches in {folder}")
+    files = [SequenceFile(path).tokens for path in paths]
+    shared = len(files[0])
+    if any(tokens[:shared] != files[0] for tokens in files):
+        raise SystemExit(f"{folder}: not all caches begin with the tokens of {paths[0].name}")
+    return sweep(bench, paths, ratios, (4,), shared), shared
+
+
+def describe(args, bench):
+    return dict(model=args.name, date=datetime.date.today().isoformat(), code=version(), machine=platform.machine(),
+                python=platform.python_version(), numpy=np.__version__, caches=[path.stem for path in args.caches],
+                train=[path.stem for path in args.train], train_options=args.train_options, sinks=args.sinks,
+                dictionary=tool("xkv-info", bench.dictionary))
+
+
+def main():
+    args = parse_arguments()
+    if args.redraw:
+        write_all(args.out or args.redraw.parent, json.loads(args.redraw.read_text()))
+        return
+    with tempfile.TemporaryDirectory(prefix="xkv-rate-") as work:
+        bench = open_bench(args, pathlib.Path(work))
+        results = describe(args, bench)
+        results["rows"] = sweep(bench, args.caches, args.ratios, args.groups)
+        results["lengths"], results["shared_tokens"] = (
+            sweep_lengths(bench, args.lengths, args.length_ratios) if args.lengths else ([], None))
+    if args.out:
+        write_all(args.out, results)
+    if args.check and check(results["rows"]) > 0:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
