@@ -14,12 +14,12 @@ class Metric:
     """Blocks M [layers, heads, head_dim, head_dim] for K and V: an error e of a head's row costs e^T M e."""
 
     def __init__(self, keys, values):
-        self.blocks = {"K": keys.astype(np.float64), "V": values.astype(np.float64)}
+        self.blocks = {"K": keys, "V": values}
 
     def cost(self, kind, layer, rows):
         """Of each row [tokens, heads * head_dim]."""
-        total = np.zeros(len(rows))
-        for block, head in zip(self.blocks[kind][layer], np.split(rows, len(self.blocks[kind][layer]), axis=1)):
+        blocks, total = self.blocks[kind][layer], np.zeros(len(rows))
+        for block, head in zip(blocks, np.split(rows, len(blocks), axis=1)):
             total += np.einsum("ti,ti->t", head @ block, head)
         return total
 
@@ -92,7 +92,7 @@ class Judge:
 
 def squares(rows):
     """Sum of each row's."""
-    return np.einsum("ti,ti->t", rows, rows, dtype=np.float64)
+    return np.einsum("ti,ti->t", rows, rows).astype(np.float64)
 
 
 @dataclass

@@ -21,6 +21,7 @@ import baselines
 import distortion
 import gguf_header
 import plot
+import svd_reference
 from sequence_file import SequenceFile
 from tools import tool, train, version
 
@@ -59,10 +60,17 @@ class Attempt:
 
 def attempts(bench, cache, ratios, groups):
     yield from profiles(bench, cache, ratios)
+    yield from published_ranks(bench, cache, ratios)
     yield from blocks(cache)
     for size in groups:
         yield from grouped_svd(cache, size, ratios)
     yield from merged_layers(cache)
+
+
+def attempts_at_lengths(bench, cache, ratios):
+    """Only what can reach any ratio."""
+    yield from profiles(bench, cache, ratios)
+    yield from grouped_svd(cache, 4, ratios)
 
 
 # --- Profiles of the tools ---
@@ -71,9 +79,15 @@ def profiles(bench, cache, ratios):
     yield from packed(bench, cache, "lossless", None, "--profile", "lossless")
     for ratio in ratios:
         asked = ("--ratio", f"{ratio * MARGIN:.4f}")
-        yield from packed(bench, cache, "dict", ratio, "--profile", "dict", "-D", bench.dictionary, *asked)
+        for method, dictionary in bench.dictionaries.items():
+            yield from packed(bench, cache, method, ratio, "--profile", "dict", "-D", dictionary, *asked)
         yield from packed(bench, cache, "scalar", ratio, "--profile", "scalar", *asked)
         yield from packed(bench, cache, "svd", ratio, "--profile", "svd", *asked)
+
+
+def published_ranks(bench, cache, ratios):
+    """The svd profile as the paper has it, sinks apart."""
+    for ratio in ratios:
         ranks = ranks_of_entry(cache, bench.sinks, ratio)
         if ranks:
             yield from packed(bench, cache, "svd, 16-bit factors", ratio, "--profile", "svd", "--rank-k", ranks[0],
@@ -92,17 +106,18 @@ def packed(bench, cache, method, target, *options):
         print(f"skip {cache.name}: {setting}: {str(failure).split(': ', 2)[-1]}", flush=True)
         return
     planes = distortion.unrotated(SequenceFile(restored), cache.geometry)
-    reported = report.get("error_metric") if method == "dict" else None
+    reported = report.get("error_metric") if dictionary else None
     yield Attempt(method, setting, target, entry.stat().st_size, planes, reported)
 
 
 def ranks_of_entry(cache, sinks, ratio, size=4):
-    """Ranks of the svd profile, K to V as 1 to 1.5, whose factors and sinks take 1 / ratio of the raw bytes."""
-    layers, width = len(cache.planes["K"]), cache.planes["K"][0].shape[1]
-    per_rank = 2 * layers / size * (cache.tokens - sinks + size * width)
+    """Ranks, K to V as 1 to 1.5, whose factors and sinks take 1 / ratio of the raw bytes."""
+    width, coded = cache.planes["K"][0].shape[1], cache.tokens - sinks
+    per_rank = sum(2 * len(layers) / size * (coded + len(layers) * width)
+                   for layers in svd_reference.groups(len(cache.planes["K"]), size))
     fixed = cache.framing + cache.raw16 * sinks / cache.tokens
     ranks = baselines.split_ranks(int((cache.raw16 / ratio - fixed) / per_rank))
-    return ranks if min(ranks) >= 1 and max(ranks) <= min(size * width, cache.tokens - sinks) else None
+    return ranks if min(ranks) >= 1 and max(ranks) <= min(size * width, coded) else None
 
 
 # --- Baselines ---
@@ -144,7 +159,7 @@ def merged_layers(cache):
 @dataclass
 class Bench:
     model_file: pathlib.Path
-    dictionary: pathlib.Path
+    dictionaries: dict  # {method: file}
     metric: distortion.Metric
     means: distortion.Means
     geometry: gguf_header.Geometry
@@ -155,12 +170,12 @@ class Bench:
         return Cache(path, self.geometry, self.metric, self.means, self.sinks)
 
 
-def sweep(bench, paths, ratios, groups, shared_tokens=None):
+def sweep(bench, paths, attempts_of, shared_tokens=None):
     """One row an attempt. `shared_tokens`: leading tokens that all caches have, judged by themselves as well."""
     rows = []
     for path in paths:
         cache = bench.open(path)
-        for attempt in attempts(bench, cache, ratios, groups):
+        for attempt in attempts_of(cache):
             rows.append(row_of(cache, attempt, shared_tokens))
             print("{cache} {tokens:5} {method:22} {ratio:6.2f}x  metric error {error_metric:.4f}  K {error_k:.4f}  "
                   "V {error_v:.4f}  {setting}".format(**rows[-1]), flush=True)
@@ -249,12 +264,11 @@ def length_chart(rows, model, error):
 
 def markdown(results):
     rows = pooled(results["rows"])
-    dictionary = results["dictionary"]
     out = [f"# Bytes against error: {results['model']}", "",
            f"Measured {results['date']} with {results['code']}; caches {', '.join(results['caches'])}. "
-           f"Dictionary: {dictionary['dictionary_bytes']} bytes from {dictionary['tokens']} tokens"
-           f"{' (xkv-train ' + results['train_options'] + ')' if results['train_options'] else ''}, not in the ratios. "
-           "What the columns mean: `tests/bench/README.md`.", "", f"![Error against ratio]({results['model']}.svg)", ""]
+           "Dictionaries, not in the ratios: " + ", ".join(
+               f"{method} {info['dictionary_bytes']} bytes from {info['tokens']} tokens"
+               for method, info in results["dictionaries"].items()) + ". What is what: `tests/bench/README.md`.", "", f"![Error against ratio]({results['model']}.svg)", ""]
     out += ["## At the same bytes", "", "Relative error in the metric where all bytes stored are at most 1/N of the "
             "raw ones.", "", *same_bytes(rows), "", "## All settings", "", *all_settings(rows)]
     if results["lengths"]:
@@ -263,7 +277,8 @@ def markdown(results):
 
 
 def table(header, rows):
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def same_bytes(rows):
@@ -379,7 +394,8 @@ def parse_arguments():
     parser.add_argument("--model", type=pathlib.Path, help="GGUF file of the model (default: DATA/header.gguf)")
     parser.add_argument("--metric", type=pathlib.Path, help="(default: DATA/metric.safetensors)")
     parser.add_argument("--train", type=pathlib.Path, nargs="+", help="training caches (default: DATA/train)")
-    parser.add_argument("--train-options", default="", help="more options for xkv-train, in one word")
+    parser.add_argument("--train-options", action="append", metavar="OPTIONS",
+                        help="more options for xkv-train, in one word; repeated for several dictionaries")
     parser.add_argument("--dict", type=pathlib.Path, help="dictionary of the training caches (default: trained now)")
     parser.add_argument("--lengths", type=pathlib.Path, help="folder with caches of one text at several lengths")
     parser.add_argument("--sinks", type=int, default=4)
@@ -391,6 +407,7 @@ def parse_arguments():
     parser.add_argument("--redraw", type=pathlib.Path, metavar="JSON", help="write the files of these results again")
     parser.add_argument("--check", action="store_true", help="fail when the results contradict themselves")
     args = parser.parse_args()
+    args.train_options = args.train_options or [""]
     if not args.redraw:
         fill_from_data(parser, args)
     return args
@@ -412,9 +429,16 @@ def open_bench(args, work):
     geometry, means = gguf_header.geometry(args.model), distortion.Means(args.sinks)
     for path in args.train:
         means.add(distortion.unrotated(SequenceFile(path), geometry))
-    dictionary = args.dict or train(args.train, args.metric, args.model, work / "trained.xkvd",
-                                    *shlex.split(args.train_options))
-    return Bench(args.model, dictionary, distortion.read_metric(args.metric), means, geometry, args.sinks, work)
+    dictionaries = {"dict": args.dict} if args.dict else {
+        dictionary_name(options): train(args.train, args.metric, args.model, work / f"trained-{i}.xkvd",
+                                        *shlex.split(options))
+        for i, options in enumerate(args.train_options)}
+    return Bench(args.model, dictionaries, distortion.read_metric(args.metric), means, geometry, args.sinks, work)
+
+
+def dictionary_name(options):
+    """The method's: "dict", "dict cross 256"."""
+    return " ".join(["dict", *(word.lstrip("-") for word in shlex.split(options))])
 
 
 def sweep_lengths(bench, folder, ratios):
@@ -426,14 +450,14 @@ def sweep_lengths(bench, folder, ratios):
     shared = len(files[0])
     if any(tokens[:shared] != files[0] for tokens in files):
         raise SystemExit(f"{folder}: not all caches begin with the tokens of {paths[0].name}")
-    return sweep(bench, paths, ratios, (4,), shared), shared
+    return sweep(bench, paths, lambda cache: attempts_at_lengths(bench, cache, ratios), shared), shared
 
 
 def describe(args, bench):
     return dict(model=args.name, date=datetime.date.today().isoformat(), code=version(), machine=platform.machine(),
                 python=platform.python_version(), numpy=np.__version__, caches=[path.stem for path in args.caches],
-                train=[path.stem for path in args.train], train_options=args.train_options, sinks=args.sinks,
-                dictionary=tool("xkv-info", bench.dictionary))
+                train=[path.stem for path in args.train], sinks=args.sinks,
+                dictionaries={method: tool("xkv-info", path) for method, path in bench.dictionaries.items()})
 
 
 def main():
@@ -444,7 +468,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="xkv-rate-") as work:
         bench = open_bench(args, pathlib.Path(work))
         results = describe(args, bench)
-        results["rows"] = sweep(bench, args.caches, args.ratios, args.groups)
+        results["rows"] = sweep(bench, args.caches, lambda cache: attempts(bench, cache, args.ratios, args.groups))
         results["lengths"], results["shared_tokens"] = (
             sweep_lengths(bench, args.lengths, args.length_ratios) if args.lengths else ([], None))
     if args.out:

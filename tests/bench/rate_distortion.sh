@@ -13,6 +13,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/xkv
 export PYTHONDONTWRITEBYTECODE=1
+export OPENBLAS_NUM_THREADS=1 # of numpy, whose matrices are small; the tools bring threads of their own
 
 python=
 for candidate in ${XKV_PYTHON:+"$XKV_PYTHON"} "$cache"/{engine,reference}-venv/bin/python python3; do

@@ -197,8 +197,9 @@ class Results(unittest.TestCase):
                    error_metric_shared=0.15, error_k=0.1, error_v=0.2, reported_metric=None, planes_k=[0.1],
                    planes_v=[0.2])
         other = dict(row, target=16, ratio=16., error_metric=0.3, error_metric_shared=0.3)
-        results = dict(model="m", date="", code="", caches=["c"], train_options="", shared_tokens=100,
-                       dictionary=dict(dictionary_bytes=1, tokens=1), rows=[row, other], lengths=[row, other])
+        results = dict(model="m", date="", code="", caches=["c"], shared_tokens=100,
+                       dictionaries=dict(dict=dict(dictionary_bytes=1, tokens=1)), rows=[row, other],
+                       lengths=[row, other])
         with tempfile.TemporaryDirectory() as folder:
             rate_distortion.write_all(pathlib.Path(folder), results)
             names = sorted(path.name for path in pathlib.Path(folder).iterdir())

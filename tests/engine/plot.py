@@ -15,6 +15,7 @@ GRID = ("#e6e9ed", "#2a3038")
 
 # Of the methods, the same in all charts: this project's profiles strong, one hue for the systems of the xKV paper.
 BLUE, GREEN, VIOLET = ("#1f6fd6", "#6cb0ff"), ("#12876a", "#3ecfa5"), ("#7b46c9", "#b794ff")
+TEAL = ("#0b8296", "#45c6da")
 PINK = ("#b8336f", "#f27fb2")
 ORANGES = {"Single SVD": ("#c98a4b", "#f3c493"), "xKV-2": ("#c4732a", "#efa661"), "xKV-4": ("#b1560f", "#e58a36"),
            "xKV-8": ("#8a3d05", "#d06f1f")}
@@ -25,6 +26,8 @@ LOOKS = {"dict": dict(colour=BLUE, strong=True), "scalar": dict(colour=GREEN, st
 
 
 def looks(method):
+    if method.startswith("dict "):  # of another dictionary
+        return dict(colour=TEAL, strong=True)
     return LOOKS.get(method, dict(colour=MUTED))
 
 
