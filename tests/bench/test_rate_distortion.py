@@ -14,7 +14,7 @@ import baselines
 import distortion
 import gguf_header
 import plot
-import rate_distortion
+import report
 import svd_reference
 
 RANDOM = np.random.default_rng(1)
@@ -182,13 +182,13 @@ class Header(unittest.TestCase):
 class Results(unittest.TestCase):
     def test_ratio_at_an_error(self):
         rows = [dict(ratio=4, error_metric_shared=0.01), dict(ratio=16, error_metric_shared=0.04)]
-        self.assertAlmostEqual(rate_distortion.ratio_at(rows, 0.02), 8)
-        self.assertIsNone(rate_distortion.ratio_at(rows, 0.05))
+        self.assertAlmostEqual(report.ratio_at(rows, 0.02), 8)
+        self.assertIsNone(report.ratio_at(rows, 0.05))
 
     def test_pooled(self):
         rows = [dict(method="dict", target=8, setting="", ratio=ratio, error_metric=error, error_k=error, error_v=error)
                 for ratio, error in ((8, 0.3), (8, 0.4))]
-        pooled, = rate_distortion.pooled(rows)
+        pooled, = report.pooled(rows)
         self.assertAlmostEqual(pooled["ratio"], 8)
         self.assertAlmostEqual(pooled["error_metric"], 0.125 ** 0.5)
 
@@ -201,7 +201,7 @@ class Results(unittest.TestCase):
                        dictionaries=dict(dict=dict(dictionary_bytes=1, tokens=1)), rows=[row, other],
                        lengths=[row, other])
         with tempfile.TemporaryDirectory() as folder:
-            rate_distortion.write_all(pathlib.Path(folder), results)
+            report.write_all(pathlib.Path(folder), results)
             names = sorted(path.name for path in pathlib.Path(folder).iterdir())
         self.assertEqual(names, ["m-lengths.svg", "m-planes.csv", "m.csv", "m.json", "m.md", "m.svg"])
 
