@@ -24,7 +24,7 @@ from sequence_file import SequenceFile
 from tools import tool, train, version
 
 RATIOS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
-LENGTH_RATIOS = (2, 4, 8, 16, 32)
+LENGTH_RATIOS = (1.5, 2, 4, 8, 16, 32)
 GROUPS = (1, 2, 4, 8)       # layers of xKV-1 (Single SVD), xKV-2, ...
 MARGIN = 1.005              # the packer's search for a ratio ends up to 0.5 % below what was asked
 RETAINED = (0, 0.05, 0.25, 0.5)  # share of tokens that the spherical merge leaves alone; published: 0.05

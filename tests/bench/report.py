@@ -112,6 +112,8 @@ def same_bytes(rows):
 
 
 def all_settings(rows):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    rows = sorted(rows, key=lambda row: (methods.index(row["method"]), row["ratio"]))
     return table(["method", "setting", "ratio", "metric error", "K error", "V error"],
                  [[row["method"], "" if row["target"] else row["setting"], f"{row['ratio']:.2f}",
                    *(f"{row[field]:.4f}" for field in ("error_metric", "error_k", "error_v"))] for row in rows])
