@@ -94,7 +94,7 @@ def published_ranks(bench, cache, ratios):
 def packed(bench, cache, method, target, *options):
     entry, restored = bench.work / "entry.xkv", bench.work / "restored.ggsq"
     dictionary = options[options.index("-D"):][:2] if "-D" in options else ()
-    setting = " ".join(str(option) for option in options if option not in (*dictionary, "--profile"))
+    setting = " ".join(str(option) for option in options[2:] if option not in dictionary)  # the first name the profile
     try:
         packing = tool("xkv-pack", "-f", "-o", entry, "--sinks", bench.sinks, "--model", bench.model_file, *options,
                       cache.path)
