@@ -7,7 +7,7 @@
 #
 # Runs the first Python that has numpy: that of XKV_PYTHON, those of the cache folder, the system's. Without one it says
 # SKIP.
-# XKV_BIN         folder of the tools (not for selftest)
+# XKV_BIN         folder of the tools (not for selftest and --redraw)
 # XKV_SHARED_DIR  folder with data/MODEL/{train,test}/*.ggsq, header.gguf, metric.safetensors (record and check)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -27,9 +27,10 @@ if [ -z "$python" ]; then
     exit 77
 fi
 
-if [ "${1:-}" = selftest ]; then
-    exec "$python" "$here/test_rate_distortion.py"
-fi
+case ${1:-} in
+    selftest) exec "$python" "$here/test_rate_distortion.py" ;;
+    --redraw | --help) exec "$python" "$here/rate_distortion.py" "$@" ;;
+esac
 if [ ! -x "${XKV_BIN:-}/xkv-pack" ]; then
     echo "XKV_BIN must name the folder of the tools" >&2
     exit 1

@@ -121,8 +121,9 @@ def all_settings(rows):
 
 def lengths_section(results):
     out = ["## By prompt length", "", f"Ratio at a given error in the metric over the first {results['shared_tokens']} "
-           "tokens, which all prompts have in common; the best in bold, - where the sweep ends before the error.", "",
-           f"![Ratio by prompt length]({results['model']}-lengths.svg)"]
+           "tokens, which all prompts have in common; the best in bold, - where the sweep ends before the error."]
+    if by_length(results["lengths"], ERRORS[0]):
+        out += ["", f"![Ratio by prompt length]({results['model']}-lengths.svg)"]
     for error in ERRORS:
         lines = {method: dict(points) for method, points in by_length(results["lengths"], error).items()}
         lengths = sorted({row["tokens"] for row in results["lengths"]})
@@ -184,5 +185,5 @@ def write_all(folder, results):
     write_planes_csv(folder / f"{name}-planes.csv", results)
     (folder / f"{name}.md").write_text(markdown(results))
     (folder / f"{name}.svg").write_text(distortion_chart(results["rows"], name, ", ".join(results["caches"])))
-    if results["lengths"]:
+    if by_length(results["lengths"], ERRORS[0]):
         (folder / f"{name}-lengths.svg").write_text(length_chart(results["lengths"], name, ERRORS[0]))

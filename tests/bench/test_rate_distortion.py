@@ -205,6 +205,12 @@ class Results(unittest.TestCase):
             names = sorted(path.name for path in pathlib.Path(folder).iterdir())
         self.assertEqual(names, ["m-lengths.svg", "m-planes.csv", "m.csv", "m.json", "m.md", "m.svg"])
 
+    def test_lengths_that_reach_no_error(self):
+        row = dict(cache="c", tokens=100, method="dict", target=8, ratio=8., error_metric_shared=0.3)
+        self.assertEqual(report.by_length([row], 0.15), {})
+        text = "\n".join(report.lengths_section(dict(model="m", lengths=[row], shared_tokens=100)))
+        self.assertNotIn(".svg", text)
+
 
 class Plot(unittest.TestCase):
     def test_well_formed(self):
