@@ -293,6 +293,43 @@ static void failed_allocations_leave_no_trace(void **state)
     assert_int_equal(xkv_ctx_create(&o, &ctx), XKV_ERROR_MEMORY);
 }
 
+/* A block that was kept still holds what was in it, a fresh one is zero. */
+static bool is_kept(xkv_ctx *ctx, size_t size)
+{
+    void *p;
+    assert_int_equal(xkv_alloc(ctx, 1, size, &p), XKV_OK);
+    bool kept = ((uint8_t *)p)[size - 1] == 0xaa;
+    memset(p, 0xaa, size);
+    xkv_release(ctx, p);
+    assert_int_equal(xkv_ctx_memory_used(ctx), 0);
+    return kept;
+}
+
+static void large_blocks_are_kept_until_trimmed(void **state)
+{
+    (void)state;
+    const size_t size = (size_t)10 << 20;
+    xkv_ctx_options o = xkv_ctx_options_default();
+    o.memory_limit = 3 * size;
+    xkv_ctx *ctx = make(&o);
+    is_kept(ctx, size);
+    if (!is_kept(ctx, size)) {
+        xkv_ctx_free(ctx); /* built with a sanitizer */
+        skip();
+    }
+    assert_true(is_kept(ctx, size - (1 << 20)));
+    assert_false(is_kept(ctx, size / 2)); /* which puts the larger one out */
+    assert_true(is_kept(ctx, size / 2));
+    assert_false(is_kept(ctx, 2 * size));
+    assert_true(xkv_ctx_memory_peak(ctx) < 2 * size + 4096);
+    xkv_ctx_trim(ctx);
+    assert_false(is_kept(ctx, 2 * size));
+    void *p; /* what is kept does not count against the limit */
+    assert_int_equal(xkv_alloc(ctx, 1, 3 * size - 4096, &p), XKV_OK);
+    xkv_release(ctx, p);
+    xkv_ctx_free(ctx);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -302,6 +339,7 @@ int main(void)
         cmocka_unit_test(bad_context_options_are_refused),        cmocka_unit_test(threads_default_to_the_processors),
         cmocka_unit_test(cancellation_stays_until_reset),         cmocka_unit_test(options_of_any_age_are_understood),
         cmocka_unit_test(blocks_are_aligned_and_counted),         cmocka_unit_test(failed_allocations_leave_no_trace),
+        cmocka_unit_test(large_blocks_are_kept_until_trimmed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
