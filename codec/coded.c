@@ -63,8 +63,8 @@ static double sum_squared_errors(const float *y, const int16_t *q, uint32_t n, f
     return sum;
 }
 
-bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, int16_t *q, uint8_t *table,
-                        double *bits, double *squares)
+bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, double more_bits, double lost,
+                        int16_t *q, uint8_t *table, double *bits, double *squares)
 {
     double energy = sum_squares(y, n), error;
 
@@ -77,7 +77,8 @@ bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, floa
         return false;
     *table = (uint8_t)xkv_table_choose(q, n, bits);
     error = sum_squared_errors(y, q, n, step);
-    if (*table == 0 || energy - error <= LAMBDA * (double)step * (double)step * (*bits + TABLE_BITS)) {
+    if (*table == 0 ||
+        energy - error - lost <= LAMBDA * (double)step * (double)step * (*bits + TABLE_BITS + more_bits)) {
         *table = 0;
         *bits = 0;
         return true;
@@ -190,11 +191,11 @@ static xkv_status code_task(void *user, uint32_t worker, uint64_t component)
     job *j = user;
     xkv_coded *c = j->coded;
     size_t at = component * c->tokens;
-    double squares;
+    double squares, more_bits = j->t->component_bits ? j->t->component_bits[component] : 0;
 
     (void)worker;
-    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, c->q + at, &c->tables[component],
-                            &j->bits[component], &squares))
+    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, more_bits, 0, c->q + at,
+                            &c->tables[component], &j->bits[component], &squares))
         j->bits[component] = INFINITY;
     return XKV_OK;
 }

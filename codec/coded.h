@@ -16,6 +16,10 @@ typedef struct xkv_transform {
     const float *offset;    /* [rank]: y_j = x . analysis_j - offset_j; NULL for 0 */
     const float *diagonal;  /* [width] scalar: x_i = mean_i + y_i * diagonal_i */
     const float *blocks;    /* metric blocks of the group's heads, one behind the other; NULL: no metric */
+
+    /* Codec svdq: components that are stored with the entry. */
+    const struct xkv_svdq *own;   /* rate control: what each would cost at a step; else NULL */
+    const double *component_bits; /* [rank] bits that each takes once rounded; else NULL */
 } xkv_transform;
 
 xkv_transform xkv_transform_of_basis(const xkv_basis *basis);
@@ -28,6 +32,7 @@ typedef struct xkv_coded {
     uint32_t coded;                       /* how many are */
     uint8_t *coded_tables;                /* [coded] their tables */
     int16_t *q;                           /* [coded][tokens] their integers */
+    const struct xkv_svdq_basis *basis;   /* svdq: what they are coefficients of; belongs to somebody else */
     bool overflow;                        /* a coefficient exceeds 32767 steps: nothing else is set */
     double bits;                          /* of the coded components */
     double metric_squares, metric_energy; /* sums of |(x - y) W|^2 and |x W - mu|^2; 0 without a metric */
@@ -38,9 +43,10 @@ void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, const float *x, u
                  size_t stride);
 
 /* Quantize one component and choose its table, or 0 when coding it is not worth its bits: it must lower
- * squared error + lambda * step^2 * bits. q is [n]; *bits is 0 when not coded. False when a value does not fit. */
-bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, int16_t *q, uint8_t *table,
-                        double *bits, double *squares);
+ * squared error + lambda * step^2 * bits, where `more_bits` are those that it takes elsewhere and `lost` is the squared
+ * error that it has elsewhere. q is [n]; *bits is 0 when not coded. False when a value does not fit. */
+bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, double more_bits, double lost,
+                        int16_t *q, uint8_t *table, double *bits, double *squares);
 
 /* The rows of the coded components, times step: what xkv_synthesize takes. [coded][width], or for a diagonal its
  * indices are used directly and the array is empty. */

@@ -2,6 +2,7 @@
 #include "entry_internal.h"
 #include "parts.h"
 #include "scalar.h"
+#include "svdq.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -31,13 +32,14 @@ typedef struct decoder {
     uint32_t first_chunk;
     float *components; /* svd: [rank][width], times their scales; coded: [coded][width], times the step */
 
-    /* Groups of codec dict and scalar */
+    /* Groups of codec dict, scalar and svdq */
     float step;
     const uint8_t *tables; /* [rank], in `side` */
     uint8_t *coded_tables; /* [coded] without zeros */
     uint32_t coded;
     uint8_t *side;
     xkv_scalar scalar;
+    xkv_svdq_basis svdq;
     xkv_transform transform;
 } decoder;
 
@@ -204,8 +206,7 @@ static xkv_status restore_svd_chunk(decoder *d, worker *w, uint32_t chunk)
     return XKV_OK;
 }
 
-/* --- dict and scalar ------------------------------------------------------------------------------------------------
- */
+/* --- dict, scalar and svdq ---------------------------------------------------------------------------------------- */
 
 static xkv_status check_tables(decoder *d)
 {
@@ -238,12 +239,23 @@ static xkv_status find_basis(decoder *d)
     return XKV_OK;
 }
 
+/* The side part of svdq is no matrix: a stream follows its arrays. */
+static xkv_status read_side_bytes(decoder *d, const char *where)
+{
+    const xkv_part *part = &d->g->parts[XKV_PART_COMPONENTS];
+
+    if (d->g->codec != XKV_GROUP_SVDQ)
+        return xkv_read_matrix(d->ctx, &d->entry->input, d->c, d->g, XKV_PART_COMPONENTS, where, &d->side);
+    XKV_TRY(XKV_NEW(d->ctx, (size_t)part->size, &d->side));
+    return xkv_container_read_part(d->ctx, &d->entry->input, d->c, part, d->side);
+}
+
 /* Step and tables: what all codecs have in their side part. */
 static xkv_status read_side(decoder *d)
 {
     part_name where = name_part(d, XKV_PART_COMPONENTS);
 
-    XKV_TRY(xkv_read_matrix(d->ctx, &d->entry->input, d->c, d->g, XKV_PART_COMPONENTS, where.text, &d->side));
+    XKV_TRY(read_side_bytes(d, where.text));
     d->step = xkv_loadf32(d->side);
     if (!isfinite(d->step) || d->step <= 0 || xkv_load32(d->side + 4) != 0)
         return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: step is %g, expected finite and positive, then zeros [Q3]",
@@ -251,19 +263,26 @@ static xkv_status read_side(decoder *d)
     d->tables = d->side + 8;
     if (d->g->codec == XKV_CODEC_SCALAR)
         d->tables += 4ull * d->g->plane_count + 2ull * d->g->width;
+    if (d->g->codec == XKV_GROUP_SVDQ)
+        d->tables = d->side + xkv_svdq_side(d->g).tables;
     return check_tables(d);
 }
 
 static xkv_status load_side(decoder *d)
 {
+    part_name where = name_part(d, XKV_PART_COMPONENTS);
     const uint8_t *scales;
 
     XKV_TRY(read_side(d));
     scales = d->side + 8;
     if (d->g->codec == XKV_CODEC_SCALAR) {
-        XKV_TRY(xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, scales, scales + 4ull * d->g->plane_count,
-                                 name_part(d, XKV_PART_COMPONENTS).text, &d->scalar));
+        XKV_TRY(xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, scales, scales + 4ull * d->g->plane_count, where.text,
+                                 &d->scalar));
         d->transform = xkv_transform_of_scalar(&d->scalar);
+    } else if (d->g->codec == XKV_GROUP_SVDQ) {
+        XKV_TRY(xkv_svdq_parse(d->ctx, &d->c->geometry, d->g, d->side, d->g->parts[XKV_PART_COMPONENTS].size,
+                               where.text, &d->svdq));
+        d->transform = xkv_transform_of_svdq_basis(&d->svdq);
     } else {
         XKV_TRY(find_basis(d));
     }
@@ -355,6 +374,7 @@ static void release_workers(decoder *d)
     xkv_release(d->ctx, d->side);
     xkv_release(d->ctx, d->coded_tables);
     xkv_scalar_free(d->ctx, &d->scalar);
+    xkv_svdq_basis_free(d->ctx, &d->svdq);
     d->components = NULL;
     d->side = d->coded_tables = NULL;
     d->coded = 0;
@@ -486,7 +506,7 @@ xkv_status xkv_entry_read_coding(xkv_ctx *ctx, const xkv_entry *entry, uint32_t 
     xkv_status status = XKV_OK;
 
     xkv_ctx_begin(ctx);
-    if (g->codec == XKV_CODEC_DICT || g->codec == XKV_CODEC_SCALAR)
+    if (g->codec != XKV_CODEC_LOSSLESS && g->codec != XKV_CODEC_SVD)
         XKV_TRY_GOTO(read_side(&d), out);
     *coding = (xkv_group_coding){.step = (double)d.step, .coded = d.coded};
 out:

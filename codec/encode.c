@@ -4,13 +4,15 @@
 #include "rate.h"
 #include "scalar.h"
 #include "svd_group.h"
+#include "svdq.h"
 #include "values.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <xxhash.h>
 
-/* How often the step is made finer for an asked error, as long as that lowers the error to this share of it. */
+/* How often the step is made finer for an asked error, as long as that lowers the error to this share of it; or coarser,
+ * when the error is below this share of what was asked for. */
 enum { MAX_REFINEMENTS = 4 };
 #define SMALLEST_GAIN 0.95
 
@@ -40,6 +42,7 @@ typedef struct encoder {
     uint32_t fallbacks;
     xkv_transform *transforms; /* [group_count] of coded groups; rank 0: none */
     xkv_scalar *scalars;       /* [group_count] what the transforms of profile scalar point to */
+    xkv_svdq *svdqs;           /* [group_count] and those of quantized svd */
     float step;
     double metric_squares, metric_energy;
     uint32_t components, component_total;
@@ -50,7 +53,7 @@ typedef struct batch {
     encoder *e;
     xkv_group *g;
     const xkv_factors *f;   /* svd */
-    const xkv_coded *coded; /* dict and scalar */
+    const xkv_coded *coded; /* dict, scalar and svdq */
     uint32_t first;
 } batch;
 
@@ -134,6 +137,14 @@ static void encode_chunk(const batch *b, uint32_t part, slot *s)
     s->data = s->packed;
 }
 
+/* Side part of svdq. */
+static void encode_basis(const batch *b, slot *s)
+{
+    s->size = xkv_svdq_store(b->g, b->coded->basis, b->coded, s->packed);
+    s->method = XKV_METHOD_CODED;
+    s->data = s->packed;
+}
+
 static xkv_status encode_part(const batch *b, uint32_t part, slot *s)
 {
     xkv_shape shape = xkv_part_shape(&b->e->c, b->g, part);
@@ -145,7 +156,10 @@ static xkv_status encode_part(const batch *b, uint32_t part, slot *s)
         return XKV_OK;
     }
     if (shape.coded) {
-        encode_chunk(b, part, s);
+        if (part == XKV_PART_COMPONENTS)
+            encode_basis(b, s);
+        else
+            encode_chunk(b, part, s);
         return XKV_OK;
     }
     return xkv_part_encode(b->e->ctx, b->e->kernels, s->zstd, factors && !b->e->o.zstd_factors ? 0 : b->e->o.zstd_level,
@@ -192,6 +206,8 @@ static xkv_status size_slots(encoder *e, const xkv_group *g, const xkv_coded *co
             raw = xkv_max64(raw, xkv_shape_bytes(s));
         packed = xkv_max64(packed, s.coded ? xkv_rans_bound(&stream) : xkv_part_bound(s));
     }
+    if (g->codec == XKV_GROUP_SVDQ)
+        packed = xkv_max64(packed, xkv_svdq_bound(g, coded->basis));
     for (uint32_t i = 0; i < e->threads; i++) {
         slot *s = &e->slots[i];
         XKV_TRY(XKV_NEW(e->ctx, (size_t)raw, &s->raw));
@@ -315,17 +331,50 @@ out:
     return status;
 }
 
-static xkv_status code_group(encoder *e, xkv_group *g, xkv_coded *coded)
+/* Without a metric: errors in units of the planes' scales, against what the rows are without their mean. */
+static void weigh_planes(const encoder *e, const xkv_group *g, xkv_coded *coded)
+{
+    uint32_t i = (uint32_t)(g - e->c.groups);
+    const xkv_scalar *s = g->codec == XKV_GROUP_SVDQ ? &e->svdqs[i].scale : &e->scalars[i];
+
+    for (uint32_t k = 0; k < g->plane_count; k++) {
+        double error = g->plane_errors[k] / (double)s->scales[k];
+        coded->metric_squares += error * error * g->plane_energies[k];
+    }
+    coded->metric_energy = s->energy;
+}
+
+/* The transform of a group; of svdq with its components rounded for the step, in *basis. */
+static xkv_status find_transform(encoder *e, const xkv_group *g, xkv_svdq_basis *basis, xkv_transform *t)
+{
+    uint32_t i = (uint32_t)(g - e->c.groups);
+
+    *t = e->transforms[i];
+    if (g->codec != XKV_GROUP_SVDQ)
+        return XKV_OK;
+    XKV_TRY(xkv_svdq_round(e->ctx, e->pool, e->kernels, &e->svdqs[i], e->step, basis));
+    *t = xkv_transform_of_svdq_basis(basis);
+    return XKV_OK;
+}
+
+/* `basis` is set for svdq; the caller frees it and `coded`. */
+static xkv_status code_group(encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_coded *coded)
 {
     uint32_t end = e->c.geometry.token_count - e->c.window;
+    xkv_transform t;
 
-    XKV_TRY(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &e->transforms[g - e->c.groups],
-                           e->step, coded));
+    XKV_TRY(find_transform(e, g, basis, &t));
+    coded->overflow = basis->overflow;
+    if (!coded->overflow)
+        XKV_TRY(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &t, e->step, coded));
     if (coded->overflow)
         return XKV_OK;
-    if (coded->metric_energy == 0) { /* no metric: that of the planes */
-        coded->metric_squares = g->error * g->error * g->energy;
-        coded->metric_energy = g->energy;
+    if (g->codec != XKV_GROUP_DICT)
+        weigh_planes(e, g, coded);
+    if (g->codec == XKV_GROUP_SVDQ) {
+        xkv_svdq_close_up(basis, coded);
+        coded->basis = basis;
+        g->rank = basis->rank;
     }
     e->metric_squares += coded->metric_squares;
     e->metric_energy += coded->metric_energy;
@@ -335,10 +384,11 @@ static xkv_status code_group(encoder *e, xkv_group *g, xkv_coded *coded)
 /* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. */
 static xkv_status pack_coded(encoder *e, xkv_group *g)
 {
+    xkv_svdq_basis basis = {0};
     xkv_coded coded = {0};
     xkv_status status = XKV_OK;
 
-    XKV_TRY_GOTO(code_group(e, g, &coded), out);
+    XKV_TRY_GOTO(code_group(e, g, &basis, &coded), out);
     if (coded.overflow) {
         fall_back(e, g);
         XKV_TRY_GOTO(write_group(e, g, NULL, NULL, NULL), out);
@@ -346,10 +396,11 @@ static xkv_status pack_coded(encoder *e, xkv_group *g)
     }
     count_error(e, g);
     e->components += coded.coded;
-    e->component_total += coded.rank;
+    e->component_total += g->codec == XKV_GROUP_SVDQ ? g->width : coded.rank;
     XKV_TRY_GOTO(write_group(e, g, NULL, &coded, NULL), out);
 out:
     xkv_coded_free(e->ctx, &coded);
+    xkv_svdq_basis_free(e->ctx, &basis);
     return status;
 }
 
@@ -403,12 +454,41 @@ static xkv_status choose_ranks(encoder *e)
 /* --- Coded groups: transforms and step -----------------------------------------------------------------------------
  */
 
+/* Bits that a number of a factor takes on average are more than this, or it were not worth it. */
+#define LEAST_BITS 1.3
+/* Of the squared error that is asked for, this share may come from what the decomposition does not look for. */
+#define TAIL_SHARE 0.3
+
+static xkv_status decompose_group(encoder *e, uint32_t group, uint32_t most)
+{
+    xkv_group *g = &e->c.groups[group];
+    xkv_svdq_target target = {.t0 = e->c.sinks,
+                              .t1 = e->c.geometry.token_count - e->c.window,
+                              .most = most,
+                              .iterations = e->o.iterations};
+    double tokens = target.t1 - target.t0, width = g->width, rank = fmin(fmin(tokens, most), width);
+
+    if (e->o.ratio > 0)
+        rank = fmin(rank, ceil(16 / LEAST_BITS / e->o.ratio * tokens * width / (tokens + width)));
+    else
+        target.energy = 1 - TAIL_SHARE * e->o.error * e->o.error;
+    target.max_rank = (uint32_t)fmax(rank, 1);
+    XKV_TRY(xkv_svdq_create(e->ctx, e->pool, e->rotators, g, e->views, &target, &e->svdqs[group]));
+    if (e->svdqs[group].rank == 0)
+        fall_back(e, g);
+    else
+        e->transforms[group] = xkv_transform_of_svdq(&e->svdqs[group]);
+    return xkv_check_cancel(e->ctx);
+}
+
 static xkv_status make_transforms(encoder *e)
 {
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         const xkv_group *g = &e->c.groups[i];
         if (g->codec == XKV_CODEC_DICT)
             e->transforms[i] = xkv_transform_of_basis(xkv_dict_basis(e->o.dict, &e->c.geometry, g));
+        if (g->codec == XKV_GROUP_SVDQ)
+            XKV_TRY(decompose_group(e, i, UINT32_MAX));
         if (g->codec != XKV_CODEC_SCALAR)
             continue;
         XKV_TRY(xkv_scalar_create(e->ctx, e->rotators, g, e->views, e->c.sinks, e->c.geometry.token_count - e->c.window,
@@ -421,6 +501,8 @@ static xkv_status make_transforms(encoder *e)
 /* Bytes of a side part that no table choice changes: scales and means. */
 static double side_bytes(const xkv_group *g)
 {
+    if (g->codec == XKV_GROUP_SVDQ)
+        return 12 + 4.0 * g->plane_count;
     return g->codec == XKV_CODEC_SCALAR ? 4.0 * g->plane_count + 2.0 * g->width : 0;
 }
 
@@ -454,13 +536,17 @@ static xkv_status measure_error(encoder *e, double drop, double *error)
     e->metric_squares = e->metric_energy = 0;
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i];
+        xkv_svdq_basis basis = {0};
         xkv_coded coded = {0};
-        if (g->codec != XKV_CODEC_DICT && g->codec != XKV_CODEC_SCALAR)
+        xkv_status status;
+        if (g->codec == XKV_CODEC_LOSSLESS || g->codec == XKV_CODEC_SVD)
             continue;
-        XKV_TRY(code_group(e, g, &coded));
-        if (drop > 0 && coded.metric_squares > drop * drop * coded.metric_energy)
+        status = code_group(e, g, &basis, &coded);
+        if (status == XKV_OK && drop > 0 && coded.metric_squares > drop * drop * coded.metric_energy)
             fall_back(e, g);
         xkv_coded_free(e->ctx, &coded);
+        xkv_svdq_basis_free(e->ctx, &basis);
+        XKV_TRY(status);
         XKV_TRY(xkv_check_cancel(e->ctx));
     }
     *error = metric_error(e);
@@ -474,17 +560,23 @@ static xkv_status measure_error(encoder *e, double drop, double *error)
 static xkv_status keep_error(encoder *e)
 {
     double error = 0, before = INFINITY;
+    float good = 0;
 
     for (int i = 0; i < MAX_REFINEMENTS; i++) {
         XKV_TRY(measure_error(e, 0, &error));
         if (error <= e->o.error)
-            return XKV_OK;
-        if (error > SMALLEST_GAIN * before)
+            good = fmaxf(good, e->step);
+        if (error == 0 || (error <= e->o.error && error >= SMALLEST_GAIN * e->o.error))
+            break;
+        if (error > e->o.error && error > SMALLEST_GAIN * before)
             break;
         before = error;
         e->step *= (float)(e->o.error / error * 0.99);
     }
-    return measure_error(e, e->o.error, &error);
+    if (good == 0)
+        return measure_error(e, e->o.error, &error);
+    e->step = good;
+    return XKV_OK;
 }
 
 /* No reader takes an entry with another step [Q3]; a hostile dictionary may ask for one. */
@@ -524,7 +616,8 @@ static xkv_status prepare_coded(encoder *e)
 {
     XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->transforms));
     XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->scalars));
-    if (e->o.profile != XKV_PROFILE_DICT && e->o.profile != XKV_PROFILE_SCALAR)
+    XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->svdqs));
+    if (!xkv_plan_quantized(&e->o))
         return XKV_OK;
     XKV_TRY(make_transforms(e));
     return choose_step(e);
@@ -615,6 +708,9 @@ static void fini(encoder *e)
     for (uint32_t i = 0; e->scalars && i < e->c.group_count; i++)
         xkv_scalar_free(e->ctx, &e->scalars[i]);
     xkv_release(e->ctx, e->scalars);
+    for (uint32_t i = 0; e->svdqs && i < e->c.group_count; i++)
+        xkv_svdq_free(e->ctx, &e->svdqs[i]);
+    xkv_release(e->ctx, e->svdqs);
     xkv_release(e->ctx, e->transforms);
     xkv_plan_release(e->ctx, &e->c);
 }
@@ -686,9 +782,9 @@ static xkv_status pack(encoder *e, const xkv_output *output, xkv_pack_report *re
     e->c.values = values.list;
     e->c.value_count = values.count;
     XKV_TRY(init(e));
-    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, e->o.profile == XKV_PROFILE_SCALAR, e->nonfinite, &e->c));
+    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, xkv_plan_quantized(&e->o), e->nonfinite, &e->c));
     XKV_TRY(xkv_container_begin(e->ctx, &e->c, output, e->o.zstd_level, &e->w));
-    if (e->o.ratio > 0 && e->o.profile == XKV_PROFILE_SVD)
+    if (e->o.ratio > 0 && !xkv_plan_quantized(&e->o))
         XKV_TRY(choose_ranks(e));
     XKV_TRY(prepare_coded(e));
     XKV_TRY(pack_groups(e));

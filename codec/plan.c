@@ -84,6 +84,13 @@ xkv_status xkv_plan_options(xkv_ctx *ctx, const xkv_pack_options *given, xkv_pac
     return XKV_OK;
 }
 
+bool xkv_plan_quantized(const xkv_pack_options *o)
+{
+    if (o->profile == XKV_PROFILE_SVD)
+        return (o->ratio != 0 || o->error != 0) && !o->factors16;
+    return o->profile == XKV_PROFILE_DICT || o->profile == XKV_PROFILE_SCALAR;
+}
+
 /* --- Groups ------------------------------------------------------------------------------------------------------- */
 
 uint32_t xkv_plan_coded_tokens(const xkv_container *c)
@@ -216,6 +223,8 @@ static xkv_status choose_codec(xkv_ctx *ctx, const xkv_pack_options *o, const xk
     if ((o->rank_k || o->rank_v) && (key->kind == XKV_PLANE_V ? o->rank_v : o->rank_k) == 0)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a rank for %s planes is needed", xkv_plane_kind_name(key->kind));
     g->codec = codecs[o->profile];
+    if (g->codec == XKV_CODEC_SVD && xkv_plan_quantized(o))
+        g->codec = XKV_GROUP_SVDQ;
     choose_rank(o, c, key->kind, g);
     return XKV_OK;
 }

@@ -1,11 +1,12 @@
 #include "rate.h"
 
 #include "parts.h"
+#include "svdq.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-enum { SAMPLE_TILES = 4, SAMPLE_TOKENS = SAMPLE_TILES * XKV_TILE_ROWS, BATCH = 16 };
+enum { BATCH = 16 };
 
 /* With an error for all groups together, one of them may have up to this many times it: their metrics are estimates of
  * what errors cost, but a group of huge values must not buy room for ruining the others. */
@@ -13,16 +14,17 @@ enum { SAMPLE_TILES = 4, SAMPLE_TOKENS = SAMPLE_TILES * XKV_TILE_ROWS, BATCH = 1
 
 /* What a step costs. */
 typedef struct cost {
-    double bits; /* infinite: a coefficient is too large for the step */
+    double bits;       /* infinite: a coefficient is too large for the step */
+    double basis_bits; /* of components that are stored with the entry */
     double squares;
-    uint32_t tables; /* components that are coded */
+    double basis_squares; /* from the rounding of such components */
+    double energy;        /* of all of them */
+    uint32_t tables;      /* components that are coded */
 } cost;
 
-/* The same for all groups; those that the step cannot code count as stored lossless. */
-typedef struct total_cost {
-    double bytes;
-    double error; /* relative; or that of the worst group over GROUP_SLACK, if larger */
-} total_cost;
+/* The same for all groups; those that the step cannot code count as stored lossless. The error is relative; or that of
+ * the worst group over GROUP_SLACK, if larger. */
+typedef xkv_estimate total_cost;
 
 struct xkv_sample {
     xkv_ctx *ctx;
@@ -39,20 +41,18 @@ struct xkv_sample {
     size_t scratch_size;
     float step;  /* of the evaluation at hand */
     cost *costs; /* [first[group_count]] */
-    int16_t *q;  /* [threads][tokens] */
+    int16_t *q;  /* [threads][q_size] */
+    size_t q_size;
 };
 
 /* --- Projection --- */
 
-/* Tile `tile` of the sample: its token and its column in y. */
-static uint32_t sample_tile(const xkv_sample *s, uint32_t tile, uint32_t *token)
+uint32_t xkv_sample_tile(uint32_t coded, uint32_t sampled, uint32_t tile, uint32_t *row)
 {
-    uint32_t column = tile * XKV_TILE_ROWS;
+    uint32_t first = tile * XKV_TILE_ROWS, last = sampled / XKV_TILE_ROWS - 1;
 
-    *token =
-        s->c->sinks +
-        (s->tokens == s->coded ? column : (uint32_t)((uint64_t)(s->coded - XKV_TILE_ROWS) * tile / (SAMPLE_TILES - 1)));
-    return (uint32_t)xkv_min64(XKV_TILE_ROWS, s->tokens - column);
+    *row = sampled == coded ? first : (uint32_t)((uint64_t)(coded - XKV_TILE_ROWS) * tile / last);
+    return (uint32_t)xkv_min64(XKV_TILE_ROWS, sampled - first);
 }
 
 static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
@@ -65,7 +65,8 @@ static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
 
     if (!s->y[group])
         return XKV_OK;
-    n = sample_tile(s, tile, &token);
+    n = xkv_sample_tile(s->coded, s->tokens, tile, &token);
+    token += s->c->sinks;
     XKV_TRY(xkv_gather_rows(s->ctx, &s->rotators[worker], g, s->views, token, token + n, x));
     xkv_analyze(s->rotators->kernels, &s->transforms[group], x, n, s->y[group] + tile * XKV_TILE_ROWS, s->tokens);
     return XKV_OK;
@@ -85,7 +86,9 @@ static xkv_status project(xkv_sample *s, xkv_pool *pool)
     XKV_TRY(XKV_NEW(s->ctx, s->scratch_size * xkv_pool_threads(pool), &s->scratch));
     XKV_TRY(xkv_pool_run(s->ctx, pool, (uint64_t)s->c->group_count * tiles, project_task, s));
     for (uint32_t i = 0; i < s->c->group_count; i++)
-        if (s->y[i])
+        if (s->transforms[i].own)
+            s->energies[i] = s->transforms[i].own->scale.energy * s->tokens / s->coded;
+        else if (s->y[i])
             s->energies[i] = s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens);
     return XKV_OK;
 }
@@ -104,13 +107,16 @@ xkv_status xkv_sample_create(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators
                       .views = views,
                       .transforms = transforms,
                       .coded = coded,
-                      .tokens = coded < SAMPLE_TOKENS ? coded : SAMPLE_TOKENS};
+                      .tokens = (uint32_t)xkv_min64(coded, XKV_SAMPLE_TOKENS)};
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count, &s->y), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count + 1u, &s->first), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count, &s->energies), out);
     XKV_TRY_GOTO(project(s, pool), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, s->first[c->group_count], &s->costs), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)s->tokens * xkv_pool_threads(pool), &s->q), out);
+    s->q_size = s->tokens;
+    for (uint32_t i = 0; i < c->group_count; i++)
+        s->q_size = (size_t)xkv_max64(s->q_size, transforms[i].own ? transforms[i].width : 0);
+    XKV_TRY_GOTO(XKV_NEW(ctx, s->q_size * xkv_pool_threads(pool), &s->q), out);
     *sample_p = s;
     s = NULL;
 out:
@@ -144,35 +150,72 @@ static uint32_t group_of(const xkv_sample *s, uint64_t batch)
     return g;
 }
 
+static void add_cost(cost *sum, const cost *c)
+{
+    sum->bits += c->bits;
+    sum->basis_bits += c->basis_bits;
+    sum->squares += c->squares;
+    sum->basis_squares += c->basis_squares;
+    sum->energy += c->energy;
+    sum->tables += c->tables;
+}
+
+/* Component i of group g; `v` and `q` are scratch. One that is stored with the entry is worth coding only when that pays
+ * for its own bits too, of which the sample's rows bear their share. */
+static cost component_cost(const xkv_sample *s, uint32_t g, uint32_t i, float *v, int16_t *q)
+{
+    const xkv_svdq *own = s->transforms[g].own;
+    const float *y = s->y[g] + (size_t)i * s->tokens;
+    double energy = own ? s->rotators->kernels->sum_squares(y, s->tokens) : 0;
+    xkv_component_price price = {0};
+    cost c = {.energy = energy};
+    uint8_t table;
+
+    if (own) {
+        price = xkv_svdq_price(own, i, s->step, v, q);
+        if (price.table == 0)
+            return (cost){.squares = energy, .energy = energy};
+    }
+    if (!xkv_code_component(xkv_coder_cpu(), y, s->tokens, s->step, price.bits * s->tokens / s->coded,
+                            price.lost * energy, q, &table, &c.bits, &c.squares))
+        c.bits = INFINITY;
+    c.tables = table != 0;
+    c.basis_bits = table != 0 ? price.bits : 0;
+    c.basis_squares = table != 0 ? price.lost * energy : 0;
+    return c;
+}
+
 static xkv_status cost_task(void *user, uint32_t worker, uint64_t batch)
 {
     xkv_sample *s = user;
     uint32_t g = group_of(s, batch), i = (uint32_t)(batch - s->first[g]) * BATCH;
     uint32_t end = (uint32_t)xkv_min64(s->transforms[g].rank, i + BATCH);
-    cost sum = {0, 0, 0};
+    float *v = s->scratch + worker * s->scratch_size; /* a tile of the widest group: more than a row */
+    int16_t *q = s->q + worker * s->q_size;
+    cost sum = {0};
 
+    if (i == 0 && s->transforms[g].own)
+        sum.basis_bits = xkv_svdq_mean_bits(s->transforms[g].own, s->step, v, q);
     for (; i < end; i++) {
-        double bits, squares;
-        uint8_t table;
-        if (!xkv_code_component(xkv_coder_cpu(), s->y[g] + (size_t)i * s->tokens, s->tokens, s->step,
-                                s->q + (size_t)worker * s->tokens, &table, &bits, &squares))
-            bits = INFINITY;
-        sum.bits += bits;
-        sum.squares += squares;
-        sum.tables += table != 0;
+        cost c = component_cost(s, g, i, v, q);
+        add_cost(&sum, &c);
     }
     s->costs[batch] = sum;
     return XKV_OK;
 }
 
+/* All of a group. Noise of components of its own is made good by the coefficients as far as the other components can
+ * express it; what the decomposition did not find is lost. */
 static cost group_cost(const xkv_sample *s, uint32_t group)
 {
-    cost sum = {0, 0, 0};
+    const xkv_svdq *own = s->transforms[group].own;
+    cost sum = {0};
 
-    for (uint32_t i = s->first[group]; i < s->first[group + 1]; i++) {
-        sum.bits += s->costs[i].bits;
-        sum.squares += s->costs[i].squares;
-        sum.tables += s->costs[i].tables;
+    for (uint32_t i = s->first[group]; i < s->first[group + 1]; i++)
+        add_cost(&sum, &s->costs[i]);
+    if (own) {
+        sum.squares += sum.basis_squares * (1 - (double)sum.tables / own->width);
+        sum.squares += fmax(0, s->energies[group] - sum.energy);
     }
     return sum;
 }
@@ -192,11 +235,12 @@ static void add_up(const xkv_sample *s, total_cost *t)
     *t = (total_cost){0, 0};
     for (uint32_t i = 0; i < s->c->group_count; i++) {
         cost sum = group_cost(s, i);
-        if (!isfinite(sum.bits) || !isfinite(s->energies[i])) {
+        if (!isfinite(sum.bits + sum.basis_bits) || !isfinite(s->energies[i])) {
             t->bytes += lossless_bytes(s, i);
             continue;
         }
-        t->bytes += sum.bits / 8 * s->coded / s->tokens + 0.65 * sum.tables;
+        t->bytes += sum.bits / 8 * s->coded / s->tokens;
+        t->bytes += s->transforms[i].own ? sum.basis_bits / 8 : 0.65 * sum.tables;
         squares += sum.squares;
         energy += s->energies[i];
         if (s->energies[i] > 0)
@@ -211,6 +255,11 @@ static xkv_status evaluate(xkv_sample *s, xkv_pool *pool, double step, total_cos
     XKV_TRY(xkv_pool_run(s->ctx, pool, s->first[s->c->group_count], cost_task, s));
     add_up(s, t);
     return XKV_OK;
+}
+
+xkv_status xkv_sample_estimate(xkv_pool *pool, xkv_sample *s, float step, xkv_estimate *estimate)
+{
+    return evaluate(s, pool, (double)step, estimate);
 }
 
 static int compare_doubles(const void *a, const void *b)

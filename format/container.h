@@ -54,7 +54,7 @@ typedef struct xkv_part {
 } xkv_part;
 
 typedef struct xkv_group {
-    uint32_t codec; /* 0 lossless, 1 svd */
+    uint32_t codec; /* XKV_GROUP_* */
     uint32_t reason;
     uint32_t plane_count;
     uint32_t rank;
@@ -114,6 +114,14 @@ typedef struct xkv_basis_header {
 } xkv_basis_header;
 
 xkv_basis_header xkv_basis_layout(const xkv_geometry *geometry, const xkv_group *g);
+
+/* Where the arrays of an svdq group's side part lie (spec/dictionary.md, section 1); the stream of its mean and
+ * components starts at `stream`. */
+typedef struct xkv_svdq_layout {
+    uint64_t scales, mean_step, exponents, tables, component_tables, stream;
+} xkv_svdq_layout;
+
+xkv_svdq_layout xkv_svdq_side(const xkv_group *g);
 
 /* What part `part` of a group holds (spec/codec.md, spec/dictionary.md). Needs the geometry, chunks, sinks and window
  * of `c`, and codec, planes, rank and width of `g`. */

@@ -69,6 +69,8 @@ typedef struct xkv_pack_options {
 
     const xkv_dict *dict; /* opened for packing; required by profile dict */
     double quality;       /* dict: 1 .. 100; each 16 points halve the step; 0: 50, unless there is another target */
+    uint32_t factors16;   /* non-zero: svd keeps factors at 16 bits, as published, for a ratio or an error too; then the
+                             error is the largest of any group */
 } xkv_pack_options;
 
 static inline xkv_pack_options xkv_pack_options_default(void)
@@ -154,7 +156,8 @@ typedef enum xkv_group_codec {
     XKV_CODEC_LOSSLESS = 0,
     XKV_CODEC_SVD = 1,
     XKV_CODEC_DICT = 2,
-    XKV_CODEC_SCALAR = 3
+    XKV_CODEC_SCALAR = 3,
+    XKV_CODEC_SVDQ = 4
 } xkv_group_codec;
 typedef enum xkv_lossless_reason {
     XKV_REASON_ASKED = 0,
