@@ -191,10 +191,14 @@ static xkv_status code_task(void *user, uint32_t worker, uint64_t component)
     job *j = user;
     xkv_coded *c = j->coded;
     size_t at = component * c->tokens;
-    double squares, more_bits = j->t->component_bits ? j->t->component_bits[component] : 0;
+    double squares, more_bits = 0, lost = 0;
 
     (void)worker;
-    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, more_bits, 0, c->q + at,
+    if (j->t->component_bits) {
+        more_bits = j->t->component_bits[component];
+        lost = j->t->component_lost[component] * sum_squares(j->y + at, c->tokens);
+    }
+    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, more_bits, lost, c->q + at,
                             &c->tables[component], &j->bits[component], &squares))
         j->bits[component] = INFINITY;
     return XKV_OK;
@@ -314,6 +318,8 @@ static xkv_status run(job *j, xkv_pool *pool, xkv_group *g)
     if (c->overflow)
         return XKV_OK;
     close_up(c);
+    if (j->t->own) /* only a choice among components */
+        return XKV_OK;
     XKV_TRY(xkv_scaled_rows(j->ctx, j->t, c->tables, c->step, &j->rows));
     XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, measure_tile, j));
     total(j, tiles, g);

@@ -18,8 +18,9 @@ typedef struct xkv_transform {
     const float *blocks;    /* metric blocks of the group's heads, one behind the other; NULL: no metric */
 
     /* Codec svdq: components that are stored with the entry. */
-    const struct xkv_svdq *own;   /* rate control: what each would cost at a step; else NULL */
-    const double *component_bits; /* [rank] bits that each takes once rounded; else NULL */
+    const struct xkv_svdq *own;   /* which they are before rounding; else NULL */
+    const double *component_bits; /* [rank] that storing them takes, for the choice among them; else NULL */
+    const double *component_lost; /* [rank] share of the coefficients' energy that rounding them loses; likewise */
 } xkv_transform;
 
 xkv_transform xkv_transform_of_basis(const xkv_basis *basis);
@@ -58,7 +59,8 @@ XKV_MUST_CHECK xkv_status xkv_scaled_rows(xkv_ctx *ctx, const xkv_transform *t, 
 void xkv_synthesize(const xkv_kernels *k, const xkv_transform *t, const uint8_t *tables, float step, const float *rows,
                     uint32_t coded, const int16_t *q, size_t stride, uint32_t tokens, float *a, float *x);
 
-/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors. */
+/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors; with
+ * t->own nothing is measured, since its components are not rounded yet. */
 XKV_MUST_CHECK xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
                                          const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
                                          float step, xkv_coded *coded);

@@ -13,7 +13,7 @@
 
 /* How often the step is made finer for an asked error, as long as that lowers the error to this share of it; or coarser,
  * when the error is below this share of what was asked for. */
-enum { MAX_REFINEMENTS = 4 };
+enum { MAX_REFINEMENTS = 6 };
 #define SMALLEST_GAIN 0.95
 
 /* Chunks are encoded a batch at a time, one per slot, and written in order. */
@@ -42,10 +42,14 @@ typedef struct encoder {
     uint32_t fallbacks;
     xkv_transform *transforms; /* [group_count] of coded groups; rank 0: none */
     xkv_scalar *scalars;       /* [group_count] what the transforms of profile scalar point to */
-    xkv_svdq *svdqs;           /* [group_count] and those of quantized svd */
+    xkv_svdq *svdqs;           /* [decomposed] and those of quantized svd */
+    uint32_t decomposed;       /* group_count, once there are any */
     float step;
     double metric_squares, metric_energy;
     uint32_t components, component_total;
+    bool automatic; /* profile auto chooses, or has chosen */
+    bool trial;     /* a profile is tried: a sample will do */
+    xkv_profile_estimate estimates[5]; /* by profile */
 } encoder;
 
 /* The group and batch at hand. */
@@ -344,32 +348,58 @@ static void weigh_planes(const encoder *e, const xkv_group *g, xkv_coded *coded)
     coded->metric_energy = s->energy;
 }
 
-/* The transform of a group; of svdq with its components rounded for the step, in *basis. */
-static xkv_status find_transform(encoder *e, const xkv_group *g, xkv_svdq_basis *basis, xkv_transform *t)
+/* Where the coded tokens end; a trial looks at no more than a sample. */
+static uint32_t coded_end(const encoder *e)
 {
-    uint32_t i = (uint32_t)(g - e->c.groups);
+    uint64_t end = e->c.geometry.token_count - e->c.window;
 
-    *t = e->transforms[i];
-    if (g->codec != XKV_GROUP_SVDQ)
+    return (uint32_t)(e->trial ? xkv_min64(end, (uint64_t)e->c.sinks + XKV_SAMPLE_TOKENS) : end);
+}
+
+/* Components of svdq that are worth their bits at the step, rounded. */
+static xkv_status round_basis(encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_transform *t)
+{
+    const xkv_svdq *s = t->own;
+    const float *blocks = t->blocks;
+    uint32_t end = coded_end(e);
+    xkv_coded trial = {0};
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(xkv_svdq_round(e->ctx, s, e->step, basis));
+    if (basis->overflow)
         return XKV_OK;
-    XKV_TRY(xkv_svdq_round(e->ctx, e->pool, e->kernels, &e->svdqs[i], e->step, basis));
+    for (uint32_t i = 0; i < basis->rank; i++) /* the share that these tokens have to bear */
+        basis->bits[i] *= (double)(end - e->c.sinks) / s->tokens;
+    t->component_bits = basis->bits;
+    t->component_lost = basis->lost;
+    XKV_TRY_GOTO(
+        xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, t, e->step, &trial), out);
+    basis->overflow = trial.overflow;
+    if (trial.overflow)
+        goto out;
+    xkv_svdq_select(basis, trial.tables);
+    XKV_TRY_GOTO(xkv_svdq_finish(e->ctx, e->pool, e->kernels, s, basis), out);
     *t = xkv_transform_of_svdq_basis(basis);
-    return XKV_OK;
+    t->blocks = blocks;
+out:
+    xkv_coded_free(e->ctx, &trial);
+    return status;
 }
 
 /* `basis` is set for svdq; the caller frees it and `coded`. */
 static xkv_status code_group(encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_coded *coded)
 {
-    uint32_t end = e->c.geometry.token_count - e->c.window;
-    xkv_transform t;
+    uint32_t end = coded_end(e);
+    xkv_transform t = e->transforms[g - e->c.groups];
 
-    XKV_TRY(find_transform(e, g, basis, &t));
+    if (g->codec == XKV_GROUP_SVDQ)
+        XKV_TRY(round_basis(e, g, basis, &t));
     coded->overflow = basis->overflow;
     if (!coded->overflow)
         XKV_TRY(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &t, e->step, coded));
     if (coded->overflow)
         return XKV_OK;
-    if (g->codec != XKV_GROUP_DICT)
+    if (g->codec != XKV_GROUP_DICT && !t.blocks)
         weigh_planes(e, g, coded);
     if (g->codec == XKV_GROUP_SVDQ) {
         xkv_svdq_close_up(basis, coded);
@@ -473,12 +503,21 @@ static xkv_status decompose_group(encoder *e, uint32_t group, uint32_t most)
     else
         target.energy = 1 - TAIL_SHARE * e->o.error * e->o.error;
     target.max_rank = (uint32_t)fmax(rank, 1);
-    XKV_TRY(xkv_svdq_create(e->ctx, e->pool, e->rotators, g, e->views, &target, &e->svdqs[group]));
+    if (e->svdqs[group].width == 0) /* else a trial has done it */
+        XKV_TRY(xkv_svdq_create(e->ctx, e->pool, e->rotators, g, e->views, &target, &e->svdqs[group]));
     if (e->svdqs[group].rank == 0)
         fall_back(e, g);
     else
         e->transforms[group] = xkv_transform_of_svdq(&e->svdqs[group]);
     return xkv_check_cancel(e->ctx);
+}
+
+/* What errors of a group are measured with: when auto compares with a dictionary its metric, where it has one. */
+static const float *find_blocks(const encoder *e, const xkv_group *g)
+{
+    const xkv_basis *basis = e->automatic && e->o.dict ? xkv_dict_basis(e->o.dict, &e->c.geometry, g) : NULL;
+
+    return basis ? basis->blocks : NULL;
 }
 
 static xkv_status make_transforms(encoder *e)
@@ -488,12 +527,14 @@ static xkv_status make_transforms(encoder *e)
         if (g->codec == XKV_CODEC_DICT)
             e->transforms[i] = xkv_transform_of_basis(xkv_dict_basis(e->o.dict, &e->c.geometry, g));
         if (g->codec == XKV_GROUP_SVDQ)
-            XKV_TRY(decompose_group(e, i, UINT32_MAX));
-        if (g->codec != XKV_CODEC_SCALAR)
-            continue;
-        XKV_TRY(xkv_scalar_create(e->ctx, e->rotators, g, e->views, e->c.sinks, e->c.geometry.token_count - e->c.window,
-                                  &e->scalars[i]));
-        e->transforms[i] = xkv_transform_of_scalar(&e->scalars[i]);
+            XKV_TRY(decompose_group(e, i, e->trial ? XKV_SAMPLE_TOKENS : UINT32_MAX));
+        if (g->codec == XKV_GROUP_SCALAR) {
+            XKV_TRY(xkv_scalar_create(e->ctx, e->rotators, g, e->views, e->c.sinks,
+                                      e->c.geometry.token_count - e->c.window, &e->scalars[i]));
+            e->transforms[i] = xkv_transform_of_scalar(&e->scalars[i]);
+        }
+        if (g->codec != XKV_GROUP_DICT)
+            e->transforms[i].blocks = find_blocks(e, g);
     }
     return XKV_OK;
 }
@@ -506,9 +547,9 @@ static double side_bytes(const xkv_group *g)
     return g->codec == XKV_CODEC_SCALAR ? 4.0 * g->plane_count + 2.0 * g->width : 0;
 }
 
-/* Bytes for the rANS streams when the whole entry shall have the asked ratio: what is left of the budget after the
- * head, the exact rows, lossless groups, and what every stream costs whatever it holds. */
-static xkv_status stream_budget(encoder *e, double *bytes)
+/* Bytes that do not depend on the step: the head, the exact rows, lossless groups, and what every stream costs whatever
+ * it holds. */
+static xkv_status bytes_beside_streams(encoder *e, double *bytes)
 {
     uint64_t fixed = xkv_container_head_size(&e->w);
     double states = 0;
@@ -517,11 +558,18 @@ static xkv_status stream_budget(encoder *e, double *bytes)
     for (uint32_t i = 0; i < e->c.group_count; i++)
         if (e->transforms[i].rank > 0)
             states += (64.0 + XKV_ALIGN / 2) * e->c.chunk_count + XKV_ALIGN + side_bytes(&e->c.groups[i]);
-    *bytes = (double)xkv_raw16_bytes(&e->c.geometry) / e->o.ratio - (double)fixed - states;
+    *bytes = (double)fixed + states;
+    return XKV_OK;
+}
+
+/* Bytes for the rANS streams when the whole entry shall have the asked ratio. */
+static xkv_status stream_budget(encoder *e, double beside, double *bytes)
+{
+    *bytes = (double)xkv_raw16_bytes(&e->c.geometry) / e->o.ratio - beside;
     if (*bytes <= 0)
         return xkv_fail(e->ctx, XKV_ERROR_TARGET,
-                        "a ratio of %g is out of reach: tables and exact rows alone take %llu bytes", e->o.ratio,
-                        (unsigned long long)fixed);
+                        "a ratio of %g is out of reach: tables and exact rows alone take %.0f bytes", e->o.ratio,
+                        beside);
     return XKV_OK;
 }
 
@@ -530,9 +578,12 @@ static double metric_error(const encoder *e)
     return xkv_relative_error(e->metric_squares, e->metric_energy);
 }
 
-/* The error of all coded groups at e->step; with `drop`, groups that exceed `drop` by themselves become lossless. */
+/* The error of all coded groups at e->step, or that of the worst one over XKV_GROUP_SLACK; with `drop`, groups that
+ * exceed `drop` by themselves become lossless. */
 static xkv_status measure_error(encoder *e, double drop, double *error)
 {
+    double worst = 0;
+
     e->metric_squares = e->metric_energy = 0;
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i];
@@ -542,6 +593,7 @@ static xkv_status measure_error(encoder *e, double drop, double *error)
         if (g->codec == XKV_CODEC_LOSSLESS || g->codec == XKV_CODEC_SVD)
             continue;
         status = code_group(e, g, &basis, &coded);
+        worst = fmax(worst, xkv_relative_error(coded.metric_squares, coded.metric_energy));
         if (status == XKV_OK && drop > 0 && coded.metric_squares > drop * drop * coded.metric_energy)
             fall_back(e, g);
         xkv_coded_free(e->ctx, &coded);
@@ -549,7 +601,7 @@ static xkv_status measure_error(encoder *e, double drop, double *error)
         XKV_TRY(status);
         XKV_TRY(xkv_check_cancel(e->ctx));
     }
-    *error = metric_error(e);
+    *error = fmax(metric_error(e), worst / XKV_GROUP_SLACK);
     e->metric_squares = e->metric_energy = 0;
     return XKV_OK;
 }
@@ -559,7 +611,7 @@ static xkv_status measure_error(encoder *e, double drop, double *error)
  * that are above the error by themselves are stored lossless, which leaves the rest below it. */
 static xkv_status keep_error(encoder *e)
 {
-    double error = 0, before = INFINITY;
+    double error = 0, before = INFINITY, factor = 1;
     float good = 0;
 
     for (int i = 0; i < MAX_REFINEMENTS; i++) {
@@ -568,10 +620,11 @@ static xkv_status keep_error(encoder *e)
             good = fmaxf(good, e->step);
         if (error == 0 || (error <= e->o.error && error >= SMALLEST_GAIN * e->o.error))
             break;
-        if (error > e->o.error && error > SMALLEST_GAIN * before)
+        if (error > e->o.error && factor < 0.9 && error > SMALLEST_GAIN * before)
             break;
         before = error;
-        e->step *= (float)(e->o.error / error * 0.99);
+        factor = e->o.error / error * 0.99;
+        e->step *= (float)factor;
     }
     if (good == 0)
         return measure_error(e, e->o.error, &error);
@@ -588,23 +641,56 @@ static xkv_status check_step(const encoder *e)
                     (double)e->step);
 }
 
+/* The error in a dictionary's metric at e->step; with an error to be kept, at the step that comes near it. */
+static xkv_status measure_in_metric(encoder *e, double *error)
+{
+    XKV_TRY(measure_error(e, 0, error));
+    for (int i = 0; i < 2 && e->o.error > 0 && *error > 0 && fabs(*error / e->o.error - 1) > 0.05; i++) {
+        e->step *= (float)(e->o.error / *error);
+        XKV_TRY(measure_error(e, 0, error));
+    }
+    return XKV_OK;
+}
+
+/* Bytes and error of the profile that is tried. The coefficients of the sample tell both, but not the error in a
+ * dictionary's metric, nor the one that the rounding of its basis makes: then rows are measured. */
+static xkv_status estimate(encoder *e, xkv_sample *sample, double beside)
+{
+    xkv_profile_estimate *found = &e->estimates[e->o.profile];
+    xkv_estimate t;
+    double error = 0;
+
+    if (e->o.dict)
+        XKV_TRY(measure_in_metric(e, &error));
+    if (e->o.error > 0 && error > 1.1 * e->o.error)
+        return XKV_OK; /* out of reach */
+    XKV_TRY(xkv_sample_estimate(e->pool, sample, e->step, &t));
+    found->bytes = beside + t.bytes;
+    found->error = e->o.dict ? error : t.error;
+    return XKV_OK;
+}
+
 static xkv_status choose_step(encoder *e)
 {
     xkv_sample *sample = NULL;
-    double bytes = 0;
+    double beside = 0, bytes = 0;
     xkv_status status = XKV_OK;
 
     if (e->o.quality > 0) {
         e->step = (float)xkv_dict_step(e->o.dict, e->o.quality);
         return check_step(e);
     }
+    if (e->o.ratio > 0 || e->trial)
+        XKV_TRY(bytes_beside_streams(e, &beside));
     if (e->o.ratio > 0)
-        XKV_TRY(stream_budget(e, &bytes));
+        XKV_TRY(stream_budget(e, beside, &bytes));
     XKV_TRY_GOTO(xkv_sample_create(e->ctx, e->pool, e->rotators, &e->c, e->views, e->transforms, &sample), out);
     XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error, &e->step), out);
+    if (e->trial)
+        XKV_TRY_GOTO(estimate(e, sample, beside), out);
     xkv_sample_free(e->ctx, sample);
     sample = NULL;
-    if (e->o.error > 0)
+    if (e->o.error > 0 && !e->trial)
         XKV_TRY_GOTO(keep_error(e), out);
     status = check_step(e);
 out:
@@ -616,11 +702,127 @@ static xkv_status prepare_coded(encoder *e)
 {
     XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->transforms));
     XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->scalars));
-    XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->svdqs));
+    if (!e->svdqs) {
+        XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->svdqs));
+        e->decomposed = e->c.group_count;
+    }
     if (!xkv_plan_quantized(&e->o))
         return XKV_OK;
     XKV_TRY(make_transforms(e));
     return choose_step(e);
+}
+
+static void release_transforms(encoder *e)
+{
+    for (uint32_t i = 0; e->scalars && i < e->c.group_count; i++)
+        xkv_scalar_free(e->ctx, &e->scalars[i]);
+    xkv_release(e->ctx, e->scalars);
+    xkv_release(e->ctx, e->transforms);
+    e->scalars = NULL;
+    e->transforms = NULL;
+}
+
+static void release_decompositions(encoder *e)
+{
+    for (uint32_t i = 0; i < e->decomposed; i++)
+        xkv_svdq_free(e->ctx, &e->svdqs[i]);
+    xkv_release(e->ctx, e->svdqs);
+    e->svdqs = NULL;
+    e->decomposed = 0;
+}
+
+/* --- Profile auto ------------------------------------------------------------------------------------------------- */
+
+static xkv_status discard(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
+{
+    (void)user;
+    (void)ctx;
+    (void)offset;
+    (void)src;
+    (void)size;
+    return XKV_OK;
+}
+
+static xkv_status plan(encoder *e, const xkv_output *output)
+{
+    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, xkv_plan_quantized(&e->o), e->nonfinite, &e->c));
+    return xkv_container_begin(e->ctx, &e->c, output, e->o.zstd_level, &e->w);
+}
+
+/* Estimate what a profile would come to, at the price of projecting a sample. A decomposition of all tokens is kept: it
+ * is needed again if the profile is taken. */
+static xkv_status try_profile(encoder *e, uint32_t profile)
+{
+    xkv_output nowhere = {NULL, discard};
+    xkv_status status = XKV_OK;
+
+    e->o.profile = profile;
+    e->trial = true;
+    XKV_TRY_GOTO(plan(e, &nowhere), out);
+    XKV_TRY_GOTO(prepare_coded(e), out);
+out:
+    e->trial = false;
+    xkv_container_writer_free(e->ctx, &e->w);
+    release_transforms(e);
+    if (status != XKV_OK || xkv_plan_coded_tokens(&e->c) > XKV_SAMPLE_TOKENS)
+        release_decompositions(e);
+    xkv_plan_release(e->ctx, &e->c);
+    e->fallbacks = 0;
+    return status;
+}
+
+/* Bytes when all is lossless. */
+static xkv_status try_lossless(encoder *e)
+{
+    xkv_output nowhere = {NULL, discard};
+    uint64_t bytes = 0;
+    xkv_status status = XKV_OK;
+
+    e->o.profile = XKV_PROFILE_LOSSLESS;
+    XKV_TRY_GOTO(plan(e, &nowhere), out);
+    bytes = xkv_container_head_size(&e->w);
+    XKV_TRY_GOTO(fixed_bytes(e, &bytes), out);
+    e->estimates[XKV_PROFILE_LOSSLESS].bytes = (double)bytes;
+out:
+    xkv_container_writer_free(e->ctx, &e->w);
+    xkv_plan_release(e->ctx, &e->c);
+    return status;
+}
+
+/* Is profile a better than b? The smaller for an error, the one of less error for a ratio. */
+static bool is_better(const encoder *e, uint32_t a, uint32_t b)
+{
+    const xkv_profile_estimate *x = &e->estimates[a], *y = &e->estimates[b];
+
+    if (x->bytes == 0 || y->bytes == 0)
+        return x->bytes > 0;
+    return e->o.ratio > 0 ? x->error < y->error : x->bytes < y->bytes;
+}
+
+static xkv_status choose_profile(encoder *e)
+{
+    static const uint32_t candidates[] = {XKV_PROFILE_DICT, XKV_PROFILE_SCALAR, XKV_PROFILE_SVD};
+    uint32_t best = XKV_PROFILE_SCALAR;
+
+    e->automatic = true;
+    for (size_t i = e->o.dict ? 0 : 1; i < sizeof candidates / sizeof *candidates; i++) {
+        xkv_status status = try_profile(e, candidates[i]);
+        if (status == XKV_ERROR_TARGET) /* out of reach for this one */
+            xkv_ctx_begin(e->ctx);
+        else if (status != XKV_OK)
+            return status;
+        if (is_better(e, candidates[i], best))
+            best = candidates[i];
+    }
+    if (e->o.error > 0 && e->estimates[best].bytes > (double)xkv_raw16_bytes(&e->c.geometry) / 2) {
+        XKV_TRY(try_lossless(e)); /* which never gets below half */
+        if (is_better(e, XKV_PROFILE_LOSSLESS, best))
+            best = XKV_PROFILE_LOSSLESS;
+    }
+    if (best != XKV_PROFILE_SVD)
+        release_decompositions(e);
+    e->o.profile = best;
+    return XKV_OK;
 }
 
 /* --- Preparation -------------------------------------------------------------------------------------------------- */
@@ -705,13 +907,8 @@ static void fini(encoder *e)
     xkv_release(e->ctx, e->nonfinite);
     xkv_pool_free(e->ctx, e->pool);
     xkv_container_writer_free(e->ctx, &e->w);
-    for (uint32_t i = 0; e->scalars && i < e->c.group_count; i++)
-        xkv_scalar_free(e->ctx, &e->scalars[i]);
-    xkv_release(e->ctx, e->scalars);
-    for (uint32_t i = 0; e->svdqs && i < e->c.group_count; i++)
-        xkv_svdq_free(e->ctx, &e->svdqs[i]);
-    xkv_release(e->ctx, e->svdqs);
-    xkv_release(e->ctx, e->transforms);
+    release_decompositions(e);
+    release_transforms(e);
     xkv_plan_release(e->ctx, &e->c);
 }
 
@@ -751,6 +948,8 @@ static void fill_report(const encoder *e, uint64_t file_size, xkv_pack_report *r
     r->fallback_groups = e->fallbacks;
     r->step = (double)e->step;
     r->error_metric = metric_error(e);
+    r->profile = e->o.profile;
+    memcpy(r->estimates, e->estimates, sizeof r->estimates);
     r->components = e->components;
     r->component_total = e->component_total;
     for (uint32_t i = 0; i < e->c.group_count; i++)
@@ -776,14 +975,16 @@ static void set_framing(encoder *e, const xkv_framing *framing, const void *sour
 static xkv_status pack(encoder *e, const xkv_output *output, xkv_pack_report *report)
 {
     xkv_values values = {.count = 0};
-    uint8_t *error = set_values(e, &values);
+    uint8_t *error;
     uint64_t file_size;
 
+    XKV_TRY(init(e));
+    if (e->o.profile == XKV_PROFILE_AUTO)
+        XKV_TRY(choose_profile(e));
+    error = set_values(e, &values);
     e->c.values = values.list;
     e->c.value_count = values.count;
-    XKV_TRY(init(e));
-    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, xkv_plan_quantized(&e->o), e->nonfinite, &e->c));
-    XKV_TRY(xkv_container_begin(e->ctx, &e->c, output, e->o.zstd_level, &e->w));
+    XKV_TRY(plan(e, output));
     if (e->o.ratio > 0 && !xkv_plan_quantized(&e->o))
         XKV_TRY(choose_ranks(e));
     XKV_TRY(prepare_coded(e));

@@ -8,10 +8,6 @@
 
 enum { BATCH = 16 };
 
-/* With an error for all groups together, one of them may have up to this many times it: their metrics are estimates of
- * what errors cost, but a group of huge values must not buy room for ruining the others. */
-#define GROUP_SLACK 4
-
 /* What a step costs. */
 typedef struct cost {
     double bits;       /* infinite: a coefficient is too large for the step */
@@ -23,7 +19,7 @@ typedef struct cost {
 } cost;
 
 /* The same for all groups; those that the step cannot code count as stored lossless. The error is relative; or that of
- * the worst group over GROUP_SLACK, if larger. */
+ * the worst group over XKV_GROUP_SLACK, if larger. */
 typedef xkv_estimate total_cost;
 
 struct xkv_sample {
@@ -246,7 +242,7 @@ static void add_up(const xkv_sample *s, total_cost *t)
         if (s->energies[i] > 0)
             worst = fmax(worst, sum.squares / s->energies[i]);
     }
-    t->error = energy > 0 ? sqrt(fmax(squares / energy, worst / (GROUP_SLACK * GROUP_SLACK))) : 0;
+    t->error = energy > 0 ? sqrt(fmax(squares / energy, worst / (XKV_GROUP_SLACK * XKV_GROUP_SLACK))) : 0;
 }
 
 static xkv_status evaluate(xkv_sample *s, xkv_pool *pool, double step, total_cost *t)

@@ -7,6 +7,10 @@
 /* Rows that rate control looks at: of more than this many, so many in tiles spread evenly. */
 #define XKV_SAMPLE_TOKENS (4 * XKV_TILE_ROWS)
 
+/* With an error for all groups together, one of them may have up to this many times it: their metrics are estimates of
+ * what errors cost, but a group of huge values must not buy room for ruining the others. */
+#define XKV_GROUP_SLACK 4
+
 /* Tile `tile` of a sample of `sampled` of `coded` rows: its first row, and how many it has. */
 uint32_t xkv_sample_tile(uint32_t coded, uint32_t sampled, uint32_t tile, uint32_t *row);
 

@@ -71,17 +71,20 @@ static xkv_status take(xkv_ctx *ctx, xkv_svd_result *svd, double share, xkv_svdq
 
     s->rank = svd->rank;
     XKV_TRY(XKV_NEW(ctx, s->rank, &s->offset));
+    XKV_TRY(XKV_NEW(ctx, s->rank, &s->largest));
     s->analysis = svd->components;
     s->singular = svd->singular_values;
     svd->components = svd->singular_values = NULL;
     for (size_t j = 0; j < s->rank; j++) {
-        float *row = s->analysis + j * width;
+        float *row = s->analysis + j * width, largest = 0;
         double offset = 0;
         for (size_t i = 0; i < width; i++) {
+            largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
             row[i] /= s->scale.diagonal[i];
             offset += (double)row[i] * (double)s->scale.mean[i];
         }
         s->offset[j] = (float)offset;
+        s->largest[j] = largest;
         s->singular[j] *= (float)sqrt(1 / share);
     }
     return XKV_OK;
@@ -122,6 +125,7 @@ void xkv_svdq_free(xkv_ctx *ctx, xkv_svdq *s)
     xkv_release(ctx, s->analysis);
     xkv_release(ctx, s->offset);
     xkv_release(ctx, s->singular);
+    xkv_release(ctx, s->largest);
     *s = (xkv_svdq){0};
 }
 
@@ -143,8 +147,8 @@ static float component_step(uint32_t exponent)
     return ldexpf((float)exp2(-(double)(exponent % OCTAVE) / OCTAVE), -(int)(exponent / OCTAVE));
 }
 
-/* The noise that rounding a component adds to the rows grows with its singular value, that of rounding coefficients with
- * the step: a bit more for either lowers the error alike when component_step * singular value = step. */
+/* Rounding component j adds noise of singular^2 d^2 / 12 to each column of the rows, rounding its coefficients step^2 / 12
+ * to each token: one bit more for a number of either lowers the error alike when singular * d = step. */
 static uint32_t choose_exponent(float singular, float step, float largest)
 {
     double wanted = round(OCTAVE * log2((double)singular / (double)step));
@@ -153,55 +157,38 @@ static uint32_t choose_exponent(float singular, float step, float largest)
     return (uint32_t)fmin(fmax(fmin(wanted, fits), 0), MAX_EXPONENT);
 }
 
-/* Component j, of unit length. */
-static void component(const xkv_svdq *s, uint32_t j, float *v, float *largest)
+/* Share of the energy of coefficients of v that is lost when they are coefficients of w = q d. */
+static double lost_share(const float *v, const int16_t *q, size_t n, float d)
 {
-    const float *row = s->analysis + (size_t)j * s->width;
+    double product = 0, norm = 0, length = 0;
 
-    *largest = 0;
-    for (size_t i = 0; i < s->width; i++) {
-        v[i] = row[i] * s->scale.diagonal[i];
-        *largest = fmaxf(*largest, fabsf(v[i]));
+    for (size_t i = 0; i < n; i++) {
+        float w = (float)q[i] * d;
+        product += (double)(w * v[i]);
+        norm += (double)(w * w);
+        length += (double)(v[i] * v[i]);
     }
+    return norm > 0 ? fmax(0, 1 - product * product / (norm * length)) : 1;
 }
 
 xkv_component_price xkv_svdq_price(const xkv_svdq *s, uint32_t j, float step, float *v, int16_t *q)
 {
     xkv_component_price price = {.bits = INFINITY, .lost = 1};
-    double product = 0, norm = 0, length = 0;
-    float largest, d;
+    const float *row = s->analysis + (size_t)j * s->width;
+    float d;
 
     if (s->singular[j] < step) /* its coefficients are nearly all zero */
         return price;
-    component(s, j, v, &largest);
-    price.exponent = choose_exponent(s->singular[j], step, largest);
+    for (size_t i = 0; i < s->width; i++)
+        v[i] = row[i] * s->scale.diagonal[i];
+    price.exponent = choose_exponent(s->singular[j], step, s->largest[j]);
     d = component_step(price.exponent);
     if (!xkv_quantize(xkv_coder_cpu(), v, s->width, d, q))
         return price;
     price.table = (uint8_t)xkv_table_choose(q, s->width, &price.bits);
-    for (size_t i = 0; i < s->width; i++) {
-        double w = (double)q[i] * (double)d;
-        product += w * (double)v[i];
-        norm += w * w;
-        length += (double)v[i] * (double)v[i];
-    }
     price.bits += FIELD_BITS;
-    if (norm > 0)
-        price.lost = fmax(0, 1 - product * product / (norm * length));
+    price.lost = lost_share(v, q, s->width, d);
     return price;
-}
-
-static xkv_status allocate(xkv_ctx *ctx, uint32_t rank, uint32_t width, xkv_svdq_basis *b)
-{
-    size_t n = (size_t)rank * width;
-
-    b->rank = rank;
-    b->width = width;
-    XKV_TRY(XKV_NEW_ZERO(ctx, rank, &b->exponents));
-    XKV_TRY(XKV_NEW_ZERO(ctx, rank + 1u, &b->tables));
-    XKV_TRY(XKV_NEW_ZERO(ctx, n + width, &b->q));
-    XKV_TRY(XKV_NEW(ctx, width, &b->mean));
-    return XKV_NEW(ctx, n, &b->synthesis);
 }
 
 /* The mean is a component whose coefficients are all 1: its singular value is sqrt(tokens). False when it does not fit
@@ -212,7 +199,7 @@ static bool round_mean(const xkv_svdq *s, float step, float *v, int16_t *q, floa
 
     for (size_t i = 0; i < s->width; i++) {
         v[i] = s->scale.mean[i] / s->scale.diagonal[i];
-        largest = fmaxf(largest, fabsf(v[i]));
+        largest = fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
     }
     *mean_step = fmaxf(step / sqrtf((float)s->tokens), largest / 32766);
     return xkv_quantize(xkv_coder_cpu(), v, s->width, *mean_step, q);
@@ -229,21 +216,61 @@ double xkv_svdq_mean_bits(const xkv_svdq *s, float step, float *v, int16_t *q)
     return bits;
 }
 
-static void round_components(const xkv_svdq *s, float step, float *scratch, xkv_svdq_basis *b)
+static xkv_status allocate(xkv_ctx *ctx, uint32_t rank, uint32_t width, xkv_svdq_basis *b)
 {
+    b->rank = rank;
+    b->width = width;
+    XKV_TRY(XKV_NEW_ZERO(ctx, rank, &b->exponents));
+    XKV_TRY(XKV_NEW_ZERO(ctx, rank + 1u, &b->tables));
+    return XKV_NEW_ZERO(ctx, ((size_t)rank + 1) * width, &b->q);
+}
+
+xkv_status xkv_svdq_round(xkv_ctx *ctx, const xkv_svdq *s, float step, xkv_svdq_basis *b)
+{
+    float *scratch = NULL;
+    double bits;
+    xkv_status status = XKV_OK;
+
+    *b = (xkv_svdq_basis){.scales = s->scale.scales};
+    XKV_TRY_GOTO(allocate(ctx, s->rank, s->width, b), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, s->rank, &b->bits), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, s->rank, &b->lost), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, s->width, &scratch), out);
+    b->overflow = !round_mean(s, step, scratch, b->q, &b->mean_step);
+    if (b->overflow)
+        goto out;
+    b->tables[0] = (uint8_t)xkv_table_choose(b->q, s->width, &bits);
+    for (uint32_t j = 0; j < s->rank; j++) {
+        xkv_component_price price = xkv_svdq_price(s, j, step, scratch, b->q + (size_t)(j + 1) * s->width);
+        b->exponents[j] = (uint8_t)price.exponent;
+        b->tables[j + 1] = price.table;
+        b->bits[j] = price.bits;
+        b->lost[j] = price.lost;
+    }
+out:
+    xkv_release(ctx, scratch);
+    if (status != XKV_OK)
+        xkv_svdq_basis_free(ctx, b);
+    return status;
+}
+
+void xkv_svdq_select(xkv_svdq_basis *b, const uint8_t *tables)
+{
+    size_t width = b->width;
     uint32_t n = 0;
 
-    for (uint32_t j = 0; j < s->rank; j++) {
-        xkv_component_price price = xkv_svdq_price(s, j, step, scratch, b->q + (size_t)(n + 1) * s->width);
-        if (price.table == 0)
+    for (uint32_t j = 0; j < b->rank; j++) {
+        if (tables[j] == 0 || b->tables[j + 1] == 0)
             continue;
-        b->exponents[n] = (uint8_t)price.exponent;
-        b->bits[n] = price.bits;
-        b->tables[++n] = price.table;
+        memmove(b->q + (n + 1) * width, b->q + (j + 1) * width, width * sizeof *b->q);
+        b->exponents[n] = b->exponents[j];
+        b->tables[++n] = b->tables[j + 1];
     }
-    b->rank = n > 0 ? n : 1; /* a group has a component [R4]; this one is not coded */
-    if (n == 0)
-        memset(b->q + s->width, 0, s->width * sizeof *b->q);
+    if (n == 0) { /* a group has a component [R4]; this one is not coded */
+        memset(b->q + width, 0, width * sizeof *b->q);
+        b->tables[++n] = 0;
+    }
+    b->rank = n;
 }
 
 /* What the stored numbers stand for. */
@@ -342,49 +369,28 @@ out:
     return status;
 }
 
-xkv_status xkv_svdq_round(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const xkv_svdq *s, float step,
-                          xkv_svdq_basis *b)
+/* Where what they stand for goes. */
+static xkv_status allocate_rows(xkv_ctx *ctx, xkv_svdq_basis *b)
 {
-    float *scratch = NULL;
-    double bits;
-    xkv_status status = XKV_OK;
+    XKV_TRY(XKV_NEW(ctx, b->width, &b->mean));
+    return XKV_NEW(ctx, (size_t)b->rank * b->width, &b->synthesis);
+}
 
-    *b = (xkv_svdq_basis){.scales = s->scale.scales};
-    XKV_TRY_GOTO(allocate(ctx, s->rank, s->width, b), out);
-    XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, s->rank, &b->bits), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)s->rank * s->width, &b->analysis), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, s->rank, &b->offset), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, s->width, &scratch), out);
-    b->overflow = !round_mean(s, step, scratch, b->q, &b->mean_step);
-    if (b->overflow)
-        goto out;
-    b->tables[0] = (uint8_t)xkv_table_choose(b->q, s->width, &bits);
-    round_components(s, step, scratch, b);
+xkv_status xkv_svdq_finish(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const xkv_svdq *s, xkv_svdq_basis *b)
+{
+    XKV_TRY(allocate_rows(ctx, b));
+    XKV_TRY(XKV_NEW(ctx, (size_t)b->rank * b->width, &b->analysis));
+    XKV_TRY(XKV_NEW(ctx, b->rank, &b->offset));
     dequantize(s->scale.diagonal, b);
-    XKV_TRY_GOTO(make_dual(ctx, pool, k, s->scale.diagonal, b), out);
-out:
-    xkv_release(ctx, scratch);
-    if (status != XKV_OK)
-        xkv_svdq_basis_free(ctx, b);
-    return status;
+    return make_dual(ctx, pool, k, s->scale.diagonal, b);
 }
 
 void xkv_svdq_close_up(xkv_svdq_basis *b, xkv_coded *coded)
 {
-    size_t width = b->width;
-    uint32_t n = 0;
-
-    for (uint32_t j = 0; j < b->rank; j++) {
-        if (coded->tables[j] == 0)
-            continue;
-        memmove(b->q + (n + 1) * width, b->q + (j + 1) * width, width * sizeof *b->q);
-        b->exponents[n] = b->exponents[j];
-        coded->tables[n] = coded->tables[j];
-        b->tables[++n] = b->tables[j + 1];
-    }
-    if (n == 0)
-        b->tables[1] = coded->tables[0] = 0;
-    b->rank = coded->rank = n > 0 ? n : 1;
+    xkv_svdq_select(b, coded->tables);
+    if (coded->coded > 0)
+        memcpy(coded->tables, coded->coded_tables, coded->coded);
+    coded->rank = b->rank;
 }
 
 void xkv_svdq_basis_free(xkv_ctx *ctx, xkv_svdq_basis *b)
@@ -393,6 +399,7 @@ void xkv_svdq_basis_free(xkv_ctx *ctx, xkv_svdq_basis *b)
     xkv_release(ctx, b->tables);
     xkv_release(ctx, b->q);
     xkv_release(ctx, b->bits);
+    xkv_release(ctx, b->lost);
     xkv_release(ctx, b->mean);
     xkv_release(ctx, b->synthesis);
     xkv_release(ctx, b->analysis);
@@ -407,8 +414,7 @@ xkv_transform xkv_transform_of_svdq_basis(const xkv_svdq_basis *b)
                            .mean = b->mean,
                            .synthesis = b->synthesis,
                            .analysis = b->analysis,
-                           .offset = b->offset,
-                           .component_bits = b->bits};
+                           .offset = b->offset};
 }
 
 /* --- Side part ---------------------------------------------------------------------------------------------------- */
@@ -471,6 +477,7 @@ static xkv_status parse_stream(xkv_ctx *ctx, const uint8_t *side, uint64_t size,
 xkv_status xkv_svdq_parse(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_group *g, const uint8_t *side,
                           uint64_t size, const char *where, xkv_svdq_basis *b)
 {
+    const xkv_kernels *k = xkv_kernels_cpu();
     xkv_svdq_layout at = xkv_svdq_side(g);
     float *diagonal = NULL;
     xkv_status status = XKV_OK;
@@ -480,7 +487,11 @@ xkv_status xkv_svdq_parse(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_
     XKV_TRY_GOTO(XKV_NEW(ctx, g->width, &diagonal), out);
     XKV_TRY_GOTO(parse_scales(ctx, geometry, g, side + at.scales, where, diagonal), out);
     XKV_TRY_GOTO(parse_stream(ctx, side, size, &at, where, b), out);
+    XKV_TRY_GOTO(allocate_rows(ctx, b), out);
     dequantize(diagonal, b);
+    if (!k->all_finite(XKV_F32, b->mean, b->width) ||
+        !k->all_finite(XKV_F32, b->synthesis, (size_t)b->rank * b->width))
+        status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: mean or components overflow [Q3]", where);
 out:
     xkv_release(ctx, diagonal);
     if (status != XKV_OK)

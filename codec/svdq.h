@@ -14,6 +14,7 @@ typedef struct xkv_svdq {
     float *analysis;  /* [rank][width] component j over the scales: y_j = x . analysis_j - offset_j */
     float *offset;    /* [rank] */
     float *singular;  /* [rank] singular values of all coded tokens, falling */
+    float *largest;   /* [rank] magnitude in component j */
 } xkv_svdq;
 
 /* Which rows to take, and how far to go. */
@@ -53,7 +54,7 @@ typedef struct xkv_svdq_basis {
     uint8_t *exponents;  /* [rank] component j is q_j 2^(-exponent / 8) */
     uint8_t *tables;     /* [rank + 1] of the mean, then of the components */
     int16_t *q;          /* [rank + 1][width] */
-    double *bits;        /* [rank] that component j takes in the file; encoder only */
+    double *bits, *lost; /* [rank] prices of the components; encoder only */
     float *mean;         /* [width] */
     float *synthesis;    /* [rank][width] */
     float *analysis;     /* [rank][width] dual to the synthesis, by least squares; encoder only */
@@ -61,9 +62,13 @@ typedef struct xkv_svdq_basis {
     bool overflow;       /* the mean is beyond 16 bits: nothing else is set */
 } xkv_svdq_basis;
 
-XKV_MUST_CHECK xkv_status xkv_svdq_round(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const xkv_svdq *s,
-                                         float step, xkv_svdq_basis *b);
-/* Leave out the components that coefficients do not use, in both; one is kept in any case. */
+/* Three steps: round the mean and all components, to learn their prices; take those components whose coefficients
+ * have a table; make what they are used with. */
+XKV_MUST_CHECK xkv_status xkv_svdq_round(xkv_ctx *ctx, const xkv_svdq *s, float step, xkv_svdq_basis *b);
+void xkv_svdq_select(xkv_svdq_basis *b, const uint8_t *tables);
+XKV_MUST_CHECK xkv_status xkv_svdq_finish(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const xkv_svdq *s,
+                                          xkv_svdq_basis *b);
+/* Leave out the components that have no coefficients after all, in both; one is kept in any case. */
 void xkv_svdq_close_up(xkv_svdq_basis *b, xkv_coded *coded);
 void xkv_svdq_basis_free(xkv_ctx *ctx, xkv_svdq_basis *b);
 

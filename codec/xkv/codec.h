@@ -69,7 +69,7 @@ typedef struct xkv_pack_options {
 
     const xkv_dict *dict; /* opened for packing; required by profile dict */
     double quality;       /* dict: 1 .. 100; each 16 points halve the step; 0: 50, unless there is another target */
-    uint32_t factors16;   /* non-zero: svd keeps factors at 16 bits, as published, for a ratio or an error too; then the
+    uint32_t half_factors;   /* non-zero: svd keeps factors at 16 bits, as published, for a ratio or an error too; then the
                              error is the largest of any group */
 } xkv_pack_options;
 
@@ -86,6 +86,12 @@ static inline xkv_pack_options xkv_pack_options_default(void)
     return o;
 }
 
+/* What a profile that auto considered would come to, as a sample of at most 1024 tokens tells. */
+typedef struct xkv_profile_estimate {
+    double bytes; /* of the entry; 0: not considered, or out of reach */
+    double error; /* in the measure of error_metric */
+} xkv_profile_estimate;
+
 typedef struct xkv_pack_report {
     uint64_t raw_bytes;   /* of the cache's tensors as the engine holds them */
     uint64_t raw16_bytes; /* the same at 16 bits an element: the numerator of `ratio` */
@@ -100,6 +106,8 @@ typedef struct xkv_pack_report {
     double error_metric;       /* dict: relative error in the dictionary's metric; scalar: of the planes; else 0 */
     uint32_t components;       /* dict and scalar: components that were coded, over all groups */
     uint32_t component_total;  /* of so many */
+    uint32_t profile;          /* xkv_profile that was used: not AUTO */
+    xkv_profile_estimate estimates[5]; /* by xkv_profile: why auto used that one; else zero */
 } xkv_pack_report;
 
 /* Pack planes. `views` [geometry->plane_count] are the sources. `framing` (may be NULL) is the engine file around them
