@@ -411,15 +411,37 @@ static xkv_status code_group(encoder *e, xkv_group *g, xkv_svdq_basis *basis, xk
     return XKV_OK;
 }
 
-/* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. */
+/* Is a coded group smaller than lossless, which never gets below half of the raw bytes? */
+static xkv_status is_smaller(encoder *e, xkv_group *g, const xkv_coded *coded, bool *yes)
+{
+    uint64_t bytes = 0, lossless = 0;
+
+    *yes = true;
+    XKV_TRY(write_group(e, g, NULL, coded, &bytes));
+    if (bytes <= group_bytes(e, g) / 2)
+        return XKV_OK;
+    XKV_TRY(lossless_bytes(e, g, &lossless));
+    *yes = bytes < lossless;
+    return XKV_OK;
+}
+
+/* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. So is
+ * one that the quantizer does not make smaller. */
 static xkv_status pack_coded(encoder *e, xkv_group *g)
 {
     xkv_svdq_basis basis = {0};
     xkv_coded coded = {0};
+    double squares = e->metric_squares, energy = e->metric_energy;
+    bool good;
     xkv_status status = XKV_OK;
 
     XKV_TRY_GOTO(code_group(e, g, &basis, &coded), out);
-    if (coded.overflow) {
+    good = !coded.overflow;
+    if (good && coded.bits / 8 > (double)group_bytes(e, g) / 4) /* else there is no need to look closer */
+        XKV_TRY_GOTO(is_smaller(e, g, &coded, &good), out);
+    if (!good) {
+        e->metric_squares = squares;
+        e->metric_energy = energy;
         fall_back(e, g);
         XKV_TRY_GOTO(write_group(e, g, NULL, NULL, NULL), out);
         goto out;

@@ -14,7 +14,6 @@ typedef struct cost {
     double basis_bits; /* of components that are stored with the entry */
     double squares;
     double basis_squares; /* from the rounding of such components */
-    double energy;        /* of all of them */
     uint32_t tables;      /* components that are coded */
 } cost;
 
@@ -82,10 +81,9 @@ static xkv_status project(xkv_sample *s, xkv_pool *pool)
     XKV_TRY(XKV_NEW(s->ctx, s->scratch_size * xkv_pool_threads(pool), &s->scratch));
     XKV_TRY(xkv_pool_run(s->ctx, pool, (uint64_t)s->c->group_count * tiles, project_task, s));
     for (uint32_t i = 0; i < s->c->group_count; i++)
-        if (s->transforms[i].own)
-            s->energies[i] = s->transforms[i].own->scale.energy * s->tokens / s->coded;
-        else if (s->y[i])
-            s->energies[i] = s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens);
+        if (s->y[i])
+            s->energies[i] = s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens) /
+                             (s->transforms[i].own ? s->transforms[i].own->found : 1);
     return XKV_OK;
 }
 
@@ -152,7 +150,6 @@ static void add_cost(cost *sum, const cost *c)
     sum->basis_bits += c->basis_bits;
     sum->squares += c->squares;
     sum->basis_squares += c->basis_squares;
-    sum->energy += c->energy;
     sum->tables += c->tables;
 }
 
@@ -164,13 +161,13 @@ static cost component_cost(const xkv_sample *s, uint32_t g, uint32_t i, float *v
     const float *y = s->y[g] + (size_t)i * s->tokens;
     double energy = own ? s->rotators->kernels->sum_squares(y, s->tokens) : 0;
     xkv_component_price price = {0};
-    cost c = {.energy = energy};
+    cost c = {0};
     uint8_t table;
 
     if (own) {
         price = xkv_svdq_price(own, i, s->step, v, q);
         if (price.table == 0)
-            return (cost){.squares = energy, .energy = energy};
+            return (cost){.squares = energy};
     }
     if (!xkv_code_component(xkv_coder_cpu(), y, s->tokens, s->step, price.bits * s->tokens / s->coded,
                             price.lost * energy, q, &table, &c.bits, &c.squares))
@@ -211,7 +208,7 @@ static cost group_cost(const xkv_sample *s, uint32_t group)
         add_cost(&sum, &s->costs[i]);
     if (own) {
         sum.squares += sum.basis_squares * (1 - (double)sum.tables / own->width);
-        sum.squares += fmax(0, s->energies[group] - sum.energy);
+        sum.squares += s->energies[group] * (1 - own->found);
     }
     return sum;
 }

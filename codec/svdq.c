@@ -112,6 +112,7 @@ xkv_status xkv_svdq_create(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, 
         goto out;
     XKV_TRY_GOTO(decompose(&r, pool, energy, &svd), out);
     XKV_TRY_GOTO(take(ctx, &svd, (double)r.count / coded, s), out);
+    s->found = energy > 0 ? fmin(svd.captured / energy, 1) : 1;
 out:
     xkv_release(ctx, r.x);
     xkv_release(ctx, r.sums);

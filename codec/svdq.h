@@ -15,6 +15,7 @@ typedef struct xkv_svdq {
     float *offset;    /* [rank] */
     float *singular;  /* [rank] singular values of all coded tokens, falling */
     float *largest;   /* [rank] magnitude in component j */
+    double found;     /* share of the rows' energy that the components hold */
 } xkv_svdq;
 
 /* Which rows to take, and how far to go. */

@@ -18,6 +18,7 @@
 typedef enum base {
     DICT,     /* joint, side part stored, an engine's file around it */
     SCALAR,   /* likewise */
+    SVDQ,     /* joint */
     SVD,      /* factors stored */
     LOSSLESS, /* zstd, an engine's file around it */
     BASIS,    /* the dictionary */
@@ -101,9 +102,12 @@ static int make_good(void **state)
     o[DICT].dict = dictionary;
     o[SCALAR].profile = XKV_PROFILE_SCALAR;
     o[SCALAR].error = 0.1;
+    o[SVDQ].profile = XKV_PROFILE_SVD;
+    o[SVDQ].error = 0.1;
     o[SVD].rank_k = o[SVD].rank_v = 1;
     good[DICT] = pack_framed(&s, &o[DICT]);
     good[SCALAR] = pack_framed(&s, &o[SCALAR]);
+    good[SVDQ] = pack(&s, &o[SVDQ], NULL, NULL, s.views);
     good[SVD] = pack(&s, &o[SVD], NULL, NULL, s.views);
     good[LOSSLESS] = pack_framed(&s, &o[LOSSLESS]);
     free_synthetic(&s);
@@ -133,6 +137,9 @@ typedef enum place {
     GROUP,  /* the first record of GRPS */
     RECORD, /* of part `index` of the first group */
     PART,   /* its bytes */
+    TABLE,  /* of component `index` in the side part of svdq */
+    ROW,    /* basis table of row `index` there */
+    STREAM, /* its stream */
     UNIT,   /* key and value in META */
     ID
 } place;
@@ -155,6 +162,15 @@ static size_t key(const memory *m, const char *name)
     return 0;
 }
 
+static size_t svdq_offset(const memory *m, place where)
+{
+    size_t group = section(m, XKV_SECTION_GRPS) + 8;
+    xkv_group g = {.plane_count = xkv_load32(m->data + group + 8), .rank = xkv_load32(m->data + group + 12)};
+    xkv_svdq_layout at = xkv_svdq_side(&g);
+
+    return (size_t)(where == TABLE ? at.tables : where == ROW ? at.component_tables : at.stream);
+}
+
 static size_t locate(const memory *m, place where, uint32_t index)
 {
     size_t group = where == GEOM ? 0 : section(m, XKV_SECTION_GRPS) + 8;
@@ -173,6 +189,10 @@ static size_t locate(const memory *m, place where, uint32_t index)
         return record;
     case PART:
         return section(m, XKV_SECTION_PAYL) + (size_t)xkv_load64(m->data + record);
+    case TABLE:
+    case ROW:
+    case STREAM:
+        return locate(m, PART, 0) + svdq_offset(m, where) + index;
     case UNIT:
         return key(m, "dict.unit");
     case ID:
@@ -203,7 +223,8 @@ enum {
     TABLES = 4 * N + 8 * N,  /* in the header of the basis */
     BLOCK = TABLES + N,      /* scale of the first block, then 4 x 4 f16 */
     SCALAR_MEAN = 8 + 4 * 2, /* in the side part */
-    SCALAR_TABLES = SCALAR_MEAN + 2 * N
+    SCALAR_TABLES = SCALAR_MEAN + 2 * N,
+    MEAN_STEP = 8 + 4 * 2 /* in the side part of svdq */
 };
 
 static const bad_case cases[] = {
@@ -212,6 +233,21 @@ static const bad_case cases[] = {
     {"Q2", "chunk of method 1", SCALAR, RECORD, 3, 24, 4, 1, BAD, 0},
     {"Q2", "fewer bytes than lanes have", DICT, RECORD, 2, 8, 8, 111, BAD, 0},
     {"Q2", "components of a dictionary stored", BASIS, RECORD, 1, 24, 4, 0, BAD, 0},
+    {"Q2", "stored side part", SVDQ, RECORD, 0, 24, 4, 0, BAD, 0},
+    {"Q2", "stored chunk", SVDQ, RECORD, 2, 24, 4, 0, BAD, 0},
+    {"Q2", "side part that ends before its stream", SVDQ, RECORD, 0, 8, 8, 23, BAD, 0},
+    {"P2", "empty side part", SVDQ, RECORD, 0, 8, 8, 0, BAD, 0},
+    {"Q3", "step infinite", SVDQ, PART, 0, 0, 4, 0x7f800000, BAD, 0},
+    {"Q3", "reserved behind the step", SVDQ, PART, 0, 4, 4, 1, BAD, 0},
+    {"Q3", "scale of a plane negative", SVDQ, PART, 0, 12, 4, F32_MINUS_1, BAD, 0},
+    {"Q3", "step of the mean 0", SVDQ, PART, 0, MEAN_STEP, 4, 0, BAD, 0},
+    {"Q3", "step of the mean NaN", SVDQ, PART, 0, MEAN_STEP, 4, F32_NAN, BAD, 0},
+    {"Q3", "step of the mean so large that it overflows", SVDQ, PART, 0, MEAN_STEP, 4, 0x7f7fffff, BAD, 0},
+    {"Q4", "table of a component", SVDQ, TABLE, 0, 0, 1, 241, BAD, 0},
+    {"E1", "table of the mean", SVDQ, ROW, 0, 0, 1, 255, BAD, 0},
+    {"E1", "basis table of a component", SVDQ, ROW, 1, 0, 1, 241, BAD, 0},
+    {"E2", "state below 2^16", SVDQ, STREAM, 0, 0, 4, 0xffff, BAD, 0},
+    {"E3", "state that does not end at 2^16", SVDQ, STREAM, 0, 1, 1, 1, BAD, 1},
     {"Q3", "step 0", DICT, PART, 0, 0, 4, 0, BAD, 0},
     {"Q3", "step NaN", DICT, PART, 0, 0, 4, F32_NAN, BAD, 0},
     {"Q3", "step negative", SCALAR, PART, 0, 0, 4, F32_MINUS_1, BAD, 0},
@@ -253,7 +289,9 @@ static const bad_case cases[] = {
     {"Y3", "dict.unit 0", BASIS, UNIT, 0, 9, 8, 0, BAD, 0},
     {"Y3", "dict.unit infinite", BASIS, UNIT, 0, 9, 8, 0x7ff0000000000000, BAD, 0},
     {"P1", "gap between the parts of a dictionary", BASIS, PART, 0, BLOCK + 2 * 36, 1, 1, BAD, 0},
-    {"R2", "codec 4, which is not known yet", DICT, GROUP, 0, 0, 4, 4, XKV_ERROR_FEATURE, 0},
+    {"R2", "unknown codec", DICT, GROUP, 0, 0, 4, 7, XKV_ERROR_FEATURE, 0},
+    {"R2", "codec of dictionaries", DICT, GROUP, 0, 0, 4, XKV_GROUP_BASIS, XKV_ERROR_FEATURE, 0},
+    {"D1", "K-rope in an svdq group", SVDQ, PLANES, 0, 24 + 4, 1, XKV_PLANE_K_ROPE, BAD, 0},
     {"F7", "hash of the engine's file", LOSSLESS, FRAM, 0, 16, 1, 1, XKV_ERROR_CHECKSUM, 1},
 };
 enum { CASE_COUNT = sizeof cases / sizeof *cases };
@@ -425,7 +463,7 @@ static void each_rule_of_the_specifications_has_a_bad_file(void **state)
 
 static int save_all(const char *folder)
 {
-    static const char *const names[BASES] = {"dict.xkv", "scalar.xkv", "svd.xkv", "lossless.xkv", "joint.xkvd"};
+    static const char *const names[BASES] = {"dict.xkv", "scalar.xkv", "svdq.xkv", "svd.xkv", "lossless.xkv", "joint.xkvd"};
 
     (void)make_good(NULL);
     for (int i = 0; i < BASES; i++) {
