@@ -220,6 +220,9 @@ static const char *profile_problem(const cli *c, const xkv_pack_options *o)
     bool svd_only = o->rank_k > 0 || o->energy > 0;
     if (o->profile == XKV_PROFILE_SCALAR && (svd_only || (o->ratio <= 0 && o->error <= 0)))
         return "--profile scalar needs --ratio or --error";
+    if (o->half_factors &&
+        (needs_dictionary(c, o) || (o->profile != XKV_PROFILE_AUTO && o->profile != XKV_PROFILE_SVD)))
+        return "--half-factors goes with --profile svd";
     if (needs_dictionary(c, o) && o->profile != XKV_PROFILE_AUTO && o->profile != XKV_PROFILE_DICT)
         return "-D and --quality go with --profile dict or auto";
     if (needs_dictionary(c, o) && svd_only)

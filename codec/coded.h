@@ -59,8 +59,8 @@ XKV_MUST_CHECK xkv_status xkv_scaled_rows(xkv_ctx *ctx, const xkv_transform *t, 
 void xkv_synthesize(const xkv_kernels *k, const xkv_transform *t, const uint8_t *tables, float step, const float *rows,
                     uint32_t coded, const int16_t *q, size_t stride, uint32_t tokens, float *a, float *x);
 
-/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors; with
- * t->own nothing is measured, since its components are not rounded yet. */
+/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. Sets g's energy, error and plane errors;
+ * with t->own nothing is measured, since its components are not rounded yet. */
 XKV_MUST_CHECK xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
                                          const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
                                          float step, xkv_coded *coded);

@@ -11,8 +11,8 @@
 #include <stdlib.h>
 #include <xxhash.h>
 
-/* How often the step is made finer for an asked error, as long as that lowers the error to this share of it; or coarser,
- * when the error is below this share of what was asked for. */
+/* How often the step is made finer for an asked error, as long as that lowers the error to this share of it; or
+ * coarser, when the error is below this share of what was asked for. */
 enum { MAX_REFINEMENTS = 6 };
 #define SMALLEST_GAIN 0.95
 
@@ -47,8 +47,8 @@ typedef struct encoder {
     float step;
     double metric_squares, metric_energy;
     uint32_t components, component_total;
-    bool automatic; /* profile auto chooses, or has chosen */
-    bool trial;     /* a profile is tried: a sample will do */
+    bool automatic;                    /* profile auto chooses, or has chosen */
+    bool trial;                        /* a profile is tried: a sample will do */
     xkv_profile_estimate estimates[5]; /* by profile */
 } encoder;
 
@@ -372,8 +372,7 @@ static xkv_status round_basis(encoder *e, xkv_group *g, xkv_svdq_basis *basis, x
         basis->bits[i] *= (double)(end - e->c.sinks) / s->tokens;
     t->component_bits = basis->bits;
     t->component_lost = basis->lost;
-    XKV_TRY_GOTO(
-        xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, t, e->step, &trial), out);
+    XKV_TRY_GOTO(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, t, e->step, &trial), out);
     basis->overflow = trial.overflow;
     if (trial.overflow)
         goto out;
@@ -425,8 +424,8 @@ static xkv_status is_smaller(encoder *e, xkv_group *g, const xkv_coded *coded, b
     return XKV_OK;
 }
 
-/* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. So is
- * one that the quantizer does not make smaller. */
+/* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. So
+ * is one that the quantizer does not make smaller. */
 static xkv_status pack_coded(encoder *e, xkv_group *g)
 {
     xkv_svdq_basis basis = {0};
@@ -514,10 +513,8 @@ static xkv_status choose_ranks(encoder *e)
 static xkv_status decompose_group(encoder *e, uint32_t group, uint32_t most)
 {
     xkv_group *g = &e->c.groups[group];
-    xkv_svdq_target target = {.t0 = e->c.sinks,
-                              .t1 = e->c.geometry.token_count - e->c.window,
-                              .most = most,
-                              .iterations = e->o.iterations};
+    xkv_svdq_target target = {
+        .t0 = e->c.sinks, .t1 = e->c.geometry.token_count - e->c.window, .most = most, .iterations = e->o.iterations};
     double tokens = target.t1 - target.t0, width = g->width, rank = fmin(fmin(tokens, most), width);
 
     if (e->o.ratio > 0)

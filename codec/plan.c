@@ -107,8 +107,8 @@ typedef struct plane_key {
     uint32_t run, kind, nonfinite, dtype, plane;
 } plane_key;
 
-/* With a dictionary groups are its groups, for the other profiles of auto too: errors are compared in its metric. There a
- * group is coded whole or not at all, so that one plane with a NaN makes all of it lossless. */
+/* With a dictionary groups are its groups, for the other profiles of auto too: errors are compared in its metric. There
+ * a group is coded whole or not at all, so that one plane with a NaN makes all of it lossless. */
 static plane_key make_key(const xkv_pack_options *o, bool joint, const xkv_geometry *geometry, const uint8_t *nonfinite,
                           uint32_t plane)
 {

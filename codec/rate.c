@@ -153,8 +153,8 @@ static void add_cost(cost *sum, const cost *c)
     sum->tables += c->tables;
 }
 
-/* Component i of group g; `v` and `q` are scratch. One that is stored with the entry is worth coding only when that pays
- * for its own bits too, of which the sample's rows bear their share. */
+/* Component i of group g; `v` and `q` are scratch. One that is stored with the entry is worth coding only when that
+ * pays for its own bits too, of which the sample's rows bear their share. */
 static cost component_cost(const xkv_sample *s, uint32_t g, uint32_t i, float *v, int16_t *q)
 {
     const xkv_svdq *own = s->transforms[g].own;

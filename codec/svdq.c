@@ -148,8 +148,8 @@ static float component_step(uint32_t exponent)
     return ldexpf((float)exp2(-(double)(exponent % OCTAVE) / OCTAVE), -(int)(exponent / OCTAVE));
 }
 
-/* Rounding component j adds noise of singular^2 d^2 / 12 to each column of the rows, rounding its coefficients step^2 / 12
- * to each token: one bit more for a number of either lowers the error alike when singular * d = step. */
+/* Rounding component j adds noise of singular^2 d^2 / 12 to each column of the rows, rounding its coefficients step^2 /
+ * 12 to each token: one bit more for a number of either lowers the error alike when singular * d = step. */
 static uint32_t choose_exponent(float singular, float step, float largest)
 {
     double wanted = round(OCTAVE * log2((double)singular / (double)step));
@@ -490,8 +490,7 @@ xkv_status xkv_svdq_parse(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_
     XKV_TRY_GOTO(parse_stream(ctx, side, size, &at, where, b), out);
     XKV_TRY_GOTO(allocate_rows(ctx, b), out);
     dequantize(diagonal, b);
-    if (!k->all_finite(XKV_F32, b->mean, b->width) ||
-        !k->all_finite(XKV_F32, b->synthesis, (size_t)b->rank * b->width))
+    if (!k->all_finite(XKV_F32, b->mean, b->width) || !k->all_finite(XKV_F32, b->synthesis, (size_t)b->rank * b->width))
         status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: mean or components overflow [Q3]", where);
 out:
     xkv_release(ctx, diagonal);

@@ -463,7 +463,8 @@ static void each_rule_of_the_specifications_has_a_bad_file(void **state)
 
 static int save_all(const char *folder)
 {
-    static const char *const names[BASES] = {"dict.xkv", "scalar.xkv", "svdq.xkv", "svd.xkv", "lossless.xkv", "joint.xkvd"};
+    static const char *const names[BASES] = {"dict.xkv", "scalar.xkv",   "svdq.xkv",
+                                             "svd.xkv",  "lossless.xkv", "joint.xkvd"};
 
     (void)make_good(NULL);
     for (int i = 0; i < BASES; i++) {

@@ -44,7 +44,19 @@ static xkv_status make_ctx(failing *f, xkv_ctx **ctx)
 
 /* --- Runs under test: the whole of packing, opening, reading, verifying --- */
 
-enum { LOSSLESS, SVD_RANKS, SVD_ERROR, SVD_RATIO, DICT_QUALITY, DICT_ERROR, SCALAR_RATIO, SVDQ_ERROR, AUTO_ERROR, AUTO_RATIO, PROFILES };
+enum {
+    LOSSLESS,
+    SVD_RANKS,
+    SVD_ERROR,
+    SVD_RATIO,
+    DICT_QUALITY,
+    DICT_ERROR,
+    SCALAR_RATIO,
+    SVDQ_ERROR,
+    AUTO_ERROR,
+    AUTO_RATIO,
+    PROFILES
+};
 
 static synthetic sample(void)
 {

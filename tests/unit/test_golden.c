@@ -19,7 +19,8 @@ static const golden goldens[] = {
     {"lossless-chunks", "ggsq", 1, 0}, {"lossless-heads", "safetensors", 1, 0},
     {"opaque", "bin", 1, 0},           {"svd-stored", "ggsq", 0, 0},
     {"svd-zstd", "ggsq", 0, 0},        {"svd-window", "ggsq", 0, 0},
-    {"svd-latent", "ggsq", 0, 0},      {"dict-fine", "ggsq", 0, 1},
+    {"svd-latent", "ggsq", 0, 0},      {"svdq-fine", "ggsq", 0, 0},
+    {"svdq-window", "ggsq", 0, 0},     {"dict-fine", "ggsq", 0, 1},
     {"dict-window", "ggsq", 0, 1},     {"scalar", "ggsq", 0, 0},
     {"scalar-coarse", "ggsq", 0, 0},
 };

@@ -1,5 +1,5 @@
-/* Quantized svd and profile auto: reconstruction, errors and least squares in fp64 from the stored numbers, precision of
- * components, targets, ranges, rows it does not suit, damage; and what auto chooses. */
+/* Quantized svd and profile auto: reconstruction, errors and least squares in fp64 from the stored numbers, precision
+ * of components, targets, ranges, rows it does not suit, damage; and what auto chooses. */
 #include "support.h"
 
 #include "entry_internal.h"
@@ -267,8 +267,8 @@ static void coefficients_are_least_squares(void **state)
     xkv_ctx_free(ctx);
 }
 
-/* Step of a component times its singular value is the step of the coefficients, to a sixteenth of an octave; and that of
- * the mean, whose singular value is the square root of the tokens. */
+/* Step of a component times its singular value is the step of the coefficients, to a sixteenth of an octave; and that
+ * of the mean, whose singular value is the square root of the tokens. */
 static void precision_follows_singular_values(void **state)
 {
     xkv_ctx *ctx = new_ctx(2);
