@@ -15,6 +15,8 @@
  * coarser, when the error is below this share of what was asked for. */
 enum { MAX_REFINEMENTS = 6 };
 #define SMALLEST_GAIN 0.95
+/* On the sample this share of the error is aimed at, so that its first step mostly keeps the error. */
+#define SAMPLE_AIM 0.99
 
 /* Chunks are encoded a batch at a time, one per slot, and written in order. */
 typedef struct slot {
@@ -370,6 +372,7 @@ static xkv_status round_basis(encoder *e, xkv_group *g, xkv_svdq_basis *basis, x
         return XKV_OK;
     for (uint32_t i = 0; i < basis->rank; i++) /* the share that these tokens have to bear */
         basis->bits[i] *= (double)(end - e->c.sinks) / s->tokens;
+    t->rank = basis->rank;
     t->component_bits = basis->bits;
     t->component_lost = basis->lost;
     XKV_TRY_GOTO(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, t, e->step, &trial), out);
@@ -509,18 +512,22 @@ static xkv_status choose_ranks(encoder *e)
 #define LEAST_BITS 1.3
 /* Of the squared error that is asked for, this share may come from what the decomposition does not look for. */
 #define TAIL_SHARE 0.3
+/* Up to this order all components are found at the price of one product and an eigenproblem, without iterations. */
+#define EASY_ORDER 2048
 
 static xkv_status decompose_group(encoder *e, uint32_t group, uint32_t most)
 {
     xkv_group *g = &e->c.groups[group];
     xkv_svdq_target target = {
         .t0 = e->c.sinks, .t1 = e->c.geometry.token_count - e->c.window, .most = most, .iterations = e->o.iterations};
-    double tokens = target.t1 - target.t0, width = g->width, rank = fmin(fmin(tokens, most), width);
+    double tokens = target.t1 - target.t0, width = g->width, order = fmin(fmin(tokens, most), width), rank = order;
 
     if (e->o.ratio > 0)
         rank = fmin(rank, ceil(16 / LEAST_BITS / e->o.ratio * tokens * width / (tokens + width)));
-    else
+    else if (order > EASY_ORDER)
         target.energy = 1 - TAIL_SHARE * e->o.error * e->o.error;
+    if (order <= EASY_ORDER && rank > order / 2)
+        rank = order;
     target.max_rank = (uint32_t)fmax(rank, 1);
     if (e->svdqs[group].width == 0) /* else a trial has done it */
         XKV_TRY(xkv_svdq_create(e->ctx, e->pool, e->rotators, g, e->views, &target, &e->svdqs[group]));
@@ -704,7 +711,7 @@ static xkv_status choose_step(encoder *e)
     if (e->o.ratio > 0)
         XKV_TRY(stream_budget(e, beside, &bytes));
     XKV_TRY_GOTO(xkv_sample_create(e->ctx, e->pool, e->rotators, &e->c, e->views, e->transforms, &sample), out);
-    XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error, &e->step), out);
+    XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error * SAMPLE_AIM, &e->step), out);
     if (e->trial)
         XKV_TRY_GOTO(estimate(e, sample, beside), out);
     xkv_sample_free(e->ctx, sample);

@@ -178,7 +178,7 @@ xkv_component_price xkv_svdq_price(const xkv_svdq *s, uint32_t j, float step, fl
     const float *row = s->analysis + (size_t)j * s->width;
     float d;
 
-    if (s->singular[j] < step) /* its coefficients are nearly all zero */
+    if (s->singular[j] < step) /* see useful_rank() */
         return price;
     for (size_t i = 0; i < s->width; i++)
         v[i] = row[i] * s->scale.diagonal[i];
@@ -226,6 +226,16 @@ static xkv_status allocate(xkv_ctx *ctx, uint32_t rank, uint32_t width, xkv_svdq
     return XKV_NEW_ZERO(ctx, ((size_t)rank + 1) * width, &b->q);
 }
 
+/* Components that may be worth something: the coefficients of the others are nearly all zero. */
+static uint32_t useful_rank(const xkv_svdq *s, float step)
+{
+    uint32_t n = 0;
+
+    while (n < s->rank && s->singular[n] >= step)
+        n++;
+    return n > 0 ? n : 1;
+}
+
 xkv_status xkv_svdq_round(xkv_ctx *ctx, const xkv_svdq *s, float step, xkv_svdq_basis *b)
 {
     float *scratch = NULL;
@@ -233,15 +243,15 @@ xkv_status xkv_svdq_round(xkv_ctx *ctx, const xkv_svdq *s, float step, xkv_svdq_
     xkv_status status = XKV_OK;
 
     *b = (xkv_svdq_basis){.scales = s->scale.scales};
-    XKV_TRY_GOTO(allocate(ctx, s->rank, s->width, b), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, s->rank, &b->bits), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, s->rank, &b->lost), out);
+    XKV_TRY_GOTO(allocate(ctx, useful_rank(s, step), s->width, b), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, b->rank, &b->bits), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, b->rank, &b->lost), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, s->width, &scratch), out);
     b->overflow = !round_mean(s, step, scratch, b->q, &b->mean_step);
     if (b->overflow)
         goto out;
     b->tables[0] = (uint8_t)xkv_table_choose(b->q, s->width, &bits);
-    for (uint32_t j = 0; j < s->rank; j++) {
+    for (uint32_t j = 0; j < b->rank; j++) {
         xkv_component_price price = xkv_svdq_price(s, j, step, scratch, b->q + (size_t)(j + 1) * s->width);
         b->exponents[j] = (uint8_t)price.exponent;
         b->tables[j + 1] = price.table;

@@ -63,7 +63,7 @@ typedef struct xkv_svdq_basis {
     bool overflow;       /* the mean is beyond 16 bits: nothing else is set */
 } xkv_svdq_basis;
 
-/* Three steps: round the mean and all components, to learn their prices; take those components whose coefficients
+/* Three steps: round the mean and the first components, to learn their prices; take those components whose coefficients
  * have a table; make what they are used with. */
 XKV_MUST_CHECK xkv_status xkv_svdq_round(xkv_ctx *ctx, const xkv_svdq *s, float step, xkv_svdq_basis *b);
 void xkv_svdq_select(xkv_svdq_basis *b, const uint8_t *tables);
