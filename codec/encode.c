@@ -667,11 +667,16 @@ static xkv_status check_step(const encoder *e)
                     (double)e->step);
 }
 
+/* An estimate is of no use when its error is further from the one that is asked for. */
+#define ERROR_TOLERANCE 1.02
+
 /* The error in a dictionary's metric at e->step; with an error to be kept, at the step that comes near it. */
 static xkv_status measure_in_metric(encoder *e, double *error)
 {
     XKV_TRY(measure_error(e, 0, error));
-    for (int i = 0; i < 2 && e->o.error > 0 && *error > 0 && fabs(*error / e->o.error - 1) > 0.05; i++) {
+    for (int i = 0; i < 3 && e->o.error > 0 && *error > 0; i++) {
+        if (*error > 0.92 * e->o.error && *error < ERROR_TOLERANCE * e->o.error)
+            return XKV_OK;
         e->step *= (float)(e->o.error / *error);
         XKV_TRY(measure_error(e, 0, error));
     }
@@ -688,7 +693,7 @@ static xkv_status estimate(encoder *e, xkv_sample *sample, double beside)
 
     if (e->o.dict)
         XKV_TRY(measure_in_metric(e, &error));
-    if (e->o.error > 0 && error > 1.1 * e->o.error)
+    if (e->o.error > 0 && error > ERROR_TOLERANCE * e->o.error)
         return XKV_OK; /* out of reach */
     XKV_TRY(xkv_sample_estimate(e->pool, sample, e->step, &t));
     found->bytes = beside + t.bytes;

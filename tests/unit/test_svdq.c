@@ -399,6 +399,30 @@ static void error_is_kept(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* A component whose own step would take more than 16 bits gets a coarser one, and the others make up for it. */
+static void components_fit_16_bits(void **state)
+{
+    xkv_ctx *ctx = new_ctx(2);
+    synthetic s = sample(300, XKV_F32, 1);
+    xkv_pack_options o = options(XKV_PROFILE_SVD, 0, 2e-4);
+    packed p = pack_planes(ctx, &s, &o);
+    stored f = read_stored(ctx, &p, 0);
+    double length = 0, squares = 0;
+
+    (void)state;
+    assert_int_equal(p.report.lossless_groups, 0);
+    assert_true(p.report.error_metric <= o.error);
+    for (uint32_t i = 0; i < f.width; i++)
+        length += f.v[i] * f.v[i];
+    for (uint32_t t = 0; t < f.tokens; t++)
+        squares += f.a[t * f.rank] * f.a[t * f.rank];
+    assert_true(8 * log2(sqrt(squares * length) / f.step) > f.exponents[0] + 1);
+    free_stored(&f);
+    free_packed(ctx, &p);
+    free_synthetic(&s);
+    xkv_ctx_free(ctx);
+}
+
 static void ratio_is_met(void **state)
 {
     static const double ratios[] = {3, 5, 8};
@@ -761,12 +785,14 @@ static void auto_weighs_a_dictionary(void **state)
     o.error = 0;
     assert_choice(ctx, &s, o, XKV_PROFILE_DICT);
     o.ratio = 0;
-    o.error = 0.002;
-    packed p = pack_planes(ctx, &s, &o);
-    assert_int_not_equal(p.report.profile, XKV_PROFILE_DICT);
-    assert_true(p.report.error_metric <= 0.002);
-    assert_true(p.report.lossless_groups == 0 && p.report.ratio > 1.5);
-    free_packed(ctx, &p);
+    for (o.error = 0.02; o.error > 0.001; o.error /= 2) {
+        packed p = pack_planes(ctx, &s, &o);
+        if (o.error < 0.002)
+            assert_int_not_equal(p.report.profile, XKV_PROFILE_DICT);
+        assert_true(p.report.error_metric <= o.error);
+        assert_true(p.report.lossless_groups == 0 && p.report.ratio > 1.5);
+        free_packed(ctx, &p);
+    }
     xkv_dict_close(ctx, dict);
     memory_free(&m);
     free_synthetic(&training);
@@ -800,6 +826,7 @@ int main(void)
         cmocka_unit_test(precision_follows_singular_values),
         cmocka_unit_test(stored_errors_are_true),
         cmocka_unit_test(error_is_kept),
+        cmocka_unit_test(components_fit_16_bits),
         cmocka_unit_test(ratio_is_met),
         cmocka_unit_test(fewer_bytes_than_other_profiles),
         cmocka_unit_test(other_domains_keep_the_error),
