@@ -51,7 +51,7 @@ typedef struct encoder {
     uint32_t components, component_total;
     bool automatic;                    /* profile auto chooses, or has chosen */
     bool trial;                        /* a profile is tried: a sample will do */
-    xkv_profile_estimate estimates[5]; /* by profile */
+    xkv_profile_estimate estimates[8]; /* by profile */
 } encoder;
 
 /* The group and batch at hand. */
@@ -439,7 +439,7 @@ static xkv_status pack_coded(encoder *e, xkv_group *g)
 
     XKV_TRY_GOTO(code_group(e, g, &basis, &coded), out);
     good = !coded.overflow;
-    if (good && coded.bits / 8 > (double)group_bytes(e, g) / 4) /* else there is no need to look closer */
+    if (good && (coded.basis || coded.bits / 8 > (double)group_bytes(e, g) / 4)) /* else there is no need to look */
         XKV_TRY_GOTO(is_smaller(e, g, &coded, &good), out);
     if (!good) {
         e->metric_squares = squares;

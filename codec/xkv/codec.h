@@ -114,7 +114,7 @@ typedef struct xkv_pack_report {
     uint32_t components;               /* likewise: components that were coded, over all groups */
     uint32_t component_total;          /* of so many */
     uint32_t profile;                  /* xkv_profile that was used: not AUTO */
-    xkv_profile_estimate estimates[5]; /* by xkv_profile: why auto used that one; else zero */
+    xkv_profile_estimate estimates[8]; /* by xkv_profile: why auto used that one; else zero */
 } xkv_pack_report;
 
 /* Pack planes. `views` [geometry->plane_count] are the sources. `framing` (may be NULL) is the engine file around them
