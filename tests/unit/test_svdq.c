@@ -439,7 +439,7 @@ static void ratio_is_met(void **state)
             xkv_pack_options o = options(XKV_PROFILE_SVD, ratios[k], 0);
             o.group_layers = 4;
             packed p = pack_planes(ctx, &s, &o);
-            if (fabs(p.report.ratio / o.ratio - 1) >= 0.02)
+            if (fabs(p.report.ratio / o.ratio - 1) >= 0.01)
                 fail_msg("%u tokens: asked %g, got %g", tokens[i], o.ratio, p.report.ratio);
             free_packed(ctx, &p);
         }
