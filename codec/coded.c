@@ -6,6 +6,10 @@
  * is 2 ln 2 / 12 = 0.1155; attention dislikes lost energy, and half of that gives the same divergence of the next-token
  * distributions at equal bytes as coding everything, with half of the components. */
 #define LAMBDA 0.06
+/* The same for a component that is stored with the entry: the optimum. Against 0.06 that codes a seventh fewer of them
+ * at equal bytes and error; the divergence (SmolLM2, 1,024 tokens, two prompts) is 5 % higher at 8x and a fifth lower
+ * at 16x. */
+#define OWN_LAMBDA 0.1155
 /* Bits that naming a table takes, so that a component of no use is not named. */
 #define TABLE_BITS 6
 
@@ -66,7 +70,7 @@ static double sum_squared_errors(const float *y, const int16_t *q, uint32_t n, f
 bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, double more_bits, double lost,
                         int16_t *q, uint8_t *table, double *bits, double *squares)
 {
-    double energy = sum_squares(y, n), error;
+    double energy = sum_squares(y, n), error, lambda = more_bits > 0 ? OWN_LAMBDA : LAMBDA;
 
     *table = 0;
     *bits = 0;
@@ -78,7 +82,7 @@ bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, floa
     *table = (uint8_t)xkv_table_choose(q, n, bits);
     error = sum_squared_errors(y, q, n, step);
     if (*table == 0 ||
-        energy - error - lost <= LAMBDA * (double)step * (double)step * (*bits + TABLE_BITS + more_bits)) {
+        energy - error - lost <= lambda * (double)step * (double)step * (*bits + TABLE_BITS + more_bits)) {
         *table = 0;
         *bits = 0;
         return true;
