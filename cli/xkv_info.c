@@ -69,7 +69,7 @@ static const char *group_kind(const xkv_geometry *g, const xkv_group_info *group
 
 static const char *codec_name(const xkv_group_info *group)
 {
-    static const char *const names[] = {"lossless", "svd", "dict", "scalar", "unknown", "unknown", "cross"};
+    static const char *const names[] = {"lossless", "svd", "dict", "scalar", "svdq", "unknown", "cross"};
     return group->codec < sizeof names / sizeof *names ? names[group->codec] : "unknown";
 }
 
@@ -87,7 +87,8 @@ static const char *entry_codec(const xkv_entry *entry, const xkv_entry_info *inf
 
 static bool is_coded(const xkv_group_info *group)
 {
-    return group->codec == XKV_CODEC_DICT || group->codec == XKV_CODEC_CROSS || group->codec == XKV_CODEC_SCALAR;
+    return group->codec == XKV_CODEC_DICT || group->codec == XKV_CODEC_CROSS || group->codec == XKV_CODEC_SCALAR ||
+           group->codec == XKV_CODEC_SVDQ;
 }
 
 /* Why a group is lossless; NULL when that was asked for. */

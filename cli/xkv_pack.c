@@ -19,6 +19,7 @@ enum {
     OPT_WINDOW,
     OPT_ITERATIONS,
     OPT_ZSTD_FACTORS,
+    OPT_HALF_FACTORS,
 };
 
 static const char letters[] =
@@ -46,6 +47,7 @@ static const struct option long_options[] = {
     {"window", required_argument, NULL, OPT_WINDOW},
     {"iterations", required_argument, NULL, OPT_ITERATIONS},
     {"zstd-factors", no_argument, NULL, OPT_ZSTD_FACTORS},
+    {"half-factors", no_argument, NULL, OPT_HALF_FACTORS},
     CLI_END_OPTIONS,
 };
 
@@ -57,20 +59,21 @@ static const char help[] =
     "      --lossless        exact (the default without dictionary, rank, ratio, error, energy)\n"
     "  -D, --dictionary PATH trained dictionary (.xkvd), or a folder with one for the model\n"
     "                        [$XKV_DICT_PATH]\n"
-    "      --profile NAME    auto, lossless, svd (grouped cross-layer SVD), dict (dictionary) or\n"
-    "                        scalar (for want of a dictionary) [auto]\n"
+    "      --profile NAME    auto (the best for a ratio or an error), lossless, svd (grouped\n"
+    "                        cross-layer SVD), dict (dictionary) or scalar (each element) [auto]\n"
     "      --quality N       with a dictionary: 1 to 100; each 16 halve the step [50]\n"
     "      --group N         layers in a group [4]\n"
     "      --rank-k N        components of a full group of K planes (with --rank-v)\n"
     "      --rank-v N        components of a full group of V planes (with --rank-k)\n"
-    "      --ratio R         raw 16-bit bytes / all bytes of the entry; finds the ranks or the step\n"
-    "      --error E         largest relative error, 0 to 1: of each group (svd), or over all\n"
+    "      --ratio R         raw 16-bit bytes / all bytes of the entry\n"
+    "      --error E         relative error over all groups, 0 to 1: see xkv-pack(1)\n"
     "      --energy E        share of each group's sum of squares to keep, 0 to 1\n"
     "      --sinks N         exact tokens at the start [4]\n"
     "      --window N        exact tokens at the end [0]\n"
     "      --iterations N    power iterations of the SVD, 1 to 8 [2]\n"
     "  -1 .. -19             zstd level [4]\n"
-    "      --zstd-factors    compress SVD factors with zstd too\n"
+    "      --half-factors    svd with --ratio or --error: SVD factors at 16 bits as published\n"
+    "      --zstd-factors    compress 16-bit SVD factors with zstd too\n"
     "\n"
     "Model (lets all but lossless undo RoPE before K is coded):\n"
     "      --model FILE      GGUF file of the model; its header is enough\n"
@@ -99,6 +102,9 @@ static const char help[] =
     "\n"
     "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 other model, 5 target out of reach,\n"
     "6 memory or limit, 130 interrupted. See xkv-pack(1).\n";
+
+/* By xkv_profile. */
+static const char *const profiles[] = {"auto", "lossless", "svd", "dict", "scalar", NULL};
 
 typedef struct pack_tool {
     xkv_pack_options options;
@@ -144,7 +150,6 @@ static bool take_level(cli *c, xkv_pack_options *options, int digit, const char 
 
 static bool take_option(cli *c, int option, const char *value)
 {
-    static const char *const profiles[] = {"auto", "lossless", "svd", "dict", "scalar", NULL};
     pack_tool *tool = c->user;
     xkv_pack_options *o = &tool->options;
     switch (option) {
@@ -183,6 +188,9 @@ static bool take_option(cli *c, int option, const char *value)
     case OPT_ZSTD_FACTORS:
         o->zstd_factors = 1;
         return true;
+    case OPT_HALF_FACTORS:
+        o->half_factors = 1;
+        return true;
     default:
         return take_level(c, o, option, value);
     }
@@ -212,6 +220,9 @@ static const char *profile_problem(const cli *c, const xkv_pack_options *o)
     bool svd_only = o->rank_k > 0 || o->energy > 0;
     if (o->profile == XKV_PROFILE_SCALAR && (svd_only || (o->ratio <= 0 && o->error <= 0)))
         return "--profile scalar needs --ratio or --error";
+    if (o->half_factors &&
+        (needs_dictionary(c, o) || (o->profile != XKV_PROFILE_AUTO && o->profile != XKV_PROFILE_SVD)))
+        return "--half-factors goes with --profile svd";
     if (needs_dictionary(c, o) && o->profile != XKV_PROFILE_AUTO && o->profile != XKV_PROFILE_DICT)
         return "-D and --quality go with --profile dict or auto";
     if (needs_dictionary(c, o) && svd_only)
@@ -286,7 +297,7 @@ static void note_warnings(cli *c, const char *name, const xkv_cache *cache, cons
     if (r->fallback_groups > 0)
         cli_note(c, "%s: warning: %s %u of %u groups; they are stored losslessly", name,
                  r->step > 0 ? "no step suits" : "svd would not shrink", r->fallback_groups, r->group_count);
-    if (tool->options.dict != NULL && r->component_total == 0 && g->token_count > 0 && r->nonfinite_planes == 0 &&
+    if (r->profile == XKV_PROFILE_DICT && r->component_total == 0 && g->token_count > 0 && r->nonfinite_planes == 0 &&
         r->fallback_groups == 0)
         cli_note(c, "%s: warning: the dictionary has no basis for these planes%s; they are stored losslessly", name,
                  g->rope_count == 0 ? " (without --model)" : "");
@@ -303,6 +314,37 @@ static void warn_quality(cli *c, const char *name)
     if (tool->options.quality > info.max_quality && info.max_quality > 0)
         cli_note(c, "%s: warning: the dictionary was trained for qualities up to %g; %g costs more than it gives", name,
                  info.max_quality, tool->options.quality);
+}
+
+/* "profile svd for 786 KiB; dict 321 KiB, scalar 1.4 MiB", or with errors: what auto chose, and among what. */
+static void note_choice(cli *c, const char *name, const xkv_pack_report *r)
+{
+    const pack_tool *tool = c->user;
+    char text[256];
+    size_t n = 0;
+    text[0] = '\0';
+    for (uint32_t i = XKV_PROFILE_LOSSLESS; profiles[i] != NULL && n < sizeof text; i++) {
+        const xkv_profile_estimate *e = &r->estimates[i];
+        char error[32];
+        snprintf(error, sizeof error, "error %.4f", e->error);
+        if (e->bytes > 0)
+            n += (size_t)snprintf(text + n, sizeof text - n, "%s%s %s", n > 0 ? ", " : "", profiles[i],
+                                  tool->options.ratio > 0 ? error : cli_size_text((uint64_t)e->bytes).text);
+    }
+    if (n > 0)
+        cli_note(c, "%s: profile %s is the best by a sample: %s", name, profiles[r->profile], text);
+}
+
+static json_t *estimates_json(const xkv_pack_report *r)
+{
+    json_t *object = json_object();
+    for (uint32_t i = XKV_PROFILE_LOSSLESS; profiles[i] != NULL; i++) {
+        const xkv_profile_estimate *e = &r->estimates[i];
+        if (e->bytes > 0)
+            json_object_set_new(object, profiles[i],
+                                json_pack("{s:I, s:f}", "bytes", (json_int_t)e->bytes, "error", e->error));
+    }
+    return object;
 }
 
 /* "error K 0.031 V 0.054", or "lossless". */
@@ -330,7 +372,7 @@ static void coded_text(const pack_tool *tool, const xkv_pack_report *r, char *te
     n = (size_t)snprintf(text, size, "step %.4g, %s%.4f, %u of %u components, ", r->step,
                          tool->options.dict != NULL ? "metric error " : "error ", r->error_metric, r->components,
                          r->component_total);
-    if (tool->options.dict == NULL)
+    if (r->profile != XKV_PROFILE_DICT)
         return;
     xkv_dict_get_info(tool->options.dict, &info);
     snprintf(text + n, size - n, "dictionary %.8s, ", cli_hex_text(info.id, 16).text);
@@ -345,7 +387,7 @@ static void add_coded_json(json_t *object, const pack_tool *tool, const xkv_pack
     json_object_set_new(object, "error_metric", json_real(r->error_metric));
     json_object_set_new(object, "components", json_integer(r->components));
     json_object_set_new(object, "component_total", json_integer(r->component_total));
-    if (tool->options.dict == NULL)
+    if (r->profile != XKV_PROFILE_DICT)
         return;
     xkv_dict_get_info(tool->options.dict, &info);
     json_object_set_new(object, "dictionary_id", json_string(cli_hex_text(info.id, 16).text));
@@ -366,6 +408,8 @@ static void print_json(const pack_tool *tool, const cli_input *input, const cli_
         (json_int_t)r->raw_bytes, "raw16_bytes", (json_int_t)r->raw16_bytes, "entry_bytes", (json_int_t)r->entry_bytes,
         "ratio", r->ratio, "error", errors, "groups", (int)r->group_count, "lossless_groups", (int)r->lossless_groups,
         "fallback_groups", (int)r->fallback_groups, "nonfinite_planes", (int)r->nonfinite_planes, "seconds", seconds);
+    json_object_set_new(object, "profile", json_string(profiles[r->profile]));
+    json_object_set_new(object, "estimates", estimates_json(r));
     add_coded_json(object, tool, r);
     cli_json_print(object);
 }
@@ -380,13 +424,14 @@ static void print_result(cli *c, const cli_input *input, const cli_output *outpu
     xkv_cache_data(cache, &file_size);
     note_warnings(c, input->name, cache, r);
     warn_quality(c, input->name);
+    note_choice(c, input->name, r);
     coded_text(tool, r, coded, sizeof coded);
     /* A file without tensors has no ratio of its own. */
     double ratio = r->raw16_bytes > 0 ? r->ratio : (double)file_size / (double)r->entry_bytes;
     cli_note(c, "%s: %s -> %s (%.2fx), %s%s, %.2f s", input->name,
              cli_size_text(r->raw_bytes > 0 ? r->raw_bytes : file_size).text, cli_size_text(r->entry_bytes).text, ratio,
              coded, error_text(g, r).text, seconds);
-    if (c->verbosity >= 2 && tool->options.dict != NULL) {
+    if (c->verbosity >= 2 && r->profile == XKV_PROFILE_DICT) {
         xkv_dict_info info;
         xkv_dict_get_info(tool->options.dict, &info);
         cli_note(c, "%s: dictionary %s, %s, %u groups, %u components", input->name, cli_hex_text(info.id, 16).text,

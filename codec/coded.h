@@ -18,6 +18,11 @@ typedef struct xkv_transform {
     const float *offset;    /* [rank]: y_j = x . analysis_j - offset_j; NULL for 0 */
     const float *diagonal;  /* [width] scalar: x_i = mean_i + y_i * diagonal_i */
     const float *blocks;    /* metric blocks of the group's heads, one behind the other; NULL: no metric */
+
+    /* Codec svdq: components that are stored with the entry. */
+    const struct xkv_svdq *own;   /* which they are before rounding; else NULL */
+    const double *component_bits; /* [rank] that storing them takes, for the choice among them; else NULL */
+    const double *component_lost; /* [rank] share of the coefficients' energy that rounding them loses; likewise */
 } xkv_transform;
 
 xkv_transform xkv_transform_of_basis(const xkv_basis *basis);
@@ -30,6 +35,7 @@ typedef struct xkv_coded {
     uint32_t coded;                       /* how many are */
     uint8_t *coded_tables;                /* [coded] their tables */
     int16_t *q;                           /* [coded][tokens] their integers */
+    const struct xkv_svdq_basis *basis;   /* svdq: what they are coefficients of; belongs to somebody else */
     bool overflow;                        /* a coefficient exceeds 32767 steps: nothing else is set */
     double bits;                          /* of the coded components */
     double metric_squares, metric_energy; /* sums of |(x - y) W|^2 and |x W - mu|^2; 0 without a metric */
@@ -40,14 +46,16 @@ void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, uint32_t first, c
                  float *y, size_t stride);
 
 /* Quantize one component and choose its table, or 0 when coding it is not worth its bits: it must lower
- * squared error + lambda * step^2 * bits. q is [n]; *bits is 0 when not coded. False when a value does not fit. */
-bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, int16_t *q, uint8_t *table,
-                        double *bits, double *squares);
+ * squared error + lambda * step^2 * bits, where `more_bits` are those that it takes elsewhere and `lost` is the squared
+ * error that it has elsewhere. q is [n]; *bits is 0 when not coded. False when a value does not fit. */
+bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, double more_bits, double lost,
+                        int16_t *q, uint8_t *table, double *bits, double *squares);
 
-/* Quantize y [rank - first][tokens] with coded->step, choose the tables (components below `first` have none), and keep
- * the integers of those that are coded. `coded` holds rank, tokens and step, and gets the rest. */
-XKV_MUST_CHECK xkv_status xkv_code_components(xkv_ctx *ctx, xkv_pool *pool, const float *y, uint32_t first,
-                                              xkv_coded *coded);
+/* Quantize y [rank - first][tokens] with coded->step, choose the tables (components below `first` have none; `t`, which
+ * may be NULL, says what components cost beside), and keep the integers of those that are coded. `coded` holds rank,
+ * tokens and step, and gets the rest. */
+XKV_MUST_CHECK xkv_status xkv_code_components(xkv_ctx *ctx, xkv_pool *pool, const xkv_transform *t, const float *y,
+                                              uint32_t first, xkv_coded *coded);
 
 /* The cross stage of an entry, as decoding a group needs it. */
 typedef struct xkv_cross {
@@ -98,7 +106,8 @@ void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers o
                     float *scratch, float *x);
 
 /* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. `cross` (may be NULL) and its integers of
- * the same tokens add to it. Sets g's energy, error and plane errors. */
+ * the same tokens add to it. Sets g's energy, error and plane errors; with t->own nothing is measured, since its
+ * components are not rounded yet. */
 XKV_MUST_CHECK xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
                                          const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
                                          float step, const xkv_cross *cross, xkv_integers cross_q, xkv_coded *coded);

@@ -107,7 +107,7 @@ static xkv_status run(job *j, xkv_pool *pool, float *norms, xkv_coded *coded)
     XKV_TRY(XKV_NEW_ZERO(j->ctx, (size_t)tiles * j->c->group_count, &j->norms));
     XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, analyze_tile, j));
     merge_norms(j, tiles, norms);
-    return xkv_code_components(j->ctx, pool, j->y, 0, coded);
+    return xkv_code_components(j->ctx, pool, NULL, j->y, 0, coded);
 }
 
 xkv_status xkv_code_cross(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, const xkv_container *c,

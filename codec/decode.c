@@ -2,6 +2,7 @@
 #include "entry_internal.h"
 #include "parts.h"
 #include "scalar.h"
+#include "svdq.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -40,9 +41,10 @@ typedef struct decoder {
     uint32_t first_chunk;
     float *components; /* svd: [rank][width], times their scales */
 
-    /* Groups of codec dict and scalar */
+    /* Groups of codec dict, scalar and svdq */
     side_part side;
     xkv_scalar scalar;
+    xkv_svdq_basis svdq;
     xkv_transform transform;
     xkv_synthesis synthesis;
 
@@ -220,8 +222,7 @@ static xkv_status restore_svd_chunk(decoder *d, worker *w, uint32_t chunk)
     return XKV_OK;
 }
 
-/* --- dict and scalar ------------------------------------------------------------------------------------------------
- */
+/* --- dict, scalar and svdq ---------------------------------------------------------------------------------------- */
 
 static xkv_status check_tables(const decoder *d, const xkv_group *g, side_part *side)
 {
@@ -237,12 +238,23 @@ static xkv_status check_tables(const decoder *d, const xkv_group *g, side_part *
     return XKV_OK;
 }
 
+/* The side part of svdq is no matrix: a stream follows its arrays. */
+static xkv_status read_side_bytes(const decoder *d, const xkv_group *g, const char *where, uint8_t **bytes)
+{
+    const xkv_part *part = &g->parts[XKV_PART_COMPONENTS];
+
+    if (g->codec != XKV_GROUP_SVDQ)
+        return xkv_read_matrix(d->ctx, &d->entry->input, d->c, g, XKV_PART_COMPONENTS, where, bytes);
+    XKV_TRY(XKV_NEW(d->ctx, (size_t)part->size, bytes));
+    return xkv_container_read_part(d->ctx, &d->entry->input, d->c, part, *bytes);
+}
+
 /* Step and tables: what all codecs have in their side part. */
 static xkv_status read_side(const decoder *d, const xkv_group *g, side_part *side)
 {
     part_name where = name_part_of(d, g, XKV_PART_COMPONENTS);
 
-    XKV_TRY(xkv_read_matrix(d->ctx, &d->entry->input, d->c, g, XKV_PART_COMPONENTS, where.text, &side->bytes));
+    XKV_TRY(read_side_bytes(d, g, where.text, &side->bytes));
     side->step = xkv_loadf32(side->bytes);
     if (!isfinite(side->step) || side->step <= 0 || xkv_load32(side->bytes + 4) != 0)
         return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: step is %g, expected finite and positive, then zeros [Q3]",
@@ -250,6 +262,8 @@ static xkv_status read_side(const decoder *d, const xkv_group *g, side_part *sid
     side->tables = side->bytes + 8;
     if (g->codec == XKV_CODEC_SCALAR)
         side->tables += 4ull * g->plane_count + 2ull * g->width;
+    if (g->codec == XKV_GROUP_SVDQ)
+        side->tables = side->bytes + xkv_svdq_side(g).tables;
     return check_tables(d, g, side);
 }
 
@@ -304,14 +318,19 @@ static xkv_status load_cross(decoder *d)
 
 static xkv_status load_side(decoder *d)
 {
+    part_name where = name_part(d, XKV_PART_COMPONENTS);
     const uint8_t *scales;
 
     XKV_TRY(read_side(d, d->g, &d->side));
     scales = d->side.bytes + 8;
     if (d->g->codec == XKV_CODEC_SCALAR) {
-        XKV_TRY(xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, scales, scales + 4ull * d->g->plane_count,
-                                 name_part(d, XKV_PART_COMPONENTS).text, &d->scalar));
+        XKV_TRY(xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, scales, scales + 4ull * d->g->plane_count, where.text,
+                                 &d->scalar));
         d->transform = xkv_transform_of_scalar(&d->scalar);
+    } else if (d->g->codec == XKV_GROUP_SVDQ) {
+        XKV_TRY(xkv_svdq_parse(d->ctx, &d->c->geometry, d->g, d->side.bytes, d->g->parts[XKV_PART_COMPONENTS].size,
+                               where.text, &d->svdq));
+        d->transform = xkv_transform_of_svdq_basis(&d->svdq);
     } else {
         XKV_TRY(find_basis(d));
     }
@@ -430,10 +449,16 @@ static void release_workers(decoder *d)
         w->coefficients = w->rows = NULL;
     }
     xkv_release(d->ctx, d->components);
+    xkv_svdq_basis_free(d->ctx, &d->svdq);
     d->components = NULL;
     free_side(d, &d->side);
     xkv_synthesis_free(d->ctx, &d->synthesis);
     xkv_scalar_free(d->ctx, &d->scalar);
+}
+
+static bool is_coded(const xkv_group *g)
+{
+    return g->codec == XKV_GROUP_DICT || g->codec == XKV_GROUP_SCALAR || g->codec == XKV_GROUP_SVDQ;
 }
 
 static xkv_status restore_group(decoder *d, uint32_t group)
@@ -445,7 +470,7 @@ static xkv_status restore_group(decoder *d, uint32_t group)
     d->g = &d->c->groups[group];
     if (d->views && xkv_group_is_cross(d->g)) /* it has no planes: those that follow decode it as they need it */
         return XKV_OK;
-    if (d->g->codec == XKV_CODEC_DICT || d->g->codec == XKV_CODEC_SCALAR)
+    if (is_coded(d->g))
         XKV_TRY_GOTO(load_side(d), out);
     XKV_TRY_GOTO(size_workers(d), out);
     if (d->g->codec == XKV_CODEC_SVD)

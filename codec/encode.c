@@ -4,15 +4,19 @@
 #include "rate.h"
 #include "scalar.h"
 #include "svd_group.h"
+#include "svdq.h"
 #include "values.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <xxhash.h>
 
-/* How often the step is made finer for an asked error, as long as that lowers the error to this share of it. */
-enum { MAX_REFINEMENTS = 4 };
+/* How often the step is made finer for an asked error, as long as that lowers the error to this share of it; or
+ * coarser, when the error is below this share of what was asked for. */
+enum { MAX_REFINEMENTS = 6 };
 #define SMALLEST_GAIN 0.95
+/* On the sample this share of the error is aimed at, so that its first step mostly keeps the error. */
+#define SAMPLE_AIM 0.99
 
 /* Chunks are encoded a batch at a time, one per slot, and written in order. */
 typedef struct slot {
@@ -41,9 +45,14 @@ typedef struct encoder {
     xkv_transform *transforms; /* [group_count] of coded groups; rank 0: none */
     xkv_scalar *scalars;       /* [group_count] what the transforms of profile scalar point to */
     xkv_coded cross;           /* the cross stage at `step`; rank 0: none */
+    xkv_svdq *svdqs;           /* [decomposed] and those of quantized svd */
+    uint32_t decomposed;       /* group_count, once there are any */
     float step;
     double metric_squares, metric_energy;
     uint32_t components, component_total;
+    bool automatic;                    /* profile auto chooses, or has chosen */
+    bool trial;                        /* a profile is tried: a sample will do */
+    xkv_profile_estimate estimates[8]; /* by profile */
 } encoder;
 
 /* The group and batch at hand. */
@@ -51,7 +60,7 @@ typedef struct batch {
     encoder *e;
     xkv_group *g;
     const xkv_factors *f;   /* svd */
-    const xkv_coded *coded; /* dict and scalar */
+    const xkv_coded *coded; /* dict, scalar and svdq */
     uint32_t first;
 } batch;
 
@@ -135,6 +144,14 @@ static void encode_chunk(const batch *b, uint32_t part, slot *s)
     s->data = s->packed;
 }
 
+/* Side part of svdq. */
+static void encode_basis(const batch *b, slot *s)
+{
+    s->size = xkv_svdq_store(b->g, b->coded->basis, b->coded, s->packed);
+    s->method = XKV_METHOD_CODED;
+    s->data = s->packed;
+}
+
 static xkv_status encode_part(const batch *b, uint32_t part, slot *s)
 {
     xkv_shape shape = xkv_part_shape(&b->e->c, b->g, part);
@@ -146,7 +163,10 @@ static xkv_status encode_part(const batch *b, uint32_t part, slot *s)
         return XKV_OK;
     }
     if (shape.coded) {
-        encode_chunk(b, part, s);
+        if (part == XKV_PART_COMPONENTS)
+            encode_basis(b, s);
+        else
+            encode_chunk(b, part, s);
         return XKV_OK;
     }
     return xkv_part_encode(b->e->ctx, b->e->kernels, s->zstd, factors && !b->e->o.zstd_factors ? 0 : b->e->o.zstd_level,
@@ -193,6 +213,8 @@ static xkv_status size_slots(encoder *e, const xkv_group *g, const xkv_coded *co
             raw = xkv_max64(raw, xkv_shape_bytes(s));
         packed = xkv_max64(packed, s.coded ? xkv_rans_bound(&stream) : xkv_part_bound(s));
     }
+    if (g->codec == XKV_GROUP_SVDQ)
+        packed = xkv_max64(packed, xkv_svdq_bound(g, coded->basis));
     for (uint32_t i = 0; i < e->threads; i++) {
         slot *s = &e->slots[i];
         XKV_TRY(XKV_NEW(e->ctx, (size_t)raw, &s->raw));
@@ -316,6 +338,59 @@ out:
     return status;
 }
 
+/* Without a metric: errors in units of the planes' scales, against what the rows are without their mean. */
+static void weigh_planes(const encoder *e, const xkv_group *g, xkv_coded *coded)
+{
+    uint32_t i = (uint32_t)(g - e->c.groups);
+    const xkv_scalar *s = g->codec == XKV_GROUP_SVDQ ? &e->svdqs[i].scale : &e->scalars[i];
+
+    for (uint32_t k = 0; k < g->plane_count; k++) {
+        double error = g->plane_errors[k] / (double)s->scales[k];
+        coded->metric_squares += error * error * g->plane_energies[k];
+    }
+    coded->metric_energy = s->energy;
+}
+
+/* Where the coded tokens end; a trial looks at no more than a sample. */
+static uint32_t coded_end(const encoder *e)
+{
+    uint64_t end = e->c.geometry.token_count - e->c.window;
+
+    return (uint32_t)(e->trial ? xkv_min64(end, (uint64_t)e->c.sinks + XKV_SAMPLE_TOKENS) : end);
+}
+
+/* Components of svdq that are worth their bits at the step, rounded. */
+static xkv_status round_basis(encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_transform *t)
+{
+    const xkv_svdq *s = t->own;
+    const float *blocks = t->blocks;
+    uint32_t end = coded_end(e);
+    xkv_coded trial = {0};
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(xkv_svdq_round(e->ctx, s, e->step, basis));
+    if (basis->overflow)
+        return XKV_OK;
+    for (uint32_t i = 0; i < basis->rank; i++) /* the share that these tokens have to bear */
+        basis->bits[i] *= (double)(end - e->c.sinks) / s->tokens;
+    t->rank = basis->rank;
+    t->component_bits = basis->bits;
+    t->component_lost = basis->lost;
+    XKV_TRY_GOTO(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, t, e->step, NULL,
+                                (xkv_integers){NULL, 0}, &trial),
+                 out);
+    basis->overflow = trial.overflow;
+    if (trial.overflow)
+        goto out;
+    xkv_svdq_select(basis, trial.tables);
+    XKV_TRY_GOTO(xkv_svdq_finish(e->ctx, e->pool, e->kernels, s, basis), out);
+    *t = xkv_transform_of_svdq_basis(basis);
+    t->blocks = blocks;
+out:
+    xkv_coded_free(e->ctx, &trial);
+    return status;
+}
+
 /* The group whose planes are none: the cross stage, if the dictionary has one. */
 static xkv_group *cross_group(const encoder *e)
 {
@@ -342,9 +417,8 @@ static xkv_status code_cross(encoder *e)
     XKV_TRY(XKV_NEW(e->ctx, e->c.group_count, &norms));
     for (int attempt = 0; attempt < 3; attempt++) {
         xkv_coded_free(e->ctx, &e->cross);
-        XKV_TRY_GOTO(xkv_code_cross(e->ctx, e->pool, e->rotators, &e->c, e->views, e->c.sinks,
-                                    e->c.geometry.token_count - e->c.window, e->transforms, e->o.dict->cross, e->step,
-                                    norms, &e->cross),
+        XKV_TRY_GOTO(xkv_code_cross(e->ctx, e->pool, e->rotators, &e->c, e->views, e->c.sinks, coded_end(e),
+                                    e->transforms, e->o.dict->cross, e->step, norms, &e->cross),
                      out);
         if (!e->cross.overflow)
             break;
@@ -355,22 +429,36 @@ out:
     return status;
 }
 
-static xkv_status code_group(encoder *e, xkv_group *g, xkv_coded *coded)
+/* The rows of a group, with the share of the cross stage if it has one. */
+static xkv_status code_with_cross(encoder *e, xkv_group *g, const xkv_transform *t, xkv_coded *coded)
 {
-    uint32_t end = e->c.geometry.token_count - e->c.window, index = (uint32_t)(g - e->c.groups);
     xkv_cross cross = {0};
-    bool crossed = cross_group(e) && xkv_takes_part(&e->c, e->transforms, index);
+    bool crossed = cross_group(e) && xkv_takes_part(&e->c, e->transforms, (uint32_t)(g - e->c.groups));
 
     if (crossed)
         cross = xkv_cross_of_coded(e->o.dict->cross, &e->cross);
-    XKV_TRY(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &e->transforms[index], e->step,
-                           crossed ? &cross : NULL, (xkv_integers){crossed ? e->cross.q : NULL, e->cross.tokens},
-                           coded));
+    return xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, coded_end(e), t, e->step,
+                          crossed ? &cross : NULL, (xkv_integers){crossed ? e->cross.q : NULL, e->cross.tokens}, coded);
+}
+
+/* `basis` is set for svdq; the caller frees it and `coded`. */
+static xkv_status code_group(encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_coded *coded)
+{
+    xkv_transform t = e->transforms[g - e->c.groups];
+
+    if (g->codec == XKV_GROUP_SVDQ)
+        XKV_TRY(round_basis(e, g, basis, &t));
+    coded->overflow = basis->overflow;
+    if (!coded->overflow)
+        XKV_TRY(code_with_cross(e, g, &t, coded));
     if (coded->overflow)
         return XKV_OK;
-    if (coded->metric_energy == 0) { /* no metric: that of the planes */
-        coded->metric_squares = g->error * g->error * g->energy;
-        coded->metric_energy = g->energy;
+    if (g->codec != XKV_GROUP_DICT && !t.blocks)
+        weigh_planes(e, g, coded);
+    if (g->codec == XKV_GROUP_SVDQ) {
+        xkv_svdq_close_up(basis, coded);
+        coded->basis = basis;
+        g->rank = basis->rank;
     }
     e->metric_squares += coded->metric_squares;
     e->metric_energy += coded->metric_energy;
@@ -384,24 +472,49 @@ static xkv_status pack_cross(encoder *e, xkv_group *g)
     return write_group(e, g, NULL, &e->cross, NULL);
 }
 
-/* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. */
+/* Is a coded group smaller than lossless, which never gets below half of the raw bytes? */
+static xkv_status is_smaller(encoder *e, xkv_group *g, const xkv_coded *coded, bool *yes)
+{
+    uint64_t bytes = 0, lossless = 0;
+
+    *yes = true;
+    XKV_TRY(write_group(e, g, NULL, coded, &bytes));
+    if (bytes <= group_bytes(e, g) / 2)
+        return XKV_OK;
+    XKV_TRY(lossless_bytes(e, g, &lossless));
+    *yes = bytes < lossless;
+    return XKV_OK;
+}
+
+/* A group with a coefficient that its 16 bits do not hold is stored lossless: an outlier costs bytes, not quality. So
+ * is one that the quantizer does not make smaller. */
 static xkv_status pack_coded(encoder *e, xkv_group *g)
 {
+    xkv_svdq_basis basis = {0};
     xkv_coded coded = {0};
+    double squares = e->metric_squares, energy = e->metric_energy;
+    bool good;
     xkv_status status = XKV_OK;
 
-    XKV_TRY_GOTO(code_group(e, g, &coded), out);
-    if (coded.overflow) {
+    XKV_TRY_GOTO(code_group(e, g, &basis, &coded), out);
+    good = !coded.overflow;
+    if (good && (coded.basis || coded.bits / 8 > (double)group_bytes(e, g) / 4)) /* else there is no need to look */
+        XKV_TRY_GOTO(is_smaller(e, g, &coded, &good), out);
+    if (!good) {
+        e->metric_squares = squares;
+        e->metric_energy = energy;
         fall_back(e, g);
         XKV_TRY_GOTO(write_group(e, g, NULL, NULL, NULL), out);
         goto out;
     }
     count_error(e, g);
     e->components += coded.coded;
-    e->component_total += coded.rank; /* what the cross stage codes is among them */
+    e->component_total +=
+        g->codec == XKV_GROUP_SVDQ ? g->width : coded.rank; /* those of the cross stage are among them */
     XKV_TRY_GOTO(write_group(e, g, NULL, &coded, NULL), out);
 out:
     xkv_coded_free(e->ctx, &coded);
+    xkv_svdq_basis_free(e->ctx, &basis);
     return status;
 }
 
@@ -457,6 +570,44 @@ static xkv_status choose_ranks(encoder *e)
 /* --- Coded groups: transforms and step -----------------------------------------------------------------------------
  */
 
+/* Bits that a number of a factor takes on average are more than this, or it were not worth it. */
+#define LEAST_BITS 1.3
+/* Of the squared error that is asked for, this share may come from what the decomposition does not look for. */
+#define TAIL_SHARE 0.3
+/* Up to this order all components are found at the price of one product and an eigenproblem, without iterations. */
+#define EASY_ORDER 2048
+
+static xkv_status decompose_group(encoder *e, uint32_t group, uint32_t most)
+{
+    xkv_group *g = &e->c.groups[group];
+    xkv_svdq_target target = {
+        .t0 = e->c.sinks, .t1 = e->c.geometry.token_count - e->c.window, .most = most, .iterations = e->o.iterations};
+    double tokens = target.t1 - target.t0, width = g->width, order = fmin(fmin(tokens, most), width), rank = order;
+
+    if (e->o.ratio > 0)
+        rank = fmin(rank, ceil(16 / LEAST_BITS / e->o.ratio * tokens * width / (tokens + width)));
+    else if (order > EASY_ORDER)
+        target.energy = 1 - TAIL_SHARE * e->o.error * e->o.error;
+    if (order <= EASY_ORDER && rank > order / 2)
+        rank = order;
+    target.max_rank = (uint32_t)fmax(rank, 1);
+    if (e->svdqs[group].width == 0) /* else a trial has done it */
+        XKV_TRY(xkv_svdq_create(e->ctx, e->pool, e->rotators, g, e->views, &target, &e->svdqs[group]));
+    if (e->svdqs[group].rank == 0)
+        fall_back(e, g);
+    else
+        e->transforms[group] = xkv_transform_of_svdq(&e->svdqs[group]);
+    return xkv_check_cancel(e->ctx);
+}
+
+/* What errors of a group are measured with: when auto compares with a dictionary its metric, where it has one. */
+static const float *find_blocks(const encoder *e, const xkv_group *g)
+{
+    const xkv_basis *basis = e->automatic && e->o.dict ? xkv_dict_basis(e->o.dict, &e->c.geometry, g) : NULL;
+
+    return basis ? basis->blocks : NULL;
+}
+
 static xkv_status make_transforms(encoder *e)
 {
     for (uint32_t i = 0; i < e->c.group_count; i++) {
@@ -465,11 +616,15 @@ static xkv_status make_transforms(encoder *e)
             e->transforms[i] = (xkv_transform){.rank = g->rank};
         if (g->codec == XKV_CODEC_DICT)
             e->transforms[i] = xkv_transform_of_basis(xkv_dict_basis(e->o.dict, &e->c.geometry, g));
-        if (g->codec != XKV_CODEC_SCALAR)
-            continue;
-        XKV_TRY(xkv_scalar_create(e->ctx, e->rotators, g, e->views, e->c.sinks, e->c.geometry.token_count - e->c.window,
-                                  &e->scalars[i]));
-        e->transforms[i] = xkv_transform_of_scalar(&e->scalars[i]);
+        if (g->codec == XKV_GROUP_SVDQ)
+            XKV_TRY(decompose_group(e, i, e->trial ? XKV_SAMPLE_TOKENS : UINT32_MAX));
+        if (g->codec == XKV_GROUP_SCALAR) {
+            XKV_TRY(xkv_scalar_create(e->ctx, e->rotators, g, e->views, e->c.sinks,
+                                      e->c.geometry.token_count - e->c.window, &e->scalars[i]));
+            e->transforms[i] = xkv_transform_of_scalar(&e->scalars[i]);
+        }
+        if (g->codec != XKV_GROUP_DICT && g->plane_count > 0)
+            e->transforms[i].blocks = find_blocks(e, g);
     }
     return XKV_OK;
 }
@@ -477,12 +632,14 @@ static xkv_status make_transforms(encoder *e)
 /* Bytes of a side part that no table choice changes: scales and means. */
 static double side_bytes(const xkv_group *g)
 {
+    if (g->codec == XKV_GROUP_SVDQ)
+        return 12 + 4.0 * g->plane_count;
     return g->codec == XKV_CODEC_SCALAR ? 4.0 * g->plane_count + 2.0 * g->width : 0;
 }
 
-/* Bytes for the rANS streams when the whole entry shall have the asked ratio: what is left of the budget after the
- * head, the exact rows, lossless groups, and what every stream costs whatever it holds. */
-static xkv_status stream_budget(encoder *e, double *bytes)
+/* Bytes that do not depend on the step: the head, the exact rows, lossless groups, and what every stream costs whatever
+ * it holds. */
+static xkv_status bytes_beside_streams(encoder *e, double *bytes)
 {
     uint64_t fixed = xkv_container_head_size(&e->w);
     double states = 0;
@@ -491,11 +648,18 @@ static xkv_status stream_budget(encoder *e, double *bytes)
     for (uint32_t i = 0; i < e->c.group_count; i++)
         if (e->transforms[i].rank > 0)
             states += (64.0 + XKV_ALIGN / 2) * e->c.chunk_count + XKV_ALIGN + side_bytes(&e->c.groups[i]);
-    *bytes = (double)xkv_raw16_bytes(&e->c.geometry) / e->o.ratio - (double)fixed - states;
+    *bytes = (double)fixed + states;
+    return XKV_OK;
+}
+
+/* Bytes for the rANS streams when the whole entry shall have the asked ratio. */
+static xkv_status stream_budget(encoder *e, double beside, double *bytes)
+{
+    *bytes = (double)xkv_raw16_bytes(&e->c.geometry) / e->o.ratio - beside;
     if (*bytes <= 0)
         return xkv_fail(e->ctx, XKV_ERROR_TARGET,
-                        "a ratio of %g is out of reach: tables and exact rows alone take %llu bytes", e->o.ratio,
-                        (unsigned long long)fixed);
+                        "a ratio of %g is out of reach: tables and exact rows alone take %.0f bytes", e->o.ratio,
+                        beside);
     return XKV_OK;
 }
 
@@ -504,23 +668,31 @@ static double metric_error(const encoder *e)
     return xkv_relative_error(e->metric_squares, e->metric_energy);
 }
 
-/* The error of all coded groups at e->step; with `drop`, groups that exceed `drop` by themselves become lossless. */
+/* The error of all coded groups at e->step, or that of the worst one over XKV_GROUP_SLACK; with `drop`, groups that
+ * exceed `drop` by themselves become lossless. */
 static xkv_status measure_error(encoder *e, double drop, double *error)
 {
+    double worst = 0;
+
     e->metric_squares = e->metric_energy = 0;
     XKV_TRY(code_cross(e));
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i];
+        xkv_svdq_basis basis = {0};
         xkv_coded coded = {0};
-        if (g->codec != XKV_CODEC_DICT && g->codec != XKV_CODEC_SCALAR)
+        xkv_status status;
+        if (g->codec == XKV_GROUP_LOSSLESS || g->codec == XKV_GROUP_SVD || xkv_group_is_cross(g))
             continue;
-        XKV_TRY(code_group(e, g, &coded));
-        if (drop > 0 && coded.metric_squares > drop * drop * coded.metric_energy)
+        status = code_group(e, g, &basis, &coded);
+        worst = fmax(worst, xkv_relative_error(coded.metric_squares, coded.metric_energy));
+        if (status == XKV_OK && drop > 0 && coded.metric_squares > drop * drop * coded.metric_energy)
             fall_back(e, g);
         xkv_coded_free(e->ctx, &coded);
+        xkv_svdq_basis_free(e->ctx, &basis);
+        XKV_TRY(status);
         XKV_TRY(xkv_check_cancel(e->ctx));
     }
-    *error = metric_error(e);
+    *error = fmax(metric_error(e), worst / XKV_GROUP_SLACK);
     e->metric_squares = e->metric_energy = 0;
     return XKV_OK;
 }
@@ -530,18 +702,25 @@ static xkv_status measure_error(encoder *e, double drop, double *error)
  * that are above the error by themselves are stored lossless, which leaves the rest below it. */
 static xkv_status keep_error(encoder *e)
 {
-    double error = 0, before = INFINITY;
+    double error = 0, before = INFINITY, factor = 1;
+    float good = 0;
 
     for (int i = 0; i < MAX_REFINEMENTS; i++) {
         XKV_TRY(measure_error(e, 0, &error));
         if (error <= e->o.error)
-            return XKV_OK;
-        if (error > SMALLEST_GAIN * before)
+            good = fmaxf(good, e->step);
+        if (error == 0 || (error <= e->o.error && error >= SMALLEST_GAIN * e->o.error))
+            break;
+        if (error > e->o.error && factor < 0.9 && error > SMALLEST_GAIN * before)
             break;
         before = error;
-        e->step *= (float)(e->o.error / error * 0.99);
+        factor = e->o.error / error * 0.99;
+        e->step *= (float)factor;
     }
-    return measure_error(e, e->o.error, &error);
+    if (good == 0)
+        return measure_error(e, e->o.error, &error);
+    e->step = good;
+    return XKV_OK;
 }
 
 /* No reader takes an entry with another step [Q3]; a hostile dictionary may ask for one. */
@@ -553,25 +732,100 @@ static xkv_status check_step(const encoder *e)
                     (double)e->step);
 }
 
+/* An estimate is of no use when its error is further from the one that is asked for. */
+#define ERROR_TOLERANCE 1.02
+
+/* The error in a dictionary's metric at e->step; with an error to be kept, at the step that comes near it. */
+static xkv_status measure_in_metric(encoder *e, double *error)
+{
+    XKV_TRY(measure_error(e, 0, error));
+    for (int i = 0; i < 3 && e->o.error > 0 && *error > 0; i++) {
+        if (*error > 0.92 * e->o.error && *error < ERROR_TOLERANCE * e->o.error)
+            return XKV_OK;
+        e->step *= (float)(e->o.error / *error);
+        XKV_TRY(measure_error(e, 0, error));
+    }
+    return XKV_OK;
+}
+
+/* Bytes and error of the profile that is tried. The coefficients of the sample tell both, but not the error in a
+ * dictionary's metric, nor the one that the rounding of its basis makes: then rows are measured. */
+static xkv_status estimate(encoder *e, xkv_sample *sample, double beside)
+{
+    xkv_profile_estimate *found = &e->estimates[e->o.profile];
+    xkv_estimate t;
+    double error = 0;
+
+    if (e->o.dict)
+        XKV_TRY(measure_in_metric(e, &error));
+    if (e->o.error > 0 && error > ERROR_TOLERANCE * e->o.error)
+        return XKV_OK; /* out of reach */
+    XKV_TRY(xkv_sample_estimate(e->pool, sample, e->step, &t));
+    found->bytes = beside + t.bytes;
+    found->error = e->o.dict ? error : t.error;
+    return XKV_OK;
+}
+
+/* Bytes of the entry at e->step, without writing it. */
+static xkv_status count_bytes(encoder *e, uint64_t *bytes)
+{
+    *bytes = xkv_container_head_size(&e->w);
+    for (uint32_t i = 0; i < e->c.group_count; i++) {
+        xkv_group *g = &e->c.groups[i], exact = *g;
+        xkv_svdq_basis basis = {0};
+        xkv_coded coded = {0};
+        xkv_status status = XKV_OK;
+        exact.codec = XKV_GROUP_LOSSLESS;
+        if (g->codec != XKV_GROUP_LOSSLESS)
+            status = code_group(e, g, &basis, &coded);
+        if (status == XKV_OK)
+            status = write_group(e, coded.tables ? g : &exact, NULL, &coded, bytes);
+        xkv_coded_free(e->ctx, &coded);
+        xkv_svdq_basis_free(e->ctx, &basis);
+        XKV_TRY(status);
+        XKV_TRY(xkv_check_cancel(e->ctx));
+    }
+    e->metric_squares = e->metric_energy = 0;
+    return XKV_OK;
+}
+
+/* Least squares turn the coefficients of svdq into others than those of the sample, which take up to two per cent fewer
+ * bytes: what is left over is added to the budget of another search. */
+static xkv_status correct_step(encoder *e, xkv_sample *sample, double bytes)
+{
+    uint64_t found;
+
+    XKV_TRY(check_step(e));
+    XKV_TRY(count_bytes(e, &found));
+    bytes += (double)xkv_raw16_bytes(&e->c.geometry) / e->o.ratio - (double)found;
+    return xkv_sample_step(e->ctx, e->pool, sample, bytes, 0, &e->step);
+}
+
 static xkv_status choose_step(encoder *e)
 {
     xkv_sample *sample = NULL;
-    double bytes = 0;
+    double beside = 0, bytes = 0;
     xkv_status status = XKV_OK;
 
     if (e->o.quality > 0) {
         e->step = (float)xkv_dict_step(e->o.dict, e->o.quality);
         return check_step(e);
     }
+    if (e->o.ratio > 0 || e->trial)
+        XKV_TRY(bytes_beside_streams(e, &beside));
     if (e->o.ratio > 0)
-        XKV_TRY(stream_budget(e, &bytes));
+        XKV_TRY(stream_budget(e, beside, &bytes));
     XKV_TRY_GOTO(xkv_sample_create(e->ctx, e->pool, e->rotators, &e->c, e->views, e->transforms,
                                    e->o.dict ? e->o.dict->cross : NULL, &sample),
                  out);
-    XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error, &e->step), out);
+    XKV_TRY_GOTO(xkv_sample_step(e->ctx, e->pool, sample, bytes, e->o.error * SAMPLE_AIM, &e->step), out);
+    if (e->trial)
+        XKV_TRY_GOTO(estimate(e, sample, beside), out);
+    else if (e->o.ratio > 0 && e->o.profile == XKV_PROFILE_SVD)
+        XKV_TRY_GOTO(correct_step(e, sample, bytes), out);
     xkv_sample_free(e->ctx, sample);
     sample = NULL;
-    if (e->o.error > 0)
+    if (e->o.error > 0 && !e->trial)
         XKV_TRY_GOTO(keep_error(e), out);
     status = check_step(e);
 out:
@@ -583,10 +837,127 @@ static xkv_status prepare_coded(encoder *e)
 {
     XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->transforms));
     XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->scalars));
-    if (e->o.profile != XKV_PROFILE_DICT && e->o.profile != XKV_PROFILE_SCALAR)
+    if (!e->svdqs) {
+        XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.group_count, &e->svdqs));
+        e->decomposed = e->c.group_count;
+    }
+    if (!xkv_plan_quantized(&e->o))
         return XKV_OK;
     XKV_TRY(make_transforms(e));
     return choose_step(e);
+}
+
+static void release_transforms(encoder *e)
+{
+    for (uint32_t i = 0; e->scalars && i < e->c.group_count; i++)
+        xkv_scalar_free(e->ctx, &e->scalars[i]);
+    xkv_release(e->ctx, e->scalars);
+    xkv_release(e->ctx, e->transforms);
+    e->scalars = NULL;
+    e->transforms = NULL;
+}
+
+static void release_decompositions(encoder *e)
+{
+    for (uint32_t i = 0; i < e->decomposed; i++)
+        xkv_svdq_free(e->ctx, &e->svdqs[i]);
+    xkv_release(e->ctx, e->svdqs);
+    e->svdqs = NULL;
+    e->decomposed = 0;
+}
+
+/* --- Profile auto ------------------------------------------------------------------------------------------------- */
+
+static xkv_status discard(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
+{
+    (void)user;
+    (void)ctx;
+    (void)offset;
+    (void)src;
+    (void)size;
+    return XKV_OK;
+}
+
+static xkv_status plan(encoder *e, const xkv_output *output)
+{
+    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, xkv_plan_quantized(&e->o), e->nonfinite, &e->c));
+    return xkv_container_begin(e->ctx, &e->c, output, e->o.zstd_level, &e->w);
+}
+
+/* Estimate what a profile would come to, at the price of projecting a sample. A decomposition of all tokens is kept: it
+ * is needed again if the profile is taken. */
+static xkv_status try_profile(encoder *e, uint32_t profile)
+{
+    xkv_output nowhere = {NULL, discard};
+    xkv_status status = XKV_OK;
+
+    e->o.profile = profile;
+    e->trial = true;
+    XKV_TRY_GOTO(plan(e, &nowhere), out);
+    XKV_TRY_GOTO(prepare_coded(e), out);
+out:
+    e->trial = false;
+    xkv_container_writer_free(e->ctx, &e->w);
+    release_transforms(e);
+    if (status != XKV_OK || xkv_plan_coded_tokens(&e->c) > XKV_SAMPLE_TOKENS)
+        release_decompositions(e);
+    xkv_plan_release(e->ctx, &e->c);
+    e->fallbacks = 0;
+    return status;
+}
+
+/* Bytes when all is lossless. */
+static xkv_status try_lossless(encoder *e)
+{
+    xkv_output nowhere = {NULL, discard};
+    uint64_t bytes = 0;
+    xkv_status status = XKV_OK;
+
+    e->o.profile = XKV_PROFILE_LOSSLESS;
+    XKV_TRY_GOTO(plan(e, &nowhere), out);
+    bytes = xkv_container_head_size(&e->w);
+    XKV_TRY_GOTO(fixed_bytes(e, &bytes), out);
+    e->estimates[XKV_PROFILE_LOSSLESS].bytes = (double)bytes;
+out:
+    xkv_container_writer_free(e->ctx, &e->w);
+    xkv_plan_release(e->ctx, &e->c);
+    return status;
+}
+
+/* Is profile a better than b? The smaller for an error, the one of less error for a ratio. */
+static bool is_better(const encoder *e, uint32_t a, uint32_t b)
+{
+    const xkv_profile_estimate *x = &e->estimates[a], *y = &e->estimates[b];
+
+    if (x->bytes == 0 || y->bytes == 0)
+        return x->bytes > 0;
+    return e->o.ratio > 0 ? x->error < y->error : x->bytes < y->bytes;
+}
+
+static xkv_status choose_profile(encoder *e)
+{
+    static const uint32_t candidates[] = {XKV_PROFILE_DICT, XKV_PROFILE_SCALAR, XKV_PROFILE_SVD};
+    uint32_t best = XKV_PROFILE_SCALAR;
+
+    e->automatic = true;
+    for (size_t i = e->o.dict ? 0 : 1; i < sizeof candidates / sizeof *candidates; i++) {
+        xkv_status status = try_profile(e, candidates[i]);
+        if (status == XKV_ERROR_TARGET) /* out of reach for this one */
+            xkv_ctx_begin(e->ctx);
+        else if (status != XKV_OK)
+            return status;
+        if (is_better(e, candidates[i], best))
+            best = candidates[i];
+    }
+    if (e->o.error > 0 && e->estimates[best].bytes > (double)xkv_raw16_bytes(&e->c.geometry) / 2) {
+        XKV_TRY(try_lossless(e)); /* which never gets below half */
+        if (is_better(e, XKV_PROFILE_LOSSLESS, best))
+            best = XKV_PROFILE_LOSSLESS;
+    }
+    if (best != XKV_PROFILE_SVD)
+        release_decompositions(e);
+    e->o.profile = best;
+    return XKV_OK;
 }
 
 /* --- Preparation -------------------------------------------------------------------------------------------------- */
@@ -671,11 +1042,9 @@ static void fini(encoder *e)
     xkv_release(e->ctx, e->nonfinite);
     xkv_pool_free(e->ctx, e->pool);
     xkv_container_writer_free(e->ctx, &e->w);
-    for (uint32_t i = 0; e->scalars && i < e->c.group_count; i++)
-        xkv_scalar_free(e->ctx, &e->scalars[i]);
-    xkv_release(e->ctx, e->scalars);
     xkv_coded_free(e->ctx, &e->cross);
-    xkv_release(e->ctx, e->transforms);
+    release_decompositions(e);
+    release_transforms(e);
     xkv_plan_release(e->ctx, &e->c);
 }
 
@@ -715,6 +1084,8 @@ static void fill_report(const encoder *e, uint64_t file_size, xkv_pack_report *r
     r->fallback_groups = e->fallbacks;
     r->step = (double)e->step;
     r->error_metric = metric_error(e);
+    r->profile = e->o.profile;
+    memcpy(r->estimates, e->estimates, sizeof r->estimates);
     r->components = e->components;
     r->component_total = e->component_total;
     for (uint32_t i = 0; i < e->c.group_count; i++)
@@ -740,15 +1111,17 @@ static void set_framing(encoder *e, const xkv_framing *framing, const void *sour
 static xkv_status pack(encoder *e, const xkv_output *output, xkv_pack_report *report)
 {
     xkv_values values = {.count = 0};
-    uint8_t *error = set_values(e, &values);
+    uint8_t *error;
     uint64_t file_size;
 
+    XKV_TRY(init(e));
+    if (e->o.profile == XKV_PROFILE_AUTO)
+        XKV_TRY(choose_profile(e));
+    error = set_values(e, &values);
     e->c.values = values.list;
     e->c.value_count = values.count;
-    XKV_TRY(init(e));
-    XKV_TRY(xkv_plan_groups(e->ctx, &e->o, e->o.profile == XKV_PROFILE_SCALAR, e->nonfinite, &e->c));
-    XKV_TRY(xkv_container_begin(e->ctx, &e->c, output, e->o.zstd_level, &e->w));
-    if (e->o.ratio > 0 && e->o.profile == XKV_PROFILE_SVD)
+    XKV_TRY(plan(e, output));
+    if (e->o.ratio > 0 && !xkv_plan_quantized(&e->o))
         XKV_TRY(choose_ranks(e));
     XKV_TRY(prepare_coded(e));
     XKV_TRY(pack_groups(e));

@@ -37,11 +37,14 @@ static xkv_status check_ranges(xkv_ctx *ctx, const xkv_pack_options *o)
     return XKV_OK;
 }
 
+/* What auto stands for, as far as the options tell; a ratio or an error leaves the choice to what the rows are like. */
 static uint32_t choose_profile(const xkv_pack_options *o, int targets)
 {
-    if (targets == 0 && !o->dict)
-        return XKV_PROFILE_LOSSLESS;
-    return o->dict && !o->rank_k && !o->rank_v && o->energy == 0 ? XKV_PROFILE_DICT : XKV_PROFILE_SVD;
+    if (o->rank_k || o->rank_v || o->energy != 0 || o->half_factors)
+        return XKV_PROFILE_SVD;
+    if (o->quality != 0 || (o->dict && targets == 0))
+        return XKV_PROFILE_DICT;
+    return targets == 0 ? XKV_PROFILE_LOSSLESS : XKV_PROFILE_AUTO;
 }
 
 /* Does the profile take the target it was given? */
@@ -59,7 +62,7 @@ static xkv_status check_target(xkv_ctx *ctx, const xkv_pack_options *o, int targ
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile dict takes a ratio, an error or a quality");
     if (o->profile == XKV_PROFILE_DICT && !o->dict)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "profile dict needs a dictionary");
-    if (o->profile == XKV_PROFILE_DICT && !o->dict->for_packing)
+    if ((o->profile == XKV_PROFILE_DICT || o->profile == XKV_PROFILE_AUTO) && o->dict && !o->dict->for_packing)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the dictionary was not opened for packing");
     return XKV_OK;
 }
@@ -84,6 +87,13 @@ xkv_status xkv_plan_options(xkv_ctx *ctx, const xkv_pack_options *given, xkv_pac
     return XKV_OK;
 }
 
+bool xkv_plan_quantized(const xkv_pack_options *o)
+{
+    if (o->profile == XKV_PROFILE_SVD)
+        return (o->ratio != 0 || o->error != 0) && !o->half_factors;
+    return o->profile == XKV_PROFILE_DICT || o->profile == XKV_PROFILE_SCALAR;
+}
+
 /* --- Groups ------------------------------------------------------------------------------------------------------- */
 
 uint32_t xkv_plan_coded_tokens(const xkv_container *c)
@@ -97,7 +107,8 @@ typedef struct plane_key {
     uint32_t run, kind, nonfinite, dtype, plane;
 } plane_key;
 
-/* With a dictionary a group is coded whole or not at all, so that one plane with a NaN makes all of it lossless. */
+/* With a dictionary groups are its groups, for the other profiles of auto too: errors are compared in its metric. There
+ * a group is coded whole or not at all, so that one plane with a NaN makes all of it lossless. */
 static plane_key make_key(const xkv_pack_options *o, bool joint, const xkv_geometry *geometry, const uint8_t *nonfinite,
                           uint32_t plane)
 {
@@ -106,7 +117,7 @@ static plane_key make_key(const xkv_pack_options *o, bool joint, const xkv_geome
     plane_key key = {p->layer / o->group_layers, own_kind ? p->kind : 0, nonfinite[plane], p->dtype, plane};
     uint32_t group;
 
-    if (o->profile != XKV_PROFILE_DICT || !xkv_dict_find_plane(o->dict, p, &group))
+    if (!joint || !o->dict || !xkv_dict_find_plane(o->dict, p, &group))
         return key;
     key.run = XKV_MAX_LAYERS + group; /* apart from the runs of planes that it does not know */
     key.kind = 0;
@@ -232,6 +243,8 @@ static xkv_status choose_codec(xkv_ctx *ctx, const xkv_pack_options *o, const xk
     if ((o->rank_k || o->rank_v) && (key->kind == XKV_PLANE_V ? o->rank_v : o->rank_k) == 0)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a rank for %s planes is needed", xkv_plane_kind_name(key->kind));
     g->codec = codecs[o->profile];
+    if (g->codec == XKV_CODEC_SVD && xkv_plan_quantized(o))
+        g->codec = XKV_GROUP_SVDQ;
     choose_rank(o, c, key->kind, g);
     return XKV_OK;
 }
@@ -256,6 +269,7 @@ void xkv_plan_release(xkv_ctx *ctx, xkv_container *c)
     }
     xkv_release(ctx, c->groups);
     c->groups = NULL;
+    c->group_count = 0;
 }
 
 xkv_status xkv_plan_groups(xkv_ctx *ctx, const xkv_pack_options *o, bool joint, const uint8_t *nonfinite,

@@ -10,6 +10,9 @@
  * Errors: ARGUMENT. */
 XKV_MUST_CHECK xkv_status xkv_plan_options(xkv_ctx *ctx, const xkv_pack_options *given, xkv_pack_options *options);
 
+/* Whether the options (resolved) lead to the quantizer and its step: dict, scalar, and svd with a ratio or an error. */
+bool xkv_plan_quantized(const xkv_pack_options *options);
+
 /* Form c->groups from c->geometry: contiguous layers, one dtype and, unless `joint`, one kind a group. Planes flagged
  * in `nonfinite` [plane_count] get lossless groups of their own. svd groups get the rank that rank_k/rank_v say, or 1
  * with other targets. Also sets chunk_tokens, chunk_count, sinks and window. Errors: ARGUMENT, LIMIT, MEMORY. */

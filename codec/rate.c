@@ -1,28 +1,25 @@
 #include "rate.h"
 
 #include "parts.h"
+#include "svdq.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-enum { SAMPLE_TILES = 4, SAMPLE_TOKENS = SAMPLE_TILES * XKV_TILE_ROWS, BATCH = 16 };
-
-/* With an error for all groups together, one of them may have up to this many times it: their metrics are estimates of
- * what errors cost, but a group of huge values must not buy room for ruining the others. */
-#define GROUP_SLACK 4
+enum { BATCH = 16 };
 
 /* What a step costs. */
 typedef struct cost {
-    double bits; /* infinite: a coefficient is too large for the step */
+    double bits;       /* infinite: a coefficient is too large for the step */
+    double basis_bits; /* of components that are stored with the entry */
     double squares;
-    uint32_t tables; /* components that are coded */
+    double basis_squares; /* from the rounding of such components */
+    uint32_t tables;      /* components that are coded */
 } cost;
 
-/* The same for all groups; those that the step cannot code count as stored lossless. */
-typedef struct total_cost {
-    double bytes;
-    double error; /* relative; or that of the worst group over GROUP_SLACK, if larger */
-} total_cost;
+/* The same for all groups; those that the step cannot code count as stored lossless. The error is relative; or that of
+ * the worst group over XKV_GROUP_SLACK, if larger. */
+typedef xkv_estimate total_cost;
 
 /* The cross stage in a sample: its coefficients are made from the leading ones of the groups, which are then left out
  * of these. */
@@ -50,20 +47,18 @@ struct xkv_sample {
     size_t scratch_size;
     float step;  /* of the evaluation at hand */
     cost *costs; /* [first[group_count]] */
-    int16_t *q;  /* [threads][tokens] */
+    int16_t *q;  /* [threads][q_size] */
+    size_t q_size;
 };
 
 /* --- Projection --- */
 
-/* Tile `tile` of the sample: its token and its column in y. */
-static uint32_t sample_tile(const xkv_sample *s, uint32_t tile, uint32_t *token)
+uint32_t xkv_sample_tile(uint32_t coded, uint32_t sampled, uint32_t tile, uint32_t *row)
 {
-    uint32_t column = tile * XKV_TILE_ROWS;
+    uint32_t first = tile * XKV_TILE_ROWS, last = sampled / XKV_TILE_ROWS - 1;
 
-    *token =
-        s->c->sinks +
-        (s->tokens == s->coded ? column : (uint32_t)((uint64_t)(s->coded - XKV_TILE_ROWS) * tile / (SAMPLE_TILES - 1)));
-    return (uint32_t)xkv_min64(XKV_TILE_ROWS, s->tokens - column);
+    *row = sampled == coded ? first : (uint32_t)((uint64_t)(coded - XKV_TILE_ROWS) * tile / last);
+    return (uint32_t)xkv_min64(XKV_TILE_ROWS, sampled - first);
 }
 
 static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
@@ -78,7 +73,8 @@ static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
         return XKV_OK;
     if (xkv_group_is_cross(g))
         return XKV_OK;
-    n = sample_tile(s, tile, &token);
+    n = xkv_sample_tile(s->coded, s->tokens, tile, &token);
+    token += s->c->sinks;
     XKV_TRY(xkv_gather_rows(s->ctx, &s->rotators[worker], g, s->views, token, token + n, x));
     xkv_analyze(s->rotators->kernels, &s->transforms[group], 0, x, n, s->y[group] + tile * XKV_TILE_ROWS, s->tokens);
     return XKV_OK;
@@ -99,7 +95,8 @@ static xkv_status project(xkv_sample *s, xkv_pool *pool)
     XKV_TRY(xkv_pool_run(s->ctx, pool, (uint64_t)s->c->group_count * tiles, project_task, s));
     for (uint32_t i = 0; i < s->c->group_count; i++)
         if (s->y[i] && !xkv_group_is_cross(&s->c->groups[i]))
-            s->energies[i] = s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens);
+            s->energies[i] = s->rotators->kernels->sum_squares(s->y[i], (size_t)s->transforms[i].rank * s->tokens) /
+                             (s->transforms[i].own ? s->transforms[i].own->found : 1);
     return XKV_OK;
 }
 
@@ -110,7 +107,7 @@ static xkv_status rotate_task(void *user, uint32_t worker, uint64_t tile)
 {
     xkv_sample *s = user;
     const xkv_cross_basis *b = s->cross.basis;
-    uint32_t token, n = sample_tile(s, (uint32_t)tile, &token);
+    uint32_t row, n = xkv_sample_tile(s->coded, s->tokens, (uint32_t)tile, &row);
     size_t at = tile * XKV_TILE_ROWS;
 
     (void)worker;
@@ -185,14 +182,17 @@ xkv_status xkv_sample_create(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators
                       .views = views,
                       .transforms = transforms,
                       .coded = coded,
-                      .tokens = coded < SAMPLE_TOKENS ? coded : SAMPLE_TOKENS};
+                      .tokens = (uint32_t)xkv_min64(coded, XKV_SAMPLE_TOKENS)};
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count, &s->y), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count + 1u, &s->first), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, c->group_count, &s->energies), out);
     XKV_TRY_GOTO(project(s, pool), out);
     XKV_TRY_GOTO(prepare_cross(s, pool, cross), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, s->first[c->group_count], &s->costs), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)s->tokens * xkv_pool_threads(pool), &s->q), out);
+    s->q_size = s->tokens;
+    for (uint32_t i = 0; i < c->group_count; i++)
+        s->q_size = (size_t)xkv_max64(s->q_size, transforms[i].own ? transforms[i].width : 0);
+    XKV_TRY_GOTO(XKV_NEW(ctx, s->q_size * xkv_pool_threads(pool), &s->q), out);
     *sample_p = s;
     s = NULL;
 out:
@@ -236,37 +236,73 @@ static uint32_t first_own(const xkv_sample *s, uint32_t group)
     return s->cross.basis && xkv_takes_part(s->c, s->transforms, group) ? s->transforms[group].top : 0;
 }
 
+static void add_cost(cost *sum, const cost *c)
+{
+    sum->bits += c->bits;
+    sum->basis_bits += c->basis_bits;
+    sum->squares += c->squares;
+    sum->basis_squares += c->basis_squares;
+    sum->tables += c->tables;
+}
+
+/* Component i of group g; `v` and `q` are scratch. One that is stored with the entry is worth coding only when that
+ * pays for its own bits too, of which the sample's rows bear their share. */
+static cost component_cost(const xkv_sample *s, uint32_t g, uint32_t i, float *v, int16_t *q)
+{
+    const xkv_svdq *own = s->transforms[g].own;
+    const float *y = s->y[g] + (size_t)i * s->tokens;
+    double energy = own ? s->rotators->kernels->sum_squares(y, s->tokens) : 0;
+    xkv_component_price price = {0};
+    cost c = {0};
+    uint8_t table;
+
+    if (own) {
+        price = xkv_svdq_price(own, i, s->step, v, q);
+        if (price.table == 0)
+            return (cost){.squares = energy};
+    }
+    if (!xkv_code_component(xkv_coder_cpu(), y, s->tokens, s->step, price.bits * s->tokens / s->coded,
+                            price.lost * energy, q, &table, &c.bits, &c.squares))
+        c.bits = INFINITY;
+    c.tables = table != 0;
+    c.basis_bits = table != 0 ? price.bits : 0;
+    c.basis_squares = table != 0 ? price.lost * energy : 0;
+    return c;
+}
+
 static xkv_status cost_task(void *user, uint32_t worker, uint64_t batch)
 {
     xkv_sample *s = user;
     uint32_t g = group_of(s, batch), i = (uint32_t)(batch - s->first[g]) * BATCH;
     uint32_t end = (uint32_t)xkv_min64(s->transforms[g].rank, i + BATCH);
-    cost sum = {0, 0, 0};
+    float *v = s->scratch + worker * s->scratch_size; /* a tile of the widest group: more than a row */
+    int16_t *q = s->q + worker * s->q_size;
+    cost sum = {0};
 
+    if (i == 0 && s->transforms[g].own)
+        sum.basis_bits = xkv_svdq_mean_bits(s->transforms[g].own, s->step, v, q);
     for (i = (uint32_t)xkv_max64(i, first_own(s, g)); i < end; i++) {
-        double bits, squares;
-        uint8_t table;
-        if (!xkv_code_component(xkv_coder_cpu(), s->y[g] + (size_t)i * s->tokens, s->tokens, s->step,
-                                s->q + (size_t)worker * s->tokens, &table, &bits, &squares))
-            bits = INFINITY;
-        sum.bits += bits;
-        sum.squares += squares;
-        sum.tables += table != 0;
+        cost c = component_cost(s, g, i, v, q);
+        add_cost(&sum, &c);
         if (xkv_group_is_cross(&s->c->groups[g]))
-            s->cross.squares[i] = squares;
+            s->cross.squares[i] = c.squares;
     }
     s->costs[batch] = sum;
     return XKV_OK;
 }
 
+/* All of a group. Noise of components of its own is made good by the coefficients as far as the other components can
+ * express it; what the decomposition did not find is lost. */
 static cost group_cost(const xkv_sample *s, uint32_t group)
 {
-    cost sum = {0, 0, 0};
+    const xkv_svdq *own = s->transforms[group].own;
+    cost sum = {0};
 
-    for (uint32_t i = s->first[group]; i < s->first[group + 1]; i++) {
-        sum.bits += s->costs[i].bits;
-        sum.squares += s->costs[i].squares;
-        sum.tables += s->costs[i].tables;
+    for (uint32_t i = s->first[group]; i < s->first[group + 1]; i++)
+        add_cost(&sum, &s->costs[i]);
+    if (own) {
+        sum.squares += sum.basis_squares * (1 - (double)sum.tables / own->width);
+        sum.squares += s->energies[group] * (1 - own->found);
     }
     return sum;
 }
@@ -282,14 +318,17 @@ static double cross_squares(const xkv_sample *s, uint32_t group)
 }
 
 /* Table lists are zstd-compressed, to about 5 bits an index. */
-static double coded_bytes(const xkv_sample *s, cost sum)
+static double coded_bytes(const xkv_sample *s, uint32_t group, cost sum)
 {
-    return sum.bits / 8 * s->coded / s->tokens + 0.65 * sum.tables;
+    double basis = s->transforms[group].own ? sum.basis_bits / 8 : 0.65 * sum.tables;
+
+    return sum.bits / 8 * s->coded / s->tokens + basis;
 }
 
 static bool counts_lossless(const xkv_sample *s, uint32_t group, cost sum)
 {
-    return !isfinite(sum.bits) || !isfinite(s->energies[group]) || (s->cross.basis && s->cross.left_out[group]);
+    return !isfinite(sum.bits + sum.basis_bits) || !isfinite(s->energies[group]) ||
+           (s->cross.basis && s->cross.left_out[group]);
 }
 
 static void add_up(const xkv_sample *s, total_cost *t)
@@ -300,21 +339,21 @@ static void add_up(const xkv_sample *s, total_cost *t)
     for (uint32_t i = 0; i < s->c->group_count; i++) {
         cost sum = group_cost(s, i);
         if (xkv_group_is_cross(&s->c->groups[i])) {
-            t->bytes += coded_bytes(s, sum);
+            t->bytes += coded_bytes(s, i, sum);
             continue;
         }
         if (counts_lossless(s, i, sum)) {
             t->bytes += (double)xkv_group_row_bytes(&s->c->geometry, &s->c->groups[i], s->coded);
             continue;
         }
-        t->bytes += coded_bytes(s, sum);
+        t->bytes += coded_bytes(s, i, sum);
         sum.squares += cross_squares(s, i);
         squares += sum.squares;
         energy += s->energies[i];
         if (s->energies[i] > 0)
             worst = fmax(worst, sum.squares / s->energies[i]);
     }
-    t->error = energy > 0 ? sqrt(fmax(squares / energy, worst / (GROUP_SLACK * GROUP_SLACK))) : 0;
+    t->error = energy > 0 ? sqrt(fmax(squares / energy, worst / (XKV_GROUP_SLACK * XKV_GROUP_SLACK))) : 0;
 }
 
 static xkv_status cost_all(xkv_sample *s, xkv_pool *pool)
@@ -345,6 +384,11 @@ static xkv_status evaluate(xkv_sample *s, xkv_pool *pool, double step, total_cos
     }
     add_up(s, t);
     return XKV_OK;
+}
+
+xkv_status xkv_sample_estimate(xkv_pool *pool, xkv_sample *s, float step, xkv_estimate *estimate)
+{
+    return evaluate(s, pool, (double)step, estimate);
 }
 
 static int compare_doubles(const void *a, const void *b)

@@ -51,6 +51,7 @@ static void set_scales(const xkv_geometry *geometry, const xkv_group *g, const d
             variance += fmax(*squares / n - *sums / n * (*sums / n), 0);
         double scale = sqrt(variance / width) / (p->kind == XKV_PLANE_K ? KEY_WEIGHT : 1);
         s->scales[i] = scale > 1e-20 ? (float)scale : 1;
+        s->energy += n * variance / ((double)s->scales[i] * (double)s->scales[i]);
     }
 }
 

@@ -11,6 +11,7 @@ typedef struct xkv_scalar {
     uint16_t *stored_mean; /* [width] f16, as stored */
     float *mean;           /* [width] the same in f32 */
     float *diagonal;       /* [width] scale of the element's plane */
+    double energy;         /* sum of ((x - mean) / scale)^2 over what was measured; 0 when read */
 } xkv_scalar;
 
 /* Measure tokens [t0, t1) of g: means, and as scale the plane's standard deviation, over KEY_WEIGHT for keys. */

@@ -142,6 +142,14 @@ typedef struct xkv_cross_header {
 
 xkv_cross_header xkv_cross_layout(uint32_t group_count, const xkv_group *g);
 
+/* Where the arrays of an svdq group's side part lie (spec/dictionary.md, section 1); the stream of its mean and
+ * components starts at `stream`. */
+typedef struct xkv_svdq_layout {
+    uint64_t scales, mean_step, exponents, tables, component_tables, stream;
+} xkv_svdq_layout;
+
+xkv_svdq_layout xkv_svdq_side(const xkv_group *g);
+
 /* What part `part` of a group holds (spec/codec.md, spec/dictionary.md). Needs the geometry, chunks, sinks and window
  * of `c`, and codec, planes, rank and width of `g`. */
 xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part);

@@ -46,6 +46,17 @@ xkv_cross_header xkv_cross_layout(uint32_t group_count, const xkv_group *g)
     return h;
 }
 
+xkv_svdq_layout xkv_svdq_side(const xkv_group *g)
+{
+    xkv_svdq_layout at = {.scales = 8, .mean_step = 8 + 4ull * g->plane_count};
+
+    at.exponents = at.mean_step + 4;
+    at.tables = at.exponents + g->rank;
+    at.component_tables = at.tables + g->rank;
+    at.stream = at.component_tables + g->rank + 1;
+    return at;
+}
+
 /* What the group's rows or coefficients are made from: components of an svd group, side part of a coded one. */
 static xkv_shape basis_shape(const xkv_container *c, const xkv_group *g)
 {
@@ -57,8 +68,8 @@ static xkv_shape basis_shape(const xkv_container *c, const xkv_group *g)
         return (xkv_shape){1, dict_side(g), 1, false};
     case XKV_GROUP_SCALAR:
         return (xkv_shape){1, scalar_side(g), 1, false};
-    case XKV_GROUP_SVDQ:
-        return (xkv_shape){g->rank, g->width, 2, true};
+    case XKV_GROUP_SVDQ: /* the mean is one more row */
+        return (xkv_shape){g->rank + 1u, g->width, 2, true};
     case XKV_GROUP_BASIS:
         return (xkv_shape){1, xkv_basis_layout(&c->geometry, g).size, 1, false};
     case XKV_GROUP_CROSS_BASIS:
@@ -103,7 +114,7 @@ static bool is_known(const xkv_container *c, const xkv_group *g)
 {
     if (c->kind == XKV_KIND_DICTIONARY)
         return is_basis(g);
-    return g->codec <= XKV_GROUP_SCALAR || g->codec == XKV_GROUP_CROSS;
+    return g->codec <= XKV_GROUP_SVDQ || g->codec == XKV_GROUP_CROSS;
 }
 
 static xkv_status check_group(const xkv_cursor *cur, const uint8_t *p, const xkv_container *c, const xkv_group *g)
@@ -180,7 +191,8 @@ static xkv_status check_part_size(const xkv_cursor *cur, const uint8_t *p, const
     xkv_shape shape = xkv_part_shape(c, g, index);
     uint64_t decoded = xkv_shape_bytes(shape), least = 4 + 4 * (uint64_t)shape.elem;
     uint32_t most = part->size == 0 ? XKV_METHOD_STORED : XKV_METHOD_ZSTD;
-    if (shape.coded && part->size == 0) /* right when no component is coded, which the side part tells [E2] */
+    bool side = g->codec == XKV_GROUP_SVDQ && index == XKV_PART_COMPONENTS; /* tables, then a stream */
+    if (shape.coded && !side && part->size == 0) /* right when no component is coded, which the side part tells [E2] */
         decoded = 0;
     if (shape.coded && part->size > 0) /* a cross basis does not tell its width here */
         decoded = xkv_max64(decoded, 1);
@@ -189,7 +201,7 @@ static xkv_status check_part_size(const xkv_cursor *cur, const uint8_t *p, const
                 (unsigned long long)part->size, (unsigned long long)decoded);
     if (shape.coded && part->size > 0) {
         bool by_row = !is_basis(g) && index >= XKV_PART_CHUNKS; /* lanes run over tokens, or elements */
-        least = 4 * xkv_min64(32, by_row ? shape.rows : shape.cols);
+        least = side ? xkv_svdq_side(g).stream : 4 * xkv_min64(32, by_row ? shape.rows : shape.cols);
         XKV_REQUIRE(cur, part->method == XKV_METHOD_CODED, p + 24, "Q2", "method of part %u is %u, expected 2", index,
                     part->method);
         XKV_REQUIRE(cur, part->size >= least, p + 8, "Q2", "size of part %u is %llu, expected at least %llu", index,

@@ -46,7 +46,7 @@ row "--lossless" --lossless
 row "--rank-k 76 --rank-v 115" --rank-k 76 --rank-v 115
 row "--error 0.2" --error 0.2
 row "--profile scalar --ratio 5" --profile scalar --ratio 5
-row "--ratio 4" --ratio 4
+row "--ratio 8" --ratio 8
 echo
 xkv-info -v "$work/entry.xkv" | sed -n 1,8p
 echo "  ... (xkv-info -v shows every group)"

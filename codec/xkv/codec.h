@@ -7,9 +7,10 @@
  * Free level: xkv_pack() planes straight from the caller's memory through views; xkv_entry_read() any range of tokens
  * and groups straight into views.
  *
- * Lossy contract: profile svd stores an approximation whose relative error per plane is measured while packing and kept
- * in the entry. Sinks, planes with NaN or Inf, MLA's rotated key part and everything that is not tensor data are exact.
- * Packed bytes may differ between versions, machines and backends; what they decode to may not (spec/codec.md).
+ * Lossy contract: all profiles but lossless store an approximation whose relative error per plane is measured while
+ * packing and kept in the entry. Sinks, planes with NaN or Inf, MLA's rotated key part and everything that is not
+ * tensor data are exact. Packed bytes may differ between versions, machines and backends; what they decode to may not
+ * (spec/codec.md).
  */
 #ifndef XKV_CODEC_H
 #define XKV_CODEC_H
@@ -24,12 +25,16 @@ extern "C" {
 /* --- Packing ------------------------------------------------------------------------------------------------------ */
 
 typedef enum xkv_profile {
-    XKV_PROFILE_AUTO = 0,     /* dict when there is a dictionary and no rank or energy is asked for; else svd when any
-                                 target is, else lossless */
+    XKV_PROFILE_AUTO = 0,     /* for a ratio or an error the best of dict (when there is one), svd, scalar and lossless:
+                                 that of the smallest error, or the smallest entry. A sample of at most 1024 tokens
+                                 decides, and all errors are compared in one measure: see `error`. Otherwise svd for
+                                 ranks or an energy, dict for a quality or when there is a dictionary, else lossless */
     XKV_PROFILE_LOSSLESS = 1, /* byte planes + zstd */
-    XKV_PROFILE_SVD = 2,      /* grouped cross-layer SVD, xKV (arXiv 2503.18893), factors at 16 bits */
-    XKV_PROFILE_DICT = 3,     /* trained bases, one quantizer step, rANS */
-    XKV_PROFILE_SCALAR = 4    /* the same quantizer and coder on the elements themselves, for want of a dictionary */
+    XKV_PROFILE_SVD = 2,   /* grouped cross-layer SVD, xKV (arXiv 2503.18893): for ranks or an energy K and V apart and
+                              factors at 16 bits, as published; for a ratio or an error K and V together, and both
+                              factors quantized and entropy-coded */
+    XKV_PROFILE_DICT = 3,  /* trained bases, one quantizer step, rANS */
+    XKV_PROFILE_SCALAR = 4 /* the same quantizer and coder on the elements themselves, for want of a dictionary */
 } xkv_profile;
 
 /* A trained dictionary (.xkvd). Immutable, may be shared by threads. */
@@ -49,12 +54,13 @@ typedef struct xkv_pack_options {
     /* What it may cost. At most one of: rank_k and rank_v (svd), ratio, error, energy (svd), quality (dict). */
     uint32_t rank_k, rank_v; /* components per full group of K (or latent) and V planes; a smaller last group gets its
                                 share by layers, rounded down, at least 1 */
-    double ratio;            /* > 1: raw 16-bit bytes / all bytes of the entry; ranks K : V = 1 : 1.5 as in the paper */
-    double error;  /* 0 < error < 1: svd: largest relative error of each group, guaranteed by measurement; dict and
-                      scalar: relative error of all coded planes together, in the dictionary's metric, guaranteed
-                      likewise,  and about 4 times that at most in any one group: groups that no step brings below it,
-                      and  groups  with a coefficient beyond 32767 steps, fall back to lossless */
-    double energy; /* 0 < energy < 1: share of each group's sum of squares to keep; error = sqrt(1 - energy) */
+    double ratio;            /* > 1: raw 16-bit bytes / all bytes of the entry */
+    double error;  /* 0 < error < 1: relative error of all coded planes together, guaranteed by measurement, and at most
+                      4  times that in any one group. Squared errors are taken in units of a plane's standard deviation,
+                      of  keys times 1.4^2, and are relative to the same sum over what the rows are without their mean;
+                      with  dict, and with auto when there is a dictionary, in the dictionary's metric. Groups that no
+                      step  brings to it, and groups with a coefficient beyond 32767 steps, fall back to lossless */
+    double energy; /* 0 < energy < 1: svd, each group at 16 bits: share of its sum of squares to keep */
 
     uint32_t iterations;   /* power iterations, 1 .. 8; default 2 */
     int32_t zstd_level;    /* 1 .. 19; default 4, the lowest level that gives 1.17x on all caches we have */
@@ -67,8 +73,11 @@ typedef struct xkv_pack_options {
     xkv_progress_fn progress;
     void *progress_user;
 
-    const xkv_dict *dict; /* opened for packing; required by profile dict */
-    double quality;       /* dict: 1 .. 100; each 16 points halve the step; 0: 50, unless there is another target */
+    const xkv_dict *dict;  /* opened for packing; required by profile dict */
+    double quality;        /* dict: 1 .. 100; each 16 points halve the step; 0: 50, unless there is another target */
+    uint32_t half_factors; /* non-zero: svd keeps factors at 16 bits, as published, for a ratio or an error too: ranks
+                              K : V = 1 : 1.5 as in the paper, or the smallest whose relative error, of each group by
+                              itself and mean included, is at most `error` */
 } xkv_pack_options;
 
 static inline xkv_pack_options xkv_pack_options_default(void)
@@ -84,6 +93,12 @@ static inline xkv_pack_options xkv_pack_options_default(void)
     return o;
 }
 
+/* What a profile that auto considered would come to, as a sample of at most 1024 tokens tells. */
+typedef struct xkv_profile_estimate {
+    double bytes; /* of the entry; 0: not considered, or out of reach */
+    double error; /* in the measure of error_metric */
+} xkv_profile_estimate;
+
 typedef struct xkv_pack_report {
     uint64_t raw_bytes;   /* of the cache's tensors as the engine holds them */
     uint64_t raw16_bytes; /* the same at 16 bits an element: the numerator of `ratio` */
@@ -91,19 +106,22 @@ typedef struct xkv_pack_report {
     double ratio;         /* raw16_bytes / entry_bytes */
     double error[4];      /* by xkv_plane_kind: relative error over all planes of the kind (spec/codec.md, section 4) */
     uint32_t group_count;
-    uint32_t lossless_groups;  /* of them, stored lossless */
-    uint32_t fallback_groups;  /* of those, because svd would not have shrunk them */
-    uint32_t nonfinite_planes; /* planes holding NaN or Inf */
-    double step;               /* dict and scalar: the quantizer's step; else 0 */
-    double error_metric;       /* dict: relative error in the dictionary's metric; scalar: of the planes; else 0 */
-    uint32_t components;       /* dict and scalar: components that were coded, over all groups */
-    uint32_t component_total;  /* of so many */
+    uint32_t lossless_groups;          /* of them, stored lossless */
+    uint32_t fallback_groups;          /* of those, because loss would not have shrunk them, or not within the error */
+    uint32_t nonfinite_planes;         /* planes holding NaN or Inf */
+    double step;                       /* the quantizer's step; 0 where there is none */
+    double error_metric;               /* likewise: the relative error as of xkv_pack_options.error */
+    uint32_t components;               /* likewise: components that were coded, over all groups */
+    uint32_t component_total;          /* of so many */
+    uint32_t profile;                  /* xkv_profile that was used: not AUTO */
+    xkv_profile_estimate estimates[8]; /* by xkv_profile: why auto used that one; else zero */
 } xkv_pack_report;
 
 /* Pack planes. `views` [geometry->plane_count] are the sources. `framing` (may be NULL) is the engine file around them
  * and `source`/`source_size` (then required) that whole file, for its hash. `report` may be NULL. Memory: two groups in
- * f32, twice the svd block, and 32 MiB; the entry is written as it is made. Errors: ARGUMENT (options out of range, two
- * targets at once), TARGET (ratio, or error below what 16-bit factors reach), LIMIT, MEMORY, CANCELLED, BACKEND, and
+ * f32, twice the svd block, 32 MiB, and for a ratio or an error a sample of 1024 tokens in f32 and, with svd, the
+ * components of all groups; the entry is written as it is made. Errors: ARGUMENT (options out of range, two targets at
+ * once), TARGET (ratio out of reach), LIMIT, MEMORY, CANCELLED, BACKEND, and
  * what `output` returns. On error the output's contents are of no use. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_pack(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *views,
                                            const xkv_framing *framing, const void *source, uint64_t source_size,
@@ -155,6 +173,7 @@ typedef enum xkv_group_codec {
     XKV_CODEC_SVD = 1,
     XKV_CODEC_DICT = 2,
     XKV_CODEC_SCALAR = 3,
+    XKV_CODEC_SVDQ = 4, /* svd with quantized factors */
     XKV_CODEC_CROSS = 6 /* a dictionary's stage over all groups: holds no planes, and is the first group */
 } xkv_group_codec;
 typedef enum xkv_lossless_reason {
@@ -181,7 +200,7 @@ typedef struct xkv_group_info {
 /* `group` < group_count. */
 XKV_API void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info *info);
 
-/* How a group of codec dict, cross or scalar is quantized. */
+/* How a group of codec dict, cross, scalar or svdq is quantized. */
 typedef struct xkv_group_coding {
     double step;
     uint32_t coded; /* of the group's `rank` components */

@@ -18,6 +18,7 @@
 typedef enum base {
     DICT,        /* joint, side part stored, an engine's file around it */
     SCALAR,      /* likewise */
+    SVDQ,        /* joint */
     SVD,         /* factors stored */
     LOSSLESS,    /* zstd, an engine's file around it */
     BASIS,       /* the dictionary */
@@ -114,9 +115,12 @@ static int make_good(void **state)
     o[CROSS].dict = crossed;
     o[SCALAR].profile = XKV_PROFILE_SCALAR;
     o[SCALAR].error = 0.1;
+    o[SVDQ].profile = XKV_PROFILE_SVD;
+    o[SVDQ].error = 0.1;
     o[SVD].rank_k = o[SVD].rank_v = 1;
     good[DICT] = pack_framed(&s, &o[DICT]);
     good[SCALAR] = pack_framed(&s, &o[SCALAR]);
+    good[SVDQ] = pack(&s, &o[SVDQ], NULL, NULL, s.views);
     good[SVD] = pack(&s, &o[SVD], NULL, NULL, s.views);
     good[LOSSLESS] = pack_framed(&s, &o[LOSSLESS]);
     good[CROSS] = pack_framed(&s, &o[CROSS]);
@@ -153,7 +157,10 @@ typedef enum place {
     LAST_GROUP, /* the same of the last group */
     LAST_RECORD,
     LAST_PART,
-    UNIT, /* key and value in META */
+    TABLE,  /* of component `index` in the side part of svdq */
+    ROW,    /* basis table of row `index` there */
+    STREAM, /* its stream */
+    UNIT,   /* key and value in META */
     ID
 } place;
 
@@ -186,6 +193,15 @@ static size_t group_record(const memory *m, uint32_t index)
     return at;
 }
 
+static size_t svdq_offset(const memory *m, place where)
+{
+    size_t group = section(m, XKV_SECTION_GRPS) + 8;
+    xkv_group g = {.plane_count = xkv_load32(m->data + group + 8), .rank = xkv_load32(m->data + group + 12)};
+    xkv_svdq_layout at = xkv_svdq_side(&g);
+
+    return (size_t)(where == TABLE ? at.tables : where == ROW ? at.component_tables : at.stream);
+}
+
 static size_t locate(const memory *m, place where, uint32_t index)
 {
     bool last = where >= LAST_GROUP && where <= LAST_PART;
@@ -208,6 +224,10 @@ static size_t locate(const memory *m, place where, uint32_t index)
     case PART:
     case LAST_PART:
         return section(m, XKV_SECTION_PAYL) + (size_t)xkv_load64(m->data + record);
+    case TABLE:
+    case ROW:
+    case STREAM:
+        return locate(m, PART, 0) + svdq_offset(m, where) + index;
     case UNIT:
         return key(m, "dict.unit");
     case ID:
@@ -241,7 +261,8 @@ enum {
     SCALAR_TABLES = SCALAR_MEAN + 2 * N,
     CROSS_SIGMA = 2 * 4, /* in the header of the cross basis of two groups, M coefficients each */
     CROSS_D = CROSS_SIGMA + 4 * 2 * M,
-    CROSS_TABLES = CROSS_D + 4 * 2 * M
+    CROSS_TABLES = CROSS_D + 4 * 2 * M,
+    MEAN_STEP = 8 + 4 * 2 /* in the side part of svdq */
 };
 
 static const bad_case cases[] = {
@@ -250,6 +271,21 @@ static const bad_case cases[] = {
     {"Q2", "chunk of method 1", SCALAR, RECORD, 3, 24, 4, 1, BAD, 0},
     {"Q2", "fewer bytes than lanes have", DICT, RECORD, 2, 8, 8, 111, BAD, 0},
     {"Q2", "components of a dictionary stored", BASIS, RECORD, 1, 24, 4, 0, BAD, 0},
+    {"Q2", "stored side part", SVDQ, RECORD, 0, 24, 4, 0, BAD, 0},
+    {"Q2", "stored chunk", SVDQ, RECORD, 2, 24, 4, 0, BAD, 0},
+    {"Q2", "side part that ends before its stream", SVDQ, RECORD, 0, 8, 8, 23, BAD, 0},
+    {"P2", "empty side part", SVDQ, RECORD, 0, 8, 8, 0, BAD, 0},
+    {"Q3", "step infinite", SVDQ, PART, 0, 0, 4, 0x7f800000, BAD, 0},
+    {"Q3", "reserved behind the step", SVDQ, PART, 0, 4, 4, 1, BAD, 0},
+    {"Q3", "scale of a plane negative", SVDQ, PART, 0, 12, 4, F32_MINUS_1, BAD, 0},
+    {"Q3", "step of the mean 0", SVDQ, PART, 0, MEAN_STEP, 4, 0, BAD, 0},
+    {"Q3", "step of the mean NaN", SVDQ, PART, 0, MEAN_STEP, 4, F32_NAN, BAD, 0},
+    {"Q3", "step of the mean so large that it overflows", SVDQ, PART, 0, MEAN_STEP, 4, 0x7f7fffff, BAD, 0},
+    {"Q4", "table of a component", SVDQ, TABLE, 0, 0, 1, 241, BAD, 0},
+    {"E1", "table of the mean", SVDQ, ROW, 0, 0, 1, 255, BAD, 0},
+    {"E1", "basis table of a component", SVDQ, ROW, 1, 0, 1, 241, BAD, 0},
+    {"E2", "state below 2^16", SVDQ, STREAM, 0, 0, 4, 0xffff, BAD, 0},
+    {"E3", "state that does not end at 2^16", SVDQ, STREAM, 0, 1, 1, 1, BAD, 1},
     {"Q3", "step 0", DICT, PART, 0, 0, 4, 0, BAD, 0},
     {"Q3", "step NaN", DICT, PART, 0, 0, 4, F32_NAN, BAD, 0},
     {"Q3", "step negative", SCALAR, PART, 0, 0, 4, F32_MINUS_1, BAD, 0},
@@ -311,7 +347,9 @@ static const bad_case cases[] = {
     {"Y4", "more coefficients than the group has", CROSS_BASIS, LAST_PART, 0, 0, 4, 5, BAD, 0},
     {"Y4", "so many that the sum overflows", CROSS_BASIS, LAST_PART, 0, 4, 4, 0xffffffff, BAD, 0},
     {"Y4", "fewer coefficients than components", CROSS_BASIS, LAST_PART, 0, 4, 4, 2, BAD, 0},
-    {"R2", "codec 4, which is not known yet", DICT, GROUP, 0, 0, 4, 4, XKV_ERROR_FEATURE, 0},
+    {"R2", "unknown codec", DICT, GROUP, 0, 0, 4, 8, XKV_ERROR_FEATURE, 0},
+    {"R2", "codec of dictionaries", DICT, GROUP, 0, 0, 4, XKV_GROUP_BASIS, XKV_ERROR_FEATURE, 0},
+    {"D1", "K-rope in an svdq group", SVDQ, PLANES, 0, 24 + 4, 1, XKV_PLANE_K_ROPE, BAD, 0},
     {"F7", "hash of the engine's file", LOSSLESS, FRAM, 0, 16, 1, 1, XKV_ERROR_CHECKSUM, 1},
 };
 enum { CASE_COUNT = sizeof cases / sizeof *cases };
@@ -506,8 +544,8 @@ static void each_rule_of_the_specifications_has_a_bad_file(void **state)
 
 static int save_all(const char *folder)
 {
-    static const char *const names[BASES] = {"dict.xkv",   "scalar.xkv", "svd.xkv",   "lossless.xkv",
-                                             "joint.xkvd", "cross.xkv",  "cross.xkvd"};
+    static const char *const names[BASES] = {"dict.xkv",     "scalar.xkv", "svdq.xkv",  "svd.xkv",
+                                             "lossless.xkv", "joint.xkvd", "cross.xkv", "cross.xkvd"};
 
     (void)make_good(NULL);
     for (int i = 0; i < BASES; i++) {

@@ -59,6 +59,8 @@ usage 'a dictionary goes with --quality, --ratio or --error, not with ranks or -
 usage '--profile dict and --quality need a dictionary: -D, or XKV_DICT_PATH' xkv-pack --profile dict a
 usage '--profile dict and --quality need a dictionary: -D, or XKV_DICT_PATH' xkv-pack --quality 50 a
 usage '--profile scalar needs --ratio or --error' xkv-pack --profile scalar a
+usage '--half-factors goes with --profile svd' xkv-pack --profile scalar --ratio 4 --half-factors a
+usage '--half-factors goes with --profile svd' xkv-pack -D d --ratio 4 --half-factors a
 usage '--profile scalar needs --ratio or --error' xkv-pack --profile scalar --energy 0.9 a
 usage 'name the dictionary by -o' xkv-train a
 usage 'name caches to train on' xkv-train -o d

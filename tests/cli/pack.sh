@@ -43,15 +43,31 @@ err_has '^xkv-pack: a.ggsq: .*error K'
 cp "$data/smollm2-135m-jargon.ggsq" genuine
 run 0 xkv-pack --ratio 3 --model "$data/smollm2-135m.gguf" --json -q genuine
 out_has '^\{"file":"genuine","ok":true,"output":"genuine\.xkv","tokens":160,"raw_bytes":3686400,"raw16_bytes":3686400,'
-out_has '"ratio":(2\.9[1-9]|3\.0)[0-9]*,"error":\{"K":0\.[0-9]+,"V":0\.[0-9]+\},"groups":16,"lossless_groups":'
+out_has '"ratio":(2\.9[1-9]|3\.0)[0-9]*,"error":\{"K":0\.[0-9]+,"V":0\.[0-9]+\},"groups":8,"lossless_groups":0,'
+out_has '"profile":"(svd|scalar)","estimates":\{"svd":\{"bytes":12[0-9]{5},"error":0\.[0-9]+\},"scalar":\{"bytes":12[0-9]{5},"error":0\.[0-9]+\}\}'
 run 0 xkv-info --verify genuine.xkv
 out_has ' OK +llama.cpp sequence +genuine.xkv$'
 
-# Every group within the asked error.
-run 0 xkv-pack -q -f --error 0.1 --model "$data/smollm2-135m.gguf" genuine
+# Every group of 16-bit factors within the asked error.
+run 0 xkv-pack -q -f --half-factors --error 0.1 --model "$data/smollm2-135m.gguf" genuine
 run 0 xkv-info -v genuine.xkv
 is 'groups above the asked error' "$(awk '$NF == "svd" && $(NF - 1) > 0.1' <<<"$out")" ''
 is 'svd groups' "$(grep -c 'svd$' <<<"$out")" 8
+
+# Auto: says what it chose, and among what. Coarse errors suit svd, fine ones scalar.
+run 0 xkv-pack -f --error 0.2 --model "$data/smollm2-135m.gguf" genuine
+err_has '^xkv-pack: genuine: profile svd is the best by a sample: svd [0-9.]+ KiB, scalar [0-9.]+ KiB$'
+err_has '^xkv-pack: genuine: .*, step 0\.[0-9]+, error 0\.(19[0-9]+|2000), [0-9]+ of 11520 components, error K'
+run 0 xkv-info -v genuine.xkv
+is 'svdq groups' "$(grep -c 'svdq$' <<<"$out")" 8
+out_has '^ +0 mixed +0-3 +8 +([0-9]+)/\1 +0\.[0-9]+ +1536 .* svdq$'
+run 0 xkv-info --verify -q genuine.xkv
+run 0 xkv-pack -f --error 0.005 --model "$data/smollm2-135m.gguf" genuine
+err_has '^xkv-pack: genuine: profile scalar is the best by a sample: lossless 3[0-9.]+ MiB, svd [0-9.]+ MiB, scalar [0-9.]+ MiB$'
+run 0 xkv-pack -f --ratio 6 --model "$data/smollm2-135m.gguf" genuine
+err_has '^xkv-pack: genuine: profile svd is the best by a sample: svd error 0\.[0-9]+, scalar error 0\.[0-9]+$'
+run 0 xkv-pack -f --profile scalar --ratio 6 --model "$data/smollm2-135m.gguf" genuine
+is 'lines about one profile' "$(grep -c . <<<"$err")" 1
 
 # Out of reach; too little memory; both leave nothing behind.
 rm -f genuine.xkv

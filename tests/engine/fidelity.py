@@ -120,7 +120,8 @@ class Prompt:
         """Pack with a profile and judge what comes back."""
         dictionary = ["-D", self.sweep.dictionary] if name == "dict" else []
         try:
-            report = tool("xkv-pack", "-f", "-o", self.entry, "--profile", name, "--sinks", self.sweep.sinks, "--model",
+            how = ["svd", "--half-factors"] if name == "svd16" else [name]
+            report = tool("xkv-pack", "-f", "-o", self.entry, "--profile", *how, "--sinks", self.sweep.sinks, "--model",
                           self.sweep.model_file, *dictionary, *target, self.raw)
         except RuntimeError as failure:
             print(f"skip {label}: {failure}", flush=True)
@@ -203,8 +204,8 @@ def parse_arguments():
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt")
     parser.add_argument("--following", type=int, default=256, help="tokens that are judged")
     parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--profiles", type=parse_profile, nargs="*", metavar="NAME=RATIO,RATIO",
-                        default=[("dict", [8, 12, 16, 20, 24, 31]), ("scalar", [4, 8]), ("svd", [4, 8])])
+    parser.add_argument("--profiles", type=parse_profile, nargs="*", metavar="NAME=RATIO,RATIO", help="svd16: 16-bit factors",
+                        default=[("dict", [8, 12, 16, 20, 24, 31]), ("scalar", [4, 8]), ("svd", [4, 8, 16]), ("svd16", [4, 8])])
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
     parser.add_argument("--grouped-svd", type=float, nargs="*", default=[2, 4, 8], metavar="RATIO",
                         help=f"of xKV-{XKV_GROUP} with 16-bit factors")

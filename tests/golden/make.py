@@ -177,7 +177,10 @@ class Maker:
         self.pack(self.sequence("svd-latent", 50, "deepseek2"), *svd, *ranks, style="deepseek2")
         self.pack(self.sequence("svd-zstd", 90, "qwen2", dtype="bf16"), *svd, *ranks, "--zstd-factors", style="qwen2")
         self.pack(self.sequence("svd-window", 60, dtype="f32", transposed=True, cells=np.arange(60)[::-1]), *svd,
-                  "--error", 0.05, "--sinks", 5, "--window", 7)
+                  "--half-factors", "--error", 0.05, "--sinks", 5, "--window", 7)
+        self.pack(self.sequence("svdq-fine", 260, seed=7, gap=50), *svd, "--error", 0.004)
+        self.pack(self.sequence("svdq-window", 70, "qwen2", seed=8, dtype="bf16", cells=np.arange(70)[::-1]), *svd,
+                  "--error", 0.1, "--sinks", 3, "--window", 9, style="qwen2")
 
     def coded(self):
         dictionary = self.folder / "dictionary.xkvd"

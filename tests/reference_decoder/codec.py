@@ -360,14 +360,18 @@ def scalar(box, group, planes, _dictionary):
 def svdq(box, group, planes, _dictionary):
     width, rank = sum(plane.width for plane in planes), group.rank
     require(group.parts[0].method == 2, "P2", "method of the side part of svdq")
-    cursor = Cursor(box.part_bytes(group.parts[0]), "Q4")
+    cursor = Cursor(box.part_bytes(group.parts[0]), "Q2")
     step = side_header(cursor)
-    d = cursor.array("<f4", rank).astype(np.float64)
-    require(np.all(np.isfinite(d)) and np.all(d > 0), "Q3", "scales of components")
-    indices, component_indices = cursor.array("u1", rank).tolist(), cursor.array("u1", rank).tolist()
-    check_tables(component_indices)
-    components = rans_decode(cursor.data[cursor.at :], component_indices, width)
-    return coded_coefficients(box, group, step, indices), components * d[:, None], 0.0
+    scales, mean_step = cursor.array("<f4", len(planes)).astype(np.float64), float(cursor.array("<f4", 1)[0])
+    steps = np.append(scales, mean_step)
+    require(np.all(np.isfinite(steps)) and np.all(steps > 0), "Q3", "scales and the step of the mean")
+    exponents = cursor.array("u1", rank).astype(np.float64)
+    indices, basis_indices = cursor.array("u1", rank).tolist(), cursor.array("u1", rank + 1).tolist()
+    check_tables(basis_indices)
+    rows = rans_decode(cursor.data[cursor.at :], basis_indices, width)
+    rows = rows * np.append(mean_step, 2 ** (-exponents / 8))[:, None] * np.repeat(scales, [p.width for p in planes])
+    require(np.all(np.abs(rows) <= np.finfo(np.float32).max), "Q3", "mean or components beyond f32")
+    return coded_coefficients(box, group, step, indices), rows[1:], rows[0]
 
 
 # --- To the engine's form ---

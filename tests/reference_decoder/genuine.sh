@@ -31,8 +31,9 @@ check_all() {
     echo "$cache"
     "$XKV_BIN/xkv-train" -q -f --model "$model" --cross 64 "$cache" -o "$work/trained.xkvd"
     check lossless "$model" "$cache" "" --lossless
-    check svd "$model" "$cache" "" --profile svd --error 0.1
-    check svd-zstd "$model" "$cache" "" --profile svd --error 0.3 --zstd-factors --sinks 0 --window 3
+    check svd "$model" "$cache" "" --profile svd --energy 0.99
+    check svd-zstd "$model" "$cache" "" --profile svd --energy 0.91 --zstd-factors --sinks 0 --window 3
+    check svdq "$model" "$cache" "" --profile svd --error 0.1
     check scalar "$model" "$cache" "" --profile scalar --error 0.1
     check dict "$model" "$cache" "$work/trained.xkvd" --quality 50
 }

@@ -180,6 +180,7 @@ static void error_target_holds(void **state)
     for (size_t i = 0; i < 4; i++) {
         xkv_pack_options o = xkv_pack_options_default();
         o.error = targets[i];
+        o.half_factors = 1;
         packed p = pack_planes(ctx, &s, &o);
         for (uint32_t g = 0; g < 4; g++) {
             xkv_group_info gi;
@@ -208,6 +209,7 @@ static void ratio_target_holds(void **state)
     for (size_t i = 0; i < 3; i++) {
         xkv_pack_options o = xkv_pack_options_default();
         o.ratio = targets[i];
+        o.half_factors = 1;
         packed p = pack_planes(ctx, &s, &o);
         double ratio = (double)s.size / (double)p.m.size;
         assert_true(ratio >= targets[i] && ratio < targets[i] * 1.03);

@@ -581,7 +581,8 @@ static void stored_errors_are_true(void **state)
     xkv_ctx_free(ctx);
 }
 
-/* The step is that of the quality, and the unit is the rms of sigma over the components of all groups that hold planes. */
+/* The step is that of the quality, and the unit is the rms of sigma over the components of all groups that hold planes.
+ */
 static void quality_is_a_step(void **state)
 {
     xkv_ctx *ctx = new_ctx(1);

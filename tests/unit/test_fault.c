@@ -44,7 +44,19 @@ static xkv_status make_ctx(failing *f, xkv_ctx **ctx)
 
 /* --- Runs under test: the whole of packing, opening, reading, verifying --- */
 
-enum { LOSSLESS, SVD_RANKS, SVD_ERROR, SVD_RATIO, DICT_QUALITY, DICT_ERROR, SCALAR_RATIO, PROFILES };
+enum {
+    LOSSLESS,
+    SVD_RANKS,
+    SVD_ERROR,
+    SVD_RATIO,
+    DICT_QUALITY,
+    DICT_ERROR,
+    SCALAR_RATIO,
+    SVDQ_ERROR,
+    AUTO_ERROR,
+    AUTO_RATIO,
+    PROFILES
+};
 
 static synthetic sample(void)
 {
@@ -69,11 +81,14 @@ static xkv_pack_options sample_options(int profile)
         o.profile = XKV_PROFILE_DICT;
     if (profile == SCALAR_RATIO)
         o.profile = XKV_PROFILE_SCALAR;
+    if (profile == SVDQ_ERROR)
+        o.profile = XKV_PROFILE_SVD;
+    o.half_factors = profile == SVD_ERROR || profile == SVD_RATIO;
     if (profile == SVD_RANKS)
         o.rank_k = o.rank_v = 3;
-    if (profile == SVD_ERROR || profile == DICT_ERROR)
+    if (profile == SVD_ERROR || profile == DICT_ERROR || profile == SVDQ_ERROR || profile == AUTO_ERROR)
         o.error = 0.05;
-    if (profile == SVD_RATIO || profile == SCALAR_RATIO)
+    if (profile == SVD_RATIO || profile == SCALAR_RATIO || profile == AUTO_RATIO)
         o.ratio = 3;
     return o;
 }
@@ -263,7 +278,7 @@ static void limit_run(const synthetic *s, int run, const steady *d)
 
 static void memory_limit_is_kept(void **state)
 {
-    static const int runs[] = {SVD_RANKS, DICT_ERROR, SCALAR_RATIO, TRAIN};
+    static const int runs[] = {SVD_RANKS, DICT_ERROR, SCALAR_RATIO, SVDQ_ERROR, AUTO_RATIO, TRAIN};
     synthetic s = sample();
     steady d;
 
@@ -320,7 +335,7 @@ static xkv_status open_run(xkv_ctx *ctx, const xkv_input *input)
 
 static void reads_and_writes_fail_one_by_one(void **state)
 {
-    static const int runs[] = {SVD_RANKS, DICT_QUALITY, SCALAR_RATIO, TRAIN};
+    static const int runs[] = {SVD_RANKS, DICT_QUALITY, SCALAR_RATIO, SVDQ_ERROR, TRAIN};
     synthetic s = sample();
     steady d;
     failing f = {0};

@@ -23,6 +23,8 @@ static const golden goldens[] = {
     {"svd-zstd", "ggsq", 0, NULL},
     {"svd-window", "ggsq", 0, NULL},
     {"svd-latent", "ggsq", 0, NULL},
+    {"svdq-fine", "ggsq", 0, NULL},
+    {"svdq-window", "ggsq", 0, NULL},
     {"dict-fine", "ggsq", 0, "dictionary"},
     {"dict-window", "ggsq", 0, "dictionary"},
     {"scalar", "ggsq", 0, NULL},
