@@ -1,0 +1,93 @@
+/* encoder.h - what the files of xkv_pack() share: its state, and who does what.
+ *
+ *   encode.c         the call: preparation, metadata, report
+ *   encode_choose.c  profile, ranks and step for what was asked
+ *   encode_groups.c  one group after the other: coded, measured, or stored lossless
+ *   encode_parts.c   the parts of a group, in batches on the pool
+ */
+#ifndef XKV_ENCODER_H
+#define XKV_ENCODER_H
+
+#include "cross.h"
+#include "parts.h"
+#include "plan.h"
+#include "rate.h"
+#include "scalar.h"
+#include "svd_group.h"
+#include "svdq.h"
+
+/* Chunks are encoded a batch at a time, one per slot, and written in order. */
+typedef struct xkv_slot {
+    ZSTD_CCtx *zstd;
+    uint8_t *raw, *planes, *packed;
+    const void *data; /* what to write: raw or packed */
+    uint64_t size;
+    uint32_t method;
+} xkv_slot;
+
+typedef struct xkv_encoder {
+    xkv_ctx *ctx;
+    const xkv_kernels *kernels;
+    xkv_pack_options o;
+    xkv_pool *pool;
+    uint32_t threads;
+    const xkv_view *views;
+    xkv_container c;
+    xkv_container_writer w;
+    xkv_rotator *rotators; /* [threads] */
+    xkv_slot *slots;       /* [threads] */
+    uint8_t *nonfinite;    /* [plane_count] */
+    uint64_t done, total;  /* raw bytes, for progress */
+    double kind_squares[4], kind_energy[4];
+    uint32_t fallbacks;
+    xkv_transform *transforms; /* [group_count] of coded groups; rank 0: none */
+    xkv_scalar *scalars;       /* [group_count] what the transforms of profile scalar point to */
+    xkv_coded cross;           /* the cross stage at `step`; rank 0: none */
+    xkv_svdq *svdqs;           /* [decomposed] and those of quantized svd */
+    uint32_t decomposed;       /* group_count, once there are any */
+    float step;
+    double metric_squares, metric_energy;
+    uint32_t components, component_total;
+    bool automatic;                    /* profile auto chooses, or has chosen */
+    bool trial;                        /* a profile is tried: a sample will do */
+    xkv_profile_estimate estimates[8]; /* by profile */
+} xkv_encoder;
+
+/* --- encode_parts.c --- */
+
+/* Encode the parts of a group in order, and write them; with `count_only` add up their aligned sizes instead. `f` is
+ * for codec svd, `coded` for the quantized ones. */
+XKV_MUST_CHECK xkv_status xkv_encoder_write_group(xkv_encoder *e, xkv_group *g, const xkv_factors *f,
+                                                  const xkv_coded *coded, uint64_t *count_only);
+/* Scratch of the slots. */
+void xkv_encoder_release_slots(xkv_encoder *e);
+
+/* --- encode_groups.c --- */
+
+/* Raw bytes of a group. */
+uint64_t xkv_encoder_group_bytes(const xkv_encoder *e, const xkv_group *g);
+/* Make a group lossless, since its codec does not suit it. */
+void xkv_encoder_fall_back(xkv_encoder *e, xkv_group *g);
+/* Code the cross stage at e->step, in place of what was there; nothing without one. */
+XKV_MUST_CHECK xkv_status xkv_encoder_code_cross(xkv_encoder *e);
+/* Code a group at e->step, and measure it. `basis` is set for svdq; the caller frees it and `coded`. */
+XKV_MUST_CHECK xkv_status xkv_encoder_code_group(xkv_encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_coded *coded);
+/* Error of what was coded so far, in the metric. */
+double xkv_encoder_metric_error(const xkv_encoder *e);
+/* All groups, written. */
+XKV_MUST_CHECK xkv_status xkv_encoder_pack_groups(xkv_encoder *e);
+
+/* --- encode_choose.c --- */
+
+/* Profile auto: try what there is on a sample, and set e->o.profile. */
+XKV_MUST_CHECK xkv_status xkv_encoder_choose_profile(xkv_encoder *e);
+/* Groups and head of the file for the profile. */
+XKV_MUST_CHECK xkv_status xkv_encoder_plan(xkv_encoder *e, const xkv_output *output);
+/* Ranks of 16-bit svd for a ratio. */
+XKV_MUST_CHECK xkv_status xkv_encoder_choose_ranks(xkv_encoder *e);
+/* Transforms of quantized groups, and the step for what was asked. */
+XKV_MUST_CHECK xkv_status xkv_encoder_choose_step(xkv_encoder *e);
+void xkv_encoder_release_transforms(xkv_encoder *e);
+void xkv_encoder_release_decompositions(xkv_encoder *e);
+
+#endif
