@@ -110,6 +110,7 @@ static cli_exit exit_code(xkv_status status)
     case XKV_ERROR_CANCELLED:
         return CLI_INTERRUPTED;
     case XKV_ERROR_UNSUPPORTED:
+    case XKV_ERROR_NOT_FOUND:
     case XKV_ERROR_IO:
     case XKV_ERROR_EXISTS:
     case XKV_ERROR_NO_SPACE:

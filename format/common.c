@@ -57,6 +57,8 @@ const char *xkv_status_string(xkv_status status)
         return "model or geometry mismatch";
     case XKV_ERROR_TARGET:
         return "target cannot be reached";
+    case XKV_ERROR_NOT_FOUND:
+        return "no such entry";
     case XKV_ERROR_LIMIT:
         return "beyond a limit";
     case XKV_ERROR_MEMORY:
