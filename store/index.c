@@ -20,6 +20,7 @@ struct xkv_index {
     pthread_rwlock_t gate;
     bool read_only, no_sync;
     size_t map_size;
+    uint64_t damaged;
     char path[];
 };
 
@@ -103,7 +104,7 @@ static xkv_status check_pages(xkv_ctx *ctx, xkv_index *index)
         int error = mdb_txn_begin(index->env, NULL, MDB_RDONLY, &txn);
         if (error != 0)
             return fail_mdb(ctx, "read", index->path, error);
-        status = xkv_index_check_file(ctx, index->path, mdb_txn_id(txn));
+        status = xkv_index_check_file(ctx, index->path, mdb_txn_id(txn), &index->damaged);
         mdb_txn_abort(txn);
     }
     return status;
@@ -158,6 +159,11 @@ void xkv_index_close(xkv_ctx *ctx, xkv_index *index)
         mdb_env_close(index->env);
     pthread_rwlock_destroy(&index->gate);
     xkv_release(ctx, index);
+}
+
+uint64_t xkv_index_damaged(const xkv_index *index)
+{
+    return index->damaged;
 }
 
 /* --- Transactions ------------------------------------------------------------------------------------------------- */
@@ -285,12 +291,20 @@ xkv_ctx *xkv_txn_ctx(const xkv_txn *txn)
 
 /* --- Records ------------------------------------------------------------------------------------------------------ */
 
-static uint64_t checksum(const xkv_key *key, const void *value, size_t size)
+static uint64_t checksum(const void *key, size_t key_size, const void *value, size_t size)
 {
     uint8_t bytes[XKV_KEY_MAX + XKV_VALUE_MAX];
-    memcpy(bytes, key->bytes, key->size);
-    memcpy(bytes + key->size, value, size);
-    return XXH3_64bits(bytes, key->size + size);
+    memcpy(bytes, key, key_size);
+    memcpy(bytes + key_size, value, size);
+    return XXH3_64bits(bytes, key_size + size);
+}
+
+bool xkv_record_is_sound(const void *key, size_t key_size, const void *value, size_t value_size)
+{
+    if (key_size > XKV_KEY_MAX || value_size < CHECKSUM || value_size > XKV_VALUE_MAX + CHECKSUM)
+        return false;
+    size_t size = value_size - CHECKSUM;
+    return xkv_load64((const uint8_t *)value + size) == checksum(key, key_size, value, size);
 }
 
 static xkv_status fail_record(xkv_txn *txn, const xkv_key *key, const char *what)
@@ -302,10 +316,7 @@ static xkv_status fail_record(xkv_txn *txn, const xkv_key *key, const char *what
 /* Check the value that the map holds. */
 static xkv_status check_value(xkv_txn *txn, const xkv_key *key, const MDB_val *v)
 {
-    if (v->mv_size < CHECKSUM || v->mv_size > XKV_VALUE_MAX + CHECKSUM)
-        return fail_record(txn, key, "its size is wrong");
-    size_t size = v->mv_size - CHECKSUM;
-    if (xkv_load64((const uint8_t *)v->mv_data + size) != checksum(key, v->mv_data, size))
+    if (!xkv_record_is_sound(key->bytes, key->size, v->mv_data, v->mv_size))
         return fail_record(txn, key, "its checksum does not match");
     return XKV_OK;
 }
@@ -344,7 +355,7 @@ xkv_status xkv_txn_put(xkv_txn *txn, const xkv_key *key, const uint8_t *value, s
     MDB_val k = key_value(key), v = {size + CHECKSUM, bytes};
     if (size > 0)
         memcpy(bytes, value, size);
-    xkv_store64(bytes + size, checksum(key, bytes, size));
+    xkv_store64(bytes + size, checksum(key->bytes, key->size, bytes, size));
     int error = mdb_put(txn->mdb, txn->index->dbi, &k, &v, 0);
     return error == 0 ? XKV_OK : fail_txn(txn, error);
 }

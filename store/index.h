@@ -22,6 +22,8 @@ typedef struct xkv_index_options {
 XKV_MUST_CHECK xkv_status xkv_index_open(xkv_ctx *ctx, const char *path, const xkv_index_options *options,
                                          xkv_index **index_p);
 void xkv_index_close(xkv_ctx *ctx, xkv_index *index);
+/* Records that the check on opening found damaged. */
+uint64_t xkv_index_damaged(const xkv_index *index);
 
 /* Run `body` in a read transaction. */
 typedef xkv_status (*xkv_txn_fn)(xkv_txn *txn, void *user);
@@ -65,9 +67,11 @@ XKV_MUST_CHECK xkv_status xkv_txn_put_mark(xkv_txn *txn, const xkv_key *key);
 /* --- index_check.c --- */
 
 /* Check every page of the snapshot `txn_id` of the environment's file at `path`: headers, bounds of every record, and
- * that each page is used once (spec/store.md, section 7). NOT_FOUND, without a message, when no meta page has that
- * snapshot any more. Errors: CORRUPT [SI1], IO, MEMORY. */
-XKV_MUST_CHECK xkv_status xkv_index_check_file(xkv_ctx *ctx, const char *path, uint64_t txn_id);
+ * that each page is used once (spec/store.md, section 7); *damaged records have a wrong checksum. NOT_FOUND, without a
+ * message, when no meta page has that snapshot any more. Errors: CORRUPT [SI1], IO, MEMORY. */
+XKV_MUST_CHECK xkv_status xkv_index_check_file(xkv_ctx *ctx, const char *path, uint64_t txn_id, uint64_t *damaged);
+/* Whether a value ends with the checksum of its key and itself. */
+bool xkv_record_is_sound(const void *key, size_t key_size, const void *value, size_t value_size);
 /* Check the meta pages alone, before LMDB maps the file; an absent or empty file is sound. Errors: CORRUPT [SI1],
  * VERSION, IO. */
 XKV_MUST_CHECK xkv_status xkv_index_check_meta(xkv_ctx *ctx, const char *path);

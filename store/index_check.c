@@ -1,8 +1,9 @@
 /* index_check.c - the pages of an LMDB file, looked at before LMDB does.
  *
  * LMDB has no checksums and trusts its file: a wrong bit in a page header, a page number or an offset can make it read
- * beyond the map. So a store walks its file once on opening and refuses it when any page is not what it must be. What
- * the records hold is not looked at here: each has a checksum of its own (index.c).
+ * beyond the map. So a store walks its file once on opening and refuses it when any page is not what it must be. Of the
+ * records, which are read later, only those with a wrong checksum are counted: one whose key has changed would
+ * otherwise just not be found.
  *
  *     meta page 0 | meta page 1 | pages ...           the meta page with the higher transaction counts
  *     page:  u64 number, u16 pad, u16 flags, u16 lower, u16 upper, u16 offsets of the nodes ... nodes
@@ -19,14 +20,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define META_MAGIC   0xbeefc0deu
-#define META_VERSION 1u
-#define META_BYTES   152u /* of a meta page that are looked at */
-#define HEADER       16u
-#define NODE_HEADER  8u
-#define MAX_DEPTH    32u
-#define UNWRITTEN    (1u << 20) /* more pages than a transaction can allocate and not write */
-#define NO_PAGE      UINT64_MAX
+#define META_MAGIC    0xbeefc0deu
+#define META_VERSION  1u
+#define META_BYTES    152u /* of a meta page that are looked at */
+#define HEADER        16u
+#define NODE_HEADER   8u
+#define MAX_DEPTH     32u
+#define MAX_PAGE_SIZE 32768u
+#define UNWRITTEN     (1u << 20) /* more pages than a transaction can allocate and not write */
+#define NO_PAGE       UINT64_MAX
 
 enum { BRANCH = 0x01, LEAF = 0x02, OVERFLOW = 0x04, META = 0x08 }; /* flags of pages */
 enum { BIG_DATA = 0x01 };                                          /* of nodes */
@@ -49,9 +51,10 @@ typedef struct walk {
     const uint8_t *map;
     uint64_t pages; /* whole ones in the file */
     meta_page meta;
-    uint8_t *used; /* a bit for each page up to the last one */
-    int kind;      /* FREE_TREE or RECORD_TREE */
-    tree found;    /* counted in the tree being walked */
+    uint8_t *used;    /* a bit for each page up to the last one */
+    int kind;         /* FREE_TREE or RECORD_TREE */
+    tree found;       /* counted in the tree being walked */
+    uint64_t damaged; /* records with a wrong checksum */
 } walk;
 
 static xkv_status fail_page(const walk *w, uint64_t page, const char *what)
@@ -85,7 +88,7 @@ static xkv_status load_meta(xkv_ctx *ctx, const char *path, const uint8_t *p, ui
     load_tree(p + 88, &m->trees[RECORD_TREE]);
     m->last_page = xkv_load64(p + 136);
     m->txn_id = xkv_load64(p + 144);
-    if (m->page_size < 512 || m->page_size > 32768 || (m->page_size & (m->page_size - 1)) != 0)
+    if (m->page_size < 512 || m->page_size > MAX_PAGE_SIZE || (m->page_size & (m->page_size - 1)) != 0)
         return fail_page(&w, number, "impossible page size");
     return XKV_OK;
 }
@@ -112,6 +115,11 @@ static xkv_status read_metas(xkv_ctx *ctx, const char *path, int fd, uint64_t fi
         if (metas[i].last_page < 1 || metas[i].last_page > file_size / metas[i].page_size + UNWRITTEN)
             return fail_page(&w, i, "its last page is beyond the file");
     }
+    /* Transactions alternate. A number that is wrong would bring back what was before the last one, as if it were
+     * sound. */
+    uint64_t a = metas[0].txn_id, b = metas[1].txn_id;
+    if ((a != 0 || b != 0) && (a % 2 != 0 || (a + 1 != b && b + 1 != a)))
+        return fail_page(&w, 0, "the transactions of the two meta pages do not follow each other");
     return XKV_OK;
 }
 
@@ -177,22 +185,52 @@ static xkv_status take_page(walk *w, uint64_t page, uint64_t count, const uint8_
     return XKV_OK;
 }
 
-/* Node i of a page: bounds of its header, key and `inline_size` bytes of data are checked. */
-static xkv_status take_node(const walk *w, uint64_t page, const uint8_t *p, uint32_t i, bool leaf, const uint8_t **node)
+/* Node i of a page, which lies inside it, header, key and data; nodes begin at even offsets. */
+static xkv_status take_node(const walk *w, uint64_t page, const uint8_t *p, uint32_t i, bool leaf, const uint8_t **node,
+                            uint32_t *size)
 {
     uint32_t upper = xkv_load16(p + 14), offset = xkv_load16(p + HEADER + 2 * i);
-    if (offset < upper || offset + NODE_HEADER > w->meta.page_size)
+    if (offset < upper || offset % 2 != 0 || offset + NODE_HEADER > w->meta.page_size)
         return fail_page(w, page, "a node lies outside the page");
     const uint8_t *n = p + offset;
-    uint64_t size = NODE_HEADER + xkv_load16(n + 6);
+    uint64_t bytes = NODE_HEADER + xkv_load16(n + 6);
     if (leaf && xkv_load16(n + 4) == BIG_DATA)
-        size += 8;
+        bytes += 8;
     else if (leaf)
-        size += xkv_load16(n) | (uint64_t)xkv_load16(n + 2) << 16;
-    if (offset + size > w->meta.page_size)
+        bytes += xkv_load16(n) | (uint64_t)xkv_load16(n + 2) << 16;
+    bytes = xkv_align64(bytes, 2);
+    if (offset + bytes > w->meta.page_size)
         return fail_page(w, page, "a node reaches beyond the page");
     *node = n;
+    *size = (uint32_t)bytes;
     return XKV_OK;
+}
+
+/* LMDB moves nodes by what their sizes say: they must fill the upper part of the page without gap or overlap. They do
+ * when the lowest begins where that part does, each ends where another one begins or the page ends, no two begin
+ * together, and their sizes add up. */
+static xkv_status check_tiling(const walk *w, uint64_t page, const uint8_t *p, uint32_t keys, bool leaf)
+{
+    uint8_t starts[MAX_PAGE_SIZE / 16 + 1] = {0}; /* a bit for each even offset, and the end of the page */
+    uint32_t upper = xkv_load16(p + 14), end = w->meta.page_size, sum = 0, size = 0;
+    const uint8_t *node = NULL;
+    for (uint32_t i = 0; i < keys; i++) {
+        uint32_t unit = xkv_load16(p + HEADER + 2 * i) / 2;
+        XKV_TRY(take_node(w, page, p, i, leaf, &node, &size));
+        if (starts[unit / 8] >> unit % 8 & 1)
+            return fail_page(w, page, "two nodes begin together");
+        starts[unit / 8] = (uint8_t)(starts[unit / 8] | 1u << unit % 8);
+        sum += size;
+    }
+    starts[end / 16] = (uint8_t)(starts[end / 16] | 1u << end / 2 % 8);
+    bool tiled = sum == end - upper && (starts[upper / 16] >> upper / 2 % 8 & 1) != 0;
+    for (uint32_t i = 0; tiled && i < keys; i++) {
+        uint32_t offset = xkv_load16(p + HEADER + 2 * i);
+        XKV_TRY(take_node(w, page, p, i, leaf, &node, &size));
+        uint32_t unit = (offset + size) / 2;
+        tiled = (starts[unit / 8] >> unit % 8 & 1) != 0;
+    }
+    return tiled ? XKV_OK : fail_page(w, page, "its nodes overlap or leave gaps");
 }
 
 /* Keys ascend; the first one of a branch page is not looked at by LMDB either. */
@@ -255,7 +293,10 @@ static xkv_status check_leaf_node(walk *w, uint64_t page, const uint8_t *node)
         return fail_page(w, page, "a record is of no known kind");
     if (flags == BIG_DATA)
         XKV_TRY(check_big_data(w, page, node, size, &data));
-    return w->kind == FREE_TREE ? check_free_list(w, page, data, size) : XKV_OK;
+    if (w->kind == FREE_TREE)
+        return check_free_list(w, page, data, size);
+    w->damaged += !xkv_record_is_sound(node + NODE_HEADER, key_size, data, size);
+    return XKV_OK;
 }
 
 static uint64_t child_of(const uint8_t *node)
@@ -274,8 +315,10 @@ static xkv_status check_page(walk *w, uint64_t page, uint32_t depth)
         return fail_page(w, page, "its depth is wrong");
     w->found.leaf_pages += leaf;
     w->found.branch_pages += !leaf;
+    XKV_TRY(check_tiling(w, page, p, keys, leaf));
     for (uint32_t i = 0; i < keys; i++) {
-        XKV_TRY(take_node(w, page, p, i, leaf, &node));
+        uint32_t size;
+        XKV_TRY(take_node(w, page, p, i, leaf, &node, &size));
         if (i > (leaf ? 0 : 1))
             XKV_TRY(check_order(w, page, before, node));
         XKV_TRY(leaf ? check_leaf_node(w, page, node) : check_page(w, child_of(node), depth + 1));
@@ -327,7 +370,7 @@ static xkv_status check_snapshot(walk *w, int fd, uint64_t size, uint64_t txn_id
     return status;
 }
 
-xkv_status xkv_index_check_file(xkv_ctx *ctx, const char *path, uint64_t txn_id)
+xkv_status xkv_index_check_file(xkv_ctx *ctx, const char *path, uint64_t txn_id, uint64_t *damaged)
 {
     walk w = {.ctx = ctx, .path = path};
     uint64_t size = 0;
@@ -337,5 +380,6 @@ xkv_status xkv_index_check_file(xkv_ctx *ctx, const char *path, uint64_t txn_id)
         return XKV_OK;
     xkv_status status = check_snapshot(&w, fd, size, txn_id);
     close(fd);
+    *damaged = w.damaged;
     return status;
 }

@@ -499,6 +499,10 @@ static xkv_status open_index(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
     xkv_status status = xkv_index_open(ctx, path, &options, &store->index);
     xkv_release(ctx, path);
     XKV_TRY(status);
+    store->pending.corrupt += xkv_index_damaged(store->index);
+    if (xkv_index_damaged(store->index) > 0)
+        xkv_logf(ctx, XKV_LOG_WARNING, "%s: %llu records of the index are damaged; repair rebuilds it from the blobs",
+                 store->path, (unsigned long long)xkv_index_damaged(store->index));
     return xkv_index_read(ctx, store->index, read_meta, &meta);
 }
 
