@@ -330,7 +330,7 @@ xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t by
         int fd = -1;
         xkv_status status = bytes > meta->byte_cap ? XKV_ERROR_NOT_FOUND : next_item(txn, &from, &used, &item);
         if (status == XKV_ERROR_NOT_FOUND)
-            return fail_full(txn, meta, bytes);
+            return bytes > 0 ? fail_full(txn, meta, bytes) : XKV_OK;
         XKV_TRY(status);
         xkv_blob_name name = xkv_blob_name_of(item.blob, item.id);
         if (!xkv_blob_try_lock(&store->folders, &name, &fd))

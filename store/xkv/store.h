@@ -296,7 +296,7 @@ typedef struct xkv_store_stats {
 } xkv_store_stats;
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *stats);
 
-/* Change the byte cap and evict down to it. */
+/* Change the byte cap, and evict down to it as far as entries are neither pinned nor being read. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap);
 
 typedef struct xkv_collect_report {

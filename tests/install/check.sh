@@ -17,8 +17,8 @@ if grep -rl "$work/first" "$prefix/$libdir/pkgconfig" "$prefix/$libdir/cmake"; t
     echo "these files name the folder of the installation" >&2
     exit 1
 fi
-for file in include/xkv/{common,format,kernels,codec,store}.h bin/xkv-{pack,unpack,info,train} \
-    share/man/man1/xkv-{pack,unpack,info,train}.1 share/bash-completion/completions/xkv-{pack,unpack,info,train}; do
+for file in include/xkv/{common,format,kernels,codec,store}.h bin/xkv-{pack,unpack,info,train,store} \
+    share/man/man1/xkv-{pack,unpack,info,train,store}.1 share/bash-completion/completions/xkv-{pack,unpack,info,train,store}; do
     test -e "$prefix/$file" || { echo "not installed: $file" >&2; exit 1; }
 done
 "$prefix/bin/xkv-info" --version

@@ -1,6 +1,7 @@
 /* test_store_damage.c - a wrong bit anywhere in a store, files that are missing, foreign or links, and one bad store
  * for each rule of spec/store.md: never wrong data, never a crash; a miss, a refusal with the rule's number, and a
- * repair. */
+ * repair.
+ * With XKV_LONG_TESTS in the environment every byte of the index is tried. */
 #include "store_support.h"
 
 #include "base.h"
@@ -283,7 +284,9 @@ static void a_wrong_bit_in_the_index(void **state)
 {
     (void)state;
     uint64_t random = 1, refused = 0, lost = 0;
-    for (size_t at = 0; at < saved[0].size; at++) {
+    const size_t stride = getenv("XKV_LONG_TESTS") != NULL ? 1 : 11;
+    for (size_t at = 0; at < saved[0].size;
+         at += at % 4096 < 200 && at < 8192 ? 1 : stride) { /* the meta pages whole */
         xkv_verify_report v;
         damage(&saved[0], at, test_random(&random) % 8);
         xkv_status status = open_store();
@@ -306,7 +309,7 @@ static void a_wrong_bit_in_the_index(void **state)
         if (lost % 50 == 1)
             assert_repairable();
     }
-    assert_true(refused > 100 && lost > 100);
+    assert_true(refused > 50 && lost > 50);
 }
 
 /* --- Files that are not what they should be ----------------------------------------------------------------------- */
