@@ -335,7 +335,9 @@ out:
 
 /* --- Writing ------------------------------------------------------------------------------------------------------ */
 
-/* A new file, locked against those who clean up. Between making and locking it one of them may have removed it. */
+/* A new file, locked against those who clean up, who ask for an exclusive lock; shared, since readers may come as soon
+ * as the index is committed, and turning one kind of lock into the other leaves a moment without any. Between making
+ * and locking the file somebody may have removed it. */
 static xkv_status create_temp(xkv_ctx *ctx, xkv_blob_writer *w)
 {
     for (int attempt = 0; attempt < 100; attempt++) {
@@ -349,7 +351,7 @@ static xkv_status create_temp(xkv_ctx *ctx, xkv_blob_writer *w)
             break;
         if (w->fd < 0)
             continue;
-        if (flock(w->fd, LOCK_EX | LOCK_NB) == 0 && fstat(w->fd, &st) == 0 && st.st_nlink > 0)
+        if (flock(w->fd, LOCK_SH | LOCK_NB) == 0 && fstat(w->fd, &st) == 0 && st.st_nlink > 0)
             return XKV_OK;
         xkv_blob_end(w, false);
     }
@@ -457,8 +459,6 @@ xkv_status xkv_blob_publish(xkv_ctx *ctx, xkv_blob_writer *w, uint64_t id)
     w->linked = true;
     if (fsync(w->folders->blobs) != 0 && errno != EINVAL)
         return xkv_fail_errno(ctx, "sync the folder of", "blobs", errno);
-    if (flock(w->fd, LOCK_SH | LOCK_NB) != 0) /* readers may come as soon as the index is committed */
-        return xkv_fail_errno(ctx, "lock the", "blob", errno);
     return XKV_OK;
 }
 

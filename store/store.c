@@ -346,12 +346,16 @@ static xkv_status look_up_blob(xkv_txn *txn, void *user)
     }
 }
 
-/* Whether the index knows the blob of this name. */
-static xkv_status is_known(tidy *t, const char *name, known *k, bool *is_name)
+/* Whether the index knows the blob of this name. `surely`: in a write transaction, which changes nothing, but comes
+ * after every commit; a reader may still see what was before that of a process which was killed as it committed. */
+static xkv_status is_known(tidy *t, const char *name, bool surely, known *k, bool *is_name)
 {
     k->found = false;
     *is_name = xkv_blob_name_parse(name, k->hash, &k->id);
-    return *is_name ? xkv_index_read(t->ctx, t->store->index, look_up_blob, k) : XKV_OK;
+    if (!*is_name)
+        return XKV_OK;
+    return surely && !t->store->read_only ? xkv_index_write(t->ctx, t->store->index, look_up_blob, k)
+                                          : xkv_index_read(t->ctx, t->store->index, look_up_blob, k);
 }
 
 /* A temporary file that nobody has locked was left by a killed process. Under a final name it may be linked to the
@@ -363,14 +367,14 @@ static xkv_status tidy_temp(void *user, const char *name)
     const xkv_folders *f = &t->store->folders;
     known k;
     bool is_name;
-    XKV_TRY(is_known(t, name, &k, &is_name));
+    XKV_TRY(is_known(t, name, false, &k, &is_name));
     int fd = openat(f->temp, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return XKV_OK; /* gone, or nothing of ours */
     xkv_status status = XKV_OK;
     if (k.found || flock(fd, LOCK_EX | LOCK_NB) == 0) {
         if (!k.found)
-            status = is_known(t, name, &k, &is_name); /* it may just have been committed */
+            status = is_known(t, name, true, &k, &is_name);
         xkv_blob_name blob = xkv_blob_name_of(k.hash, k.id);
         if (status == XKV_OK && is_name && !k.found)
             xkv_blob_unlink(f, &blob);
@@ -389,13 +393,13 @@ xkv_status xkv_store_is_orphan(xkv_ctx *ctx, xkv_store *store, const char *name,
     bool is_name;
     int fd = -1;
     *orphan = false;
-    XKV_TRY(is_known(&t, name, &k, &is_name));
+    XKV_TRY(is_known(&t, name, false, &k, &is_name));
     if (!is_name || k.found)
         return XKV_OK;
     xkv_blob_name blob = xkv_blob_name_of(k.hash, k.id);
     if (!xkv_blob_try_lock(&store->folders, &blob, &fd) || fd < 0)
         return XKV_OK;
-    xkv_status status = is_known(&t, name, &k, &is_name); /* it may just have been committed */
+    xkv_status status = is_known(&t, name, true, &k, &is_name);
     *orphan = status == XKV_OK && !k.found;
     close(fd);
     return status;

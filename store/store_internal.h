@@ -101,8 +101,8 @@ XKV_MUST_CHECK xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const ui
                                           const uint8_t hash[32], uint64_t file_size);
 XKV_MUST_CHECK xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16],
                                           const xkv_dict_record *dict, xkv_removed *r);
-/* Evict, oldest first, until `bytes` more fit under the cap. When too much is pinned or being read: LIMIT, and for 0 bytes
- * as far as it goes. */
+/* Evict, oldest first, until `bytes` more fit under the cap. When too much is pinned or being read: LIMIT, and for 0
+ * bytes as far as it goes. */
 XKV_MUST_CHECK xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t bytes, xkv_removed *r);
 /* Remove what expired before `now`, up to `most` entries. */
 XKV_MUST_CHECK xkv_status xkv_expire(xkv_txn *txn, xkv_meta *meta, uint64_t now, uint64_t most, xkv_removed *r);
