@@ -164,11 +164,6 @@ static xkv_status read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_i
     return status;
 }
 
-typedef struct common {
-    uint32_t count; /* symbols of the longest common prefix */
-    uint32_t other; /* the one after it, in the other entry */
-} common;
-
 bool xkv_is_damage(xkv_status status)
 {
     return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED;
@@ -177,19 +172,22 @@ bool xkv_is_damage(xkv_status status)
 /* How far the prompt agrees with what is in the tree. An entry on the way whose blob is damaged is taken out, into
  * `broken`, since nothing says where the new one parts from it. */
 static xkv_status find_common(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t root, const uint32_t *symbols,
-                              const xkv_item *item, xkv_removed *broken, common *c)
+                              const xkv_item *item, xkv_removed *broken, xkv_common *c)
 {
     xkv_ctx *ctx = xkv_txn_ctx(txn);
     for (;;) {
         uint64_t id = 0;
         xkv_item nearest;
         uint32_t *theirs = NULL;
-        *c = (common){0};
+        *c = (xkv_common){0};
         xkv_status status = xkv_trie_find(txn, root, symbols, item->symbols, &id);
         if (status == XKV_ERROR_NOT_FOUND)
             return XKV_OK;
         XKV_TRY(status);
-        XKV_TRY(xkv_txn_get_item(txn, id, &nearest));
+        status = xkv_txn_get_item(txn, id, &nearest);
+        if (status == XKV_ERROR_NOT_FOUND)
+            return xkv_fail(ctx, XKV_ERROR_CORRUPT, "entry %llu has no record [SI4]", (unsigned long long)id);
+        XKV_TRY(status);
         status = read_symbols(ctx, store, &nearest, &theirs);
         if (xkv_is_damage(status) || status == XKV_ERROR_NOT_FOUND) {
             XKV_TRY(xkv_entry_remove(txn, meta, &nearest, broken, -1));
@@ -205,22 +203,13 @@ static xkv_status find_common(xkv_txn *txn, xkv_meta *meta, xkv_store *store, ui
     }
 }
 
-xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
-                            const xkv_page_key *names, xkv_item *item, xkv_removed *broken)
+xkv_status xkv_entry_insert_known(xkv_txn *txn, xkv_meta *meta, const uint32_t *symbols, const xkv_page_key *names,
+                                  const xkv_common *c, xkv_item *item)
 {
     xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, item->key, 32);
     xkv_space space;
-    common c;
     XKV_TRY(need_space(txn, meta, item->space, &space));
-    XKV_TRY(find_common(txn, meta, store, space.root, symbols, item, broken, &c));
-    xkv_status status = xkv_txn_get_space(txn, item->space, &space); /* removing broken entries has changed it */
-    if (status == XKV_ERROR_NOT_FOUND && space.entries > 0) {
-        space = (xkv_space){.root = space.root};
-        meta->namespaces++;
-    } else if (status != XKV_ERROR_NOT_FOUND) {
-        XKV_TRY(status);
-    }
-    XKV_TRY(xkv_trie_insert(txn, meta, space.root, symbols, c.count, c.other, item));
+    XKV_TRY(xkv_trie_insert(txn, meta, space.root, symbols, c->count, c->other, item));
     XKV_TRY(xkv_txn_put_item(txn, item));
     XKV_TRY(xkv_txn_put_u64(txn, &key, item->id));
     XKV_TRY(put_times(txn, item));
@@ -232,6 +221,19 @@ xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, cons
     meta->pinned += item->pinned;
     meta->bytes += item->file_size;
     return xkv_txn_put_space(txn, item->space, &space);
+}
+
+xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
+                            const xkv_page_key *names, xkv_item *item, xkv_removed *broken)
+{
+    xkv_space space;
+    xkv_common c = {0};
+    xkv_status status = xkv_txn_get_space(txn, item->space, &space);
+    if (status == XKV_OK)
+        status = find_common(txn, meta, store, space.root, symbols, item, broken, &c);
+    if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND)
+        return status;
+    return xkv_entry_insert_known(txn, meta, symbols, names, &c, item);
 }
 
 xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], uint64_t id, const uint8_t hash[32],

@@ -96,6 +96,14 @@ void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool qua
 /* Insert an entry: all its records and sums. item: everything but its place. `names` [item->names]. */
 XKV_MUST_CHECK xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
                                            const xkv_page_key *names, xkv_item *item, xkv_removed *broken);
+/* How far a prompt agrees with any in the tree. */
+typedef struct xkv_common {
+    uint32_t count; /* symbols of the longest common prefix */
+    uint32_t other; /* the one after it, in the entry that xkv_trie_find() gave */
+} xkv_common;
+/* The same where that is known. */
+XKV_MUST_CHECK xkv_status xkv_entry_insert_known(xkv_txn *txn, xkv_meta *meta, const uint32_t *symbols,
+                                                 const xkv_page_key *names, const xkv_common *c, xkv_item *item);
 XKV_MUST_CHECK xkv_status xkv_entry_remove(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd);
 XKV_MUST_CHECK xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], uint64_t id,
                                           const uint8_t hash[32], uint64_t file_size);
