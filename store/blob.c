@@ -16,6 +16,7 @@
 #define COPY_BLOCK       (256u * 1024u)
 #define ALIGNMENT        64u
 #define QUARANTINE_FILES 8u
+#define RUN_SYMBOLS      1024u /* with a checksum of their own, so that a short prompt reads no more */
 #define WRITE_VERSION    1u
 #define READ_VERSION     1u
 
@@ -194,9 +195,15 @@ static void encode_head(const xkv_blob_head *h, uint8_t bytes[XKV_BLOB_HEAD])
     xkv_store64(bytes + 248, XXH3_64bits(bytes, 248));
 }
 
+/* After the checksums of the runs of symbols and the page keys. */
+static uint64_t symbols_offset(uint64_t symbols, uint64_t names)
+{
+    return XKV_BLOB_HEAD + 8 * xkv_ceil_div(symbols, RUN_SYMBOLS) + XKV_PAGE_KEY_BYTES * names;
+}
+
 static uint64_t payload_offset(uint64_t symbols, uint64_t names)
 {
-    return xkv_align64(XKV_BLOB_HEAD + 4 * symbols + XKV_PAGE_KEY_BYTES * names, ALIGNMENT);
+    return xkv_align64(symbols_offset(symbols, names) + 4 * symbols, ALIGNMENT);
 }
 
 static bool is_zero(const uint8_t *bytes, size_t size)
@@ -260,12 +267,17 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
 
 static void encode_body(const xkv_blob_head *h, const uint32_t *symbols, const xkv_page_key *names, uint8_t *bytes)
 {
-    for (uint32_t i = 0; i < h->symbols; i++, bytes += 4)
-        xkv_store32(bytes, symbols[i]);
-    for (uint32_t i = 0; i < h->names; i++, bytes += XKV_PAGE_KEY_BYTES) {
-        xkv_store32(bytes, names[i].tokens);
-        xkv_store32(bytes + 4, 0);
-        memcpy(bytes + 8, names[i].key, 32);
+    uint8_t *key = bytes + 8 * xkv_ceil_div(h->symbols, RUN_SYMBOLS), *symbol = key + XKV_PAGE_KEY_BYTES * h->names;
+    for (uint32_t i = 0; i < h->names; i++, key += XKV_PAGE_KEY_BYTES) {
+        xkv_store32(key, names[i].tokens);
+        xkv_store32(key + 4, 0);
+        memcpy(key + 8, names[i].key, 32);
+    }
+    for (uint32_t i = 0; i < h->symbols; i += RUN_SYMBOLS, bytes += 8) {
+        const uint8_t *run = symbol;
+        for (uint32_t j = i; j < h->symbols && j < i + RUN_SYMBOLS; j++, symbol += 4)
+            xkv_store32(symbol, symbols[j]);
+        xkv_store64(bytes, XXH3_64bits(run, (size_t)(symbol - run)));
     }
 }
 
@@ -284,52 +296,78 @@ static xkv_status check_symbols(xkv_ctx *ctx, const xkv_blob_head *h, const uint
     return XKV_OK;
 }
 
-static xkv_status decode_body(xkv_ctx *ctx, const xkv_blob_head *h, const uint8_t *bytes, uint32_t *symbols,
-                              xkv_page_key *names)
+static xkv_status decode_names(xkv_ctx *ctx, const xkv_blob_head *h, const uint8_t *bytes, xkv_page_key *names)
 {
-    for (uint32_t i = 0; i < h->symbols; i++, bytes += 4)
-        symbols[i] = xkv_load32(bytes);
-    XKV_TRY(check_symbols(ctx, h, symbols));
     for (uint32_t i = 0, last = 0; i < h->names; i++, bytes += XKV_PAGE_KEY_BYTES) {
         uint32_t tokens = xkv_load32(bytes);
         if (tokens <= last || tokens > h->tokens || xkv_load32(bytes + 4) != 0)
             return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: page key %u is out of order or range [SB5]", i);
         last = tokens;
-        if (names == NULL)
-            continue;
         names[i].tokens = tokens;
         memcpy(names[i].key, bytes + 8, 32);
     }
     return XKV_OK;
 }
 
-xkv_status xkv_blob_read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *head, uint32_t **symbols_p,
-                              xkv_page_key **names_p)
+/* Runs of symbols, up to the one that holds symbol count - 1. */
+static xkv_status decode_symbols(xkv_ctx *ctx, const xkv_blob_head *h, const uint8_t *sums, const uint8_t *bytes,
+                                 uint32_t count, uint32_t *symbols)
 {
-    size_t size = (size_t)(head->payload_offset - XKV_BLOB_HEAD); /* with the zeros up to the payload */
-    uint8_t *bytes = NULL;
-    uint32_t *symbols = NULL;
-    xkv_page_key *names = NULL;
-    xkv_status status = XKV_OK;
-    XKV_TRY_GOTO(XKV_NEW(ctx, size, &bytes), out);
-    XKV_TRY_GOTO(XKV_NEW(ctx, head->symbols, &symbols), out);
-    if (names_p != NULL)
-        XKV_TRY_GOTO(XKV_NEW(ctx, head->names, &names), out);
-    XKV_TRY_GOTO(file->read(file->user, ctx, XKV_BLOB_HEAD, bytes, size), out);
-    if (XXH3_64bits(bytes, size) != head->body_checksum)
-        status = xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of tokens and keys does not match [SB5]");
-    if (status == XKV_OK)
-        status = decode_body(ctx, head, bytes, symbols, names);
-out:
-    xkv_release(ctx, bytes);
+    for (uint32_t i = 0; i < count; i += RUN_SYMBOLS, sums += 8) {
+        uint32_t n = (uint32_t)xkv_min64(count - i, RUN_SYMBOLS);
+        if (XXH3_64bits(bytes + 4 * (size_t)i, 4 * (size_t)n) != xkv_load64(sums))
+            return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the tokens from %u on does not match [SB5]",
+                            i);
+    }
+    for (uint32_t i = 0; i < count; i++, bytes += 4)
+        symbols[i] = xkv_load32(bytes);
+    return count == h->symbols ? check_symbols(ctx, h, symbols) : XKV_OK;
+}
+
+/* What is read of an open blob. */
+typedef struct body {
+    uint8_t *bytes; /* from the end of the head to the last symbol that is wanted, or, of all, to the payload */
+    uint32_t *symbols;
+    xkv_page_key *names;
+} body;
+
+static xkv_status read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *h, uint32_t count, body *b)
+{
+    size_t table = (size_t)(symbols_offset(h->symbols, h->names) - XKV_BLOB_HEAD), size = table + 4 * (size_t)count;
+    const size_t sums = 8 * (size_t)xkv_ceil_div(h->symbols, RUN_SYMBOLS), used = size;
+    if (count == h->symbols)
+        size = (size_t)(h->payload_offset - XKV_BLOB_HEAD);
+    XKV_TRY(XKV_NEW(ctx, size, &b->bytes));
+    XKV_TRY(XKV_NEW(ctx, count, &b->symbols));
+    XKV_TRY(XKV_NEW(ctx, h->names, &b->names));
+    XKV_TRY(file->read(file->user, ctx, XKV_BLOB_HEAD, b->bytes, size));
+    if (XXH3_64bits(b->bytes, table) != h->body_checksum)
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of its tables does not match [SB5]");
+    if (!is_zero(b->bytes + used, size - used))
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: its tokens are not followed by zeros [SB5]");
+    XKV_TRY(decode_names(ctx, h, b->bytes + sums, b->names));
+    return decode_symbols(ctx, h, b->bytes, b->bytes + table, count, b->symbols);
+}
+
+xkv_status xkv_blob_read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *head, uint32_t *count,
+                              uint32_t **symbols_p, xkv_page_key **names_p)
+{
+    uint64_t whole = xkv_min64(xkv_align64(*count, RUN_SYMBOLS), head->symbols);
+    body b = {0};
+    xkv_status status = read_body(ctx, file, head, (uint32_t)whole, &b);
+    xkv_release(ctx, b.bytes);
+    if (status != XKV_OK || names_p == NULL) {
+        xkv_release(ctx, b.names);
+        b.names = NULL;
+    }
     if (status != XKV_OK) {
-        xkv_release(ctx, symbols);
-        xkv_release(ctx, names);
+        xkv_release(ctx, b.symbols);
         return status;
     }
-    *symbols_p = symbols;
+    *count = (uint32_t)whole;
+    *symbols_p = b.symbols;
     if (names_p != NULL)
-        *names_p = names;
+        *names_p = b.names;
     return XKV_OK;
 }
 
@@ -404,7 +442,7 @@ static xkv_status write_body(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *he
     uint8_t *bytes = NULL;
     XKV_TRY(XKV_NEW_ZERO(ctx, size, &bytes));
     encode_body(head, symbols, names, bytes);
-    head->body_checksum = XXH3_64bits(bytes, size);
+    head->body_checksum = XXH3_64bits(bytes, (size_t)(symbols_offset(head->symbols, head->names) - XKV_BLOB_HEAD));
     xkv_status status = write_at(ctx, w->fd, XKV_BLOB_HEAD, bytes, size);
     xkv_release(ctx, bytes);
     return status;

@@ -150,6 +150,7 @@ static xkv_status read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_i
     xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
     xkv_blob_head head;
     xkv_input file;
+    uint32_t count = item->symbols;
     int fd = -1;
     XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, false, &fd)); /* nobody removes it during this transaction */
     xkv_status status = xkv_blob_file(ctx, &fd, &file);
@@ -159,7 +160,7 @@ static xkv_status read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_i
         status =
             xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %u symbols, its record says %u [SB6]", head.symbols, item->symbols);
     if (status == XKV_OK)
-        status = xkv_blob_read_body(ctx, &file, &head, symbols, NULL);
+        status = xkv_blob_read_body(ctx, &file, &head, &count, symbols, NULL);
     close(fd);
     return status;
 }

@@ -117,9 +117,9 @@ static xkv_status check_blob(xkv_ctx *ctx, const xkv_item *item, const xkv_blob_
 /* Compare the prompt with the tokens that were stored. */
 static xkv_status compare(xkv_ctx *ctx, lookup *l, const xkv_input *file, const xkv_blob_head *head)
 {
-    uint32_t *theirs = NULL, same = 0;
-    XKV_TRY(xkv_blob_read_body(ctx, file, head, &theirs, NULL));
-    uint32_t most = l->symbol_count < head->symbols ? l->symbol_count : head->symbols;
+    uint32_t *theirs = NULL, same = 0, count = l->symbol_count;
+    XKV_TRY(xkv_blob_read_body(ctx, file, head, &count, &theirs, NULL));
+    uint32_t most = l->symbol_count < count ? l->symbol_count : count;
     while (same < most && theirs[same] == l->symbols[same])
         same++;
     xkv_release(ctx, theirs);

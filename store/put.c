@@ -397,7 +397,8 @@ xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *fil
     XKV_TRY(xkv_blob_read_head(ctx, file, &head));
     if (head.kind != XKV_BLOB_ENTRY)
         return xkv_fail(ctx, XKV_ERROR_FORMAT, "the file holds no entry [SB3]");
-    XKV_TRY(xkv_blob_read_body(ctx, file, &head, &symbols, &names));
+    uint32_t count = head.symbols;
+    XKV_TRY(xkv_blob_read_body(ctx, file, &head, &count, &symbols, &names));
     o.keys = names;
     o.key_count = head.names;
     xkv_input payload = xkv_input_window(&window, file, head.payload_offset, head.payload_size);

@@ -143,7 +143,8 @@ static xkv_status insert_blob(repair *r, found *f, const xkv_input *file)
 {
     xkv_change change = {.store = r->store, .body = insert_body, .user = f};
     if (f->head.kind == XKV_BLOB_ENTRY) {
-        XKV_TRY(xkv_blob_read_body(r->ctx, file, &f->head, &f->symbols, &f->names));
+        uint32_t count = f->head.symbols;
+        XKV_TRY(xkv_blob_read_body(r->ctx, file, &f->head, &count, &f->symbols, &f->names));
         XKV_TRY(check_key(r, f));
         note_head(f);
         keep_uses(r, &f->item);
