@@ -32,6 +32,7 @@
 
 enum { BRANCH = 0x01, LEAF = 0x02, OVERFLOW = 0x04, META = 0x08 }; /* flags of pages */
 enum { BIG_DATA = 0x01 };                                          /* of nodes */
+enum { INTEGER_KEYS = 0x08 };                                      /* of trees */
 enum { FREE_TREE, RECORD_TREE };
 
 typedef struct tree {
@@ -112,6 +113,8 @@ static xkv_status read_metas(xkv_ctx *ctx, const char *path, int fd, uint64_t fi
     for (uint64_t i = 0; i < 2; i++) {
         if (metas[i].page_size != metas[0].page_size)
             return fail_page(&w, i, "the meta pages differ in their page size");
+        if (metas[i].trees[FREE_TREE].flags != INTEGER_KEYS || metas[i].trees[RECORD_TREE].flags != 0)
+            return fail_page(&w, i, "flags that a store has not");
         if (metas[i].last_page < 1 || metas[i].last_page > file_size / metas[i].page_size + UNWRITTEN)
             return fail_page(&w, i, "its last page is beyond the file");
     }
@@ -332,7 +335,7 @@ static xkv_status check_tree(walk *w, int kind)
     const tree *t = &w->meta.trees[kind];
     w->kind = kind;
     memset(&w->found, 0, sizeof w->found);
-    if (t->depth > MAX_DEPTH || (t->root == NO_PAGE) != (t->depth == 0) || (kind == RECORD_TREE && t->flags != 0))
+    if (t->depth > MAX_DEPTH || (t->root == NO_PAGE) != (t->depth == 0))
         return fail_page(w, t->root, "impossible root");
     if (t->root != NO_PAGE)
         XKV_TRY(check_page(w, t->root, 1));
