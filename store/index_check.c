@@ -52,10 +52,12 @@ typedef struct walk {
     const uint8_t *map;
     uint64_t pages; /* whole ones in the file */
     meta_page meta;
-    uint8_t *used;    /* a bit for each page up to the last one */
-    int kind;         /* FREE_TREE or RECORD_TREE */
-    tree found;       /* counted in the tree being walked */
-    uint64_t damaged; /* records with a wrong checksum */
+    uint8_t *used;        /* a bit for each page up to the last one */
+    int kind;             /* FREE_TREE or RECORD_TREE */
+    tree found;           /* counted in the tree being walked */
+    const uint8_t *last;  /* node of the last record, NULL: none yet */
+    const uint8_t *least; /* branch node whose key the next one must not be below */
+    uint64_t damaged;     /* records with a wrong checksum */
 } walk;
 
 static xkv_status fail_page(const walk *w, uint64_t page, const char *what)
@@ -236,19 +238,31 @@ static xkv_status check_tiling(const walk *w, uint64_t page, const uint8_t *p, u
     return tiled ? XKV_OK : fail_page(w, page, "its nodes overlap or leave gaps");
 }
 
-/* Keys ascend; the first one of a branch page is not looked at by LMDB either. */
-static xkv_status check_order(const walk *w, uint64_t page, const uint8_t *before, const uint8_t *node)
+/* Whether the key of one node comes before that of another, or with `equal` is the same. */
+static bool in_order(const walk *w, const uint8_t *before, const uint8_t *node, bool equal)
 {
     size_t a = xkv_load16(before + 6), b = xkv_load16(node + 6);
     if (w->kind == FREE_TREE) {
-        if (a != 8 || b != 8)
-            return fail_page(w, page, "a key of the free pages has not 8 bytes");
-        return xkv_load64(before + NODE_HEADER) < xkv_load64(node + NODE_HEADER)
-                   ? XKV_OK
-                   : fail_page(w, page, "keys do not ascend");
+        uint64_t x = xkv_load64(before + NODE_HEADER), y = xkv_load64(node + NODE_HEADER);
+        return x < y || (equal && x == y);
     }
     int order = memcmp(before + NODE_HEADER, node + NODE_HEADER, a < b ? a : b);
-    return order < 0 || (order == 0 && a < b) ? XKV_OK : fail_page(w, page, "keys do not ascend");
+    return order < 0 || (order == 0 && (a < b || (equal && a == b)));
+}
+
+/* Keys ascend over the whole tree, and the key of a branch node parts what is left of it from what is below it; else a
+ * search could go astray, and one that goes on from key to key never end. */
+static xkv_status check_order(walk *w, uint64_t page, const uint8_t *node, bool leaf)
+{
+    if (w->kind == FREE_TREE && xkv_load16(node + 6) != 8)
+        return fail_page(w, page, "a key of the free pages has not 8 bytes");
+    if ((w->last != NULL && !in_order(w, w->last, node, false)) ||
+        (w->least != NULL && !in_order(w, w->least, node, true)))
+        return fail_page(w, page, "keys do not ascend");
+    w->least = leaf ? NULL : node;
+    if (leaf)
+        w->last = node;
+    return XKV_OK;
 }
 
 static xkv_status check_header(const walk *w, uint64_t page, const uint8_t *p, uint32_t *keys)
@@ -309,7 +323,7 @@ static uint64_t child_of(const uint8_t *node)
 
 static xkv_status check_page(walk *w, uint64_t page, uint32_t depth)
 {
-    const uint8_t *p = NULL, *node = NULL, *before = NULL;
+    const uint8_t *p = NULL, *node = NULL;
     uint32_t keys = 0;
     XKV_TRY(take_page(w, page, 1, &p));
     XKV_TRY(check_header(w, page, p, &keys));
@@ -322,10 +336,9 @@ static xkv_status check_page(walk *w, uint64_t page, uint32_t depth)
     for (uint32_t i = 0; i < keys; i++) {
         uint32_t size;
         XKV_TRY(take_node(w, page, p, i, leaf, &node, &size));
-        if (i > (leaf ? 0 : 1))
-            XKV_TRY(check_order(w, page, before, node));
+        if (leaf || i > 0) /* the first key of a branch page is not looked at by LMDB either */
+            XKV_TRY(check_order(w, page, node, leaf));
         XKV_TRY(leaf ? check_leaf_node(w, page, node) : check_page(w, child_of(node), depth + 1));
-        before = node;
     }
     return XKV_OK;
 }
@@ -334,6 +347,7 @@ static xkv_status check_tree(walk *w, int kind)
 {
     const tree *t = &w->meta.trees[kind];
     w->kind = kind;
+    w->last = w->least = NULL;
     memset(&w->found, 0, sizeof w->found);
     if (t->depth > MAX_DEPTH || (t->root == NO_PAGE) != (t->depth == 0))
         return fail_page(w, t->root, "impossible root");
