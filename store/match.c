@@ -198,6 +198,12 @@ static uint32_t reason_of(xkv_status status, const lookup *l, uint64_t now)
     return l->has_dict ? XKV_MATCH_FOUND : XKV_MATCH_NO_DICTIONARY;
 }
 
+/* Raw bytes of so many of an entry's tokens. */
+static uint64_t raw_share(const xkv_item *item, uint32_t tokens)
+{
+    return item->tokens == 0 ? 0 : (uint64_t)((double)item->raw_bytes * tokens / item->tokens);
+}
+
 static void count_outcome(lookup *l, uint64_t now, xkv_ctx *ctx)
 {
     xkv_store *store = l->store;
@@ -206,7 +212,7 @@ static void count_outcome(lookup *l, uint64_t now, xkv_ctx *ctx)
     if (m->reason == XKV_MATCH_FOUND) {
         store->pending.hits++;
         store->pending.tokens_reused += m->tokens;
-        store->pending.bytes_reused += l->item.raw_bytes / l->item.tokens * m->tokens;
+        store->pending.bytes_reused += m->raw_bytes;
     } else {
         store->pending.misses++;
     }
@@ -265,6 +271,7 @@ static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
     l->match.bytes = l->item.file_size;
     if (l->match.reason != XKV_MATCH_FOUND)
         l->match.tokens = l->match.keys = 0;
+    l->match.raw_bytes = raw_share(&l->item, l->match.tokens);
     count_outcome(l, now, ctx);
     return XKV_OK;
 }
@@ -356,6 +363,7 @@ xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns
     }
     l.match.tokens = l.match.entry_tokens = l.item.tokens;
     l.match.bytes = l.item.file_size;
+    l.match.raw_bytes = l.item.raw_bytes;
     XKV_TRY(make_hit(ctx, &l, fd, hit_p));
     *match = l.match;
     return XKV_OK;
@@ -483,6 +491,11 @@ static xkv_status open_entry(xkv_ctx *ctx, xkv_hit *hit)
         return XKV_OK;
     XKV_TRY(xkv_store_use_dict(ctx, hit->store, info.dictionary_id, &hit->dict));
     return xkv_entry_attach(ctx, hit->entry, hit->dict->dict);
+}
+
+uint32_t xkv_hit_tokens(const xkv_hit *hit)
+{
+    return hit->tokens;
 }
 
 xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)

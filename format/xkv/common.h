@@ -1,8 +1,9 @@
 /*
  * xkv/common.h - status codes, contexts, allocator and log hooks shared by every part of libxkv.
  *
- * Level of use: start with <xkv/codec.h> (pack and unpack) or <xkv/store.h> (find packed prefixes); <xkv/format.h>
- * describes caches, models and engine files; <xkv/kernels.h> chooses a backend. This header is included by all of them.
+ * Level of use: start with <xkv/codec.h> (pack and unpack) or <xkv/store.h> (find packed prefixes; <xkv/hook.h> for
+ * engines); <xkv/format.h> describes caches, models and engine files; <xkv/kernels.h> chooses a backend. This header is
+ * included by all of them.
  *
  * Conventions of the whole API
  *   - Every fallible function returns xkv_status; outputs come last and are written only on XKV_OK.

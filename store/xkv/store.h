@@ -217,6 +217,7 @@ typedef struct xkv_match {
     uint32_t keys;         /* xkv_store_match_keys(): leading keys that are stored */
     uint64_t id;           /* of the entry; also for EXPIRED, NO_DICTIONARY, CORRUPT and GONE when it is known */
     uint64_t bytes;        /* of the entry's blob */
+    uint64_t raw_bytes;    /* of the matched tokens, as the engine holds them */
 } xkv_match;
 
 typedef struct xkv_hit xkv_hit;
@@ -236,6 +237,9 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *
 /* The entry by its id. Errors: NOT_FOUND (also for another namespace's), otherwise as xkv_store_match(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                                                 xkv_match *match, xkv_hit **hit_p);
+
+/* The matched tokens. */
+XKV_API uint32_t xkv_hit_tokens(const xkv_hit *hit);
 
 /* The packed entry, opened with its dictionary attached; it lives until xkv_hit_close(). Not for two threads at once.
  * When it fails, or decoding does, call xkv_hit_reject(). Errors: those of xkv_entry_open() and xkv_dict_open(). */

@@ -17,14 +17,14 @@ if grep -rl "$work/first" "$prefix/$libdir/pkgconfig" "$prefix/$libdir/cmake"; t
     echo "these files name the folder of the installation" >&2
     exit 1
 fi
-for file in include/xkv/{common,format,kernels,codec,store}.h bin/xkv-{pack,unpack,info,train,store} \
+for file in include/xkv/{common,format,kernels,codec,store,hook}.h bin/xkv-{pack,unpack,info,train,store} \
     share/man/man1/xkv-{pack,unpack,info,train,store}.1 share/bash-completion/completions/xkv-{pack,unpack,info,train,store}; do
     test -e "$prefix/$file" || { echo "not installed: $file" >&2; exit 1; }
 done
 "$prefix/bin/xkv-info" --version
 
 say "each header alone, C11 and C++17"
-for header in common format kernels codec store; do
+for header in common format kernels codec store hook; do
     echo "#include <xkv/$header.h>" | "$cc" -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c \
         -I"$prefix/include" -
     echo "#include <xkv/$header.h>" | c++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c++ \
