@@ -195,15 +195,15 @@ static void encode_head(const xkv_blob_head *h, uint8_t bytes[XKV_BLOB_HEAD])
     xkv_store64(bytes + 248, XXH3_64bits(bytes, 248));
 }
 
-/* After the checksums of the runs of symbols and the page keys. */
-static uint64_t symbols_offset(uint64_t symbols, uint64_t names)
+/* Checksums of the runs of symbols, and one of the page keys. */
+static uint64_t table_size(uint64_t symbols)
 {
-    return XKV_BLOB_HEAD + 8 * xkv_ceil_div(symbols, RUN_SYMBOLS) + XKV_PAGE_KEY_BYTES * names;
+    return 8 * (xkv_ceil_div(symbols, RUN_SYMBOLS) + 1);
 }
 
 static uint64_t payload_offset(uint64_t symbols, uint64_t names)
 {
-    return xkv_align64(symbols_offset(symbols, names) + 4 * symbols, ALIGNMENT);
+    return xkv_align64(XKV_BLOB_HEAD + table_size(symbols) + 4 * symbols + XKV_PAGE_KEY_BYTES * names, ALIGNMENT);
 }
 
 static bool is_zero(const uint8_t *bytes, size_t size)
@@ -267,18 +267,19 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
 
 static void encode_body(const xkv_blob_head *h, const uint32_t *symbols, const xkv_page_key *names, uint8_t *bytes)
 {
-    uint8_t *key = bytes + 8 * xkv_ceil_div(h->symbols, RUN_SYMBOLS), *symbol = key + XKV_PAGE_KEY_BYTES * h->names;
-    for (uint32_t i = 0; i < h->names; i++, key += XKV_PAGE_KEY_BYTES) {
-        xkv_store32(key, names[i].tokens);
-        xkv_store32(key + 4, 0);
-        memcpy(key + 8, names[i].key, 32);
-    }
+    uint8_t *symbol = bytes + table_size(h->symbols), *keys = symbol + 4 * (size_t)h->symbols, *key = keys;
     for (uint32_t i = 0; i < h->symbols; i += RUN_SYMBOLS, bytes += 8) {
         const uint8_t *run = symbol;
         for (uint32_t j = i; j < h->symbols && j < i + RUN_SYMBOLS; j++, symbol += 4)
             xkv_store32(symbol, symbols[j]);
         xkv_store64(bytes, XXH3_64bits(run, (size_t)(symbol - run)));
     }
+    for (uint32_t i = 0; i < h->names; i++, key += XKV_PAGE_KEY_BYTES) {
+        xkv_store32(key, names[i].tokens);
+        xkv_store32(key + 4, 0);
+        memcpy(key + 8, names[i].key, 32);
+    }
+    xkv_store64(bytes, XXH3_64bits(keys, (size_t)(key - keys)));
 }
 
 static xkv_status check_symbols(xkv_ctx *ctx, const xkv_blob_head *h, const uint32_t *symbols)
@@ -296,8 +297,15 @@ static xkv_status check_symbols(xkv_ctx *ctx, const xkv_blob_head *h, const uint
     return XKV_OK;
 }
 
-static xkv_status decode_names(xkv_ctx *ctx, const xkv_blob_head *h, const uint8_t *bytes, xkv_page_key *names)
+/* Page keys, and the zeros after them. */
+static xkv_status decode_names(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t checksum, const uint8_t *bytes,
+                               size_t size, xkv_page_key *names)
 {
+    size_t used = XKV_PAGE_KEY_BYTES * (size_t)h->names;
+    if (XXH3_64bits(bytes, used) != checksum)
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the page keys does not match [SB5]");
+    if (!is_zero(bytes + used, size - used))
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: the page keys are not followed by zeros [SB5]");
     for (uint32_t i = 0, last = 0; i < h->names; i++, bytes += XKV_PAGE_KEY_BYTES) {
         uint32_t tokens = xkv_load32(bytes);
         if (tokens <= last || tokens > h->tokens || xkv_load32(bytes + 4) != 0)
@@ -326,26 +334,25 @@ static xkv_status decode_symbols(xkv_ctx *ctx, const xkv_blob_head *h, const uin
 
 /* What is read of an open blob. */
 typedef struct body {
-    uint8_t *bytes; /* from the end of the head to the last symbol that is wanted, or, of all, to the payload */
+    uint8_t *bytes; /* from the end of the head to the last symbol that is wanted, or to the payload */
     uint32_t *symbols;
     xkv_page_key *names;
 } body;
 
-static xkv_status read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *h, uint32_t count, body *b)
+static xkv_status read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *h, uint32_t count, bool names,
+                            body *b)
 {
-    size_t table = (size_t)(symbols_offset(h->symbols, h->names) - XKV_BLOB_HEAD), size = table + 4 * (size_t)count;
-    const size_t sums = 8 * (size_t)xkv_ceil_div(h->symbols, RUN_SYMBOLS), used = size;
-    if (count == h->symbols)
-        size = (size_t)(h->payload_offset - XKV_BLOB_HEAD);
+    size_t table = (size_t)table_size(h->symbols), all = (size_t)(h->payload_offset - XKV_BLOB_HEAD);
+    size_t keys = table + 4 * (size_t)h->symbols, size = names ? all : table + 4 * (size_t)count;
     XKV_TRY(XKV_NEW(ctx, size, &b->bytes));
     XKV_TRY(XKV_NEW(ctx, count, &b->symbols));
-    XKV_TRY(XKV_NEW(ctx, h->names, &b->names));
     XKV_TRY(file->read(file->user, ctx, XKV_BLOB_HEAD, b->bytes, size));
     if (XXH3_64bits(b->bytes, table) != h->body_checksum)
-        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of its tables does not match [SB5]");
-    if (!is_zero(b->bytes + used, size - used))
-        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: its tokens are not followed by zeros [SB5]");
-    XKV_TRY(decode_names(ctx, h, b->bytes + sums, b->names));
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of its checksums does not match [SB5]");
+    if (names) {
+        XKV_TRY(XKV_NEW(ctx, h->names, &b->names));
+        XKV_TRY(decode_names(ctx, h, xkv_load64(b->bytes + table - 8), b->bytes + keys, all - keys, b->names));
+    }
     return decode_symbols(ctx, h, b->bytes, b->bytes + table, count, b->symbols);
 }
 
@@ -354,14 +361,13 @@ xkv_status xkv_blob_read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blo
 {
     uint64_t whole = xkv_min64(xkv_align64(*count, RUN_SYMBOLS), head->symbols);
     body b = {0};
-    xkv_status status = read_body(ctx, file, head, (uint32_t)whole, &b);
+    if (names_p != NULL)
+        whole = head->symbols;
+    xkv_status status = read_body(ctx, file, head, (uint32_t)whole, names_p != NULL, &b);
     xkv_release(ctx, b.bytes);
-    if (status != XKV_OK || names_p == NULL) {
-        xkv_release(ctx, b.names);
-        b.names = NULL;
-    }
     if (status != XKV_OK) {
         xkv_release(ctx, b.symbols);
+        xkv_release(ctx, b.names);
         return status;
     }
     *count = (uint32_t)whole;
@@ -442,7 +448,7 @@ static xkv_status write_body(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *he
     uint8_t *bytes = NULL;
     XKV_TRY(XKV_NEW_ZERO(ctx, size, &bytes));
     encode_body(head, symbols, names, bytes);
-    head->body_checksum = XXH3_64bits(bytes, (size_t)(symbols_offset(head->symbols, head->names) - XKV_BLOB_HEAD));
+    head->body_checksum = XXH3_64bits(bytes, (size_t)table_size(head->symbols));
     xkv_status status = write_at(ctx, w->fd, XKV_BLOB_HEAD, bytes, size);
     xkv_release(ctx, bytes);
     return status;

@@ -28,7 +28,7 @@ typedef struct xkv_blob_head {
     uint32_t tokens, symbols, names;
     uint64_t file_size, payload_offset, payload_size;
     uint64_t created, expires, raw_bytes;
-    uint64_t body_checksum; /* of the checksums of symbols and of the page keys */
+    uint64_t body_checksum; /* of the checksums of what lies between head and payload */
     uint8_t dict[16];       /* entry: the dictionary it needs, or zero; dictionary: its id */
     uint8_t space[32], key[32];
 } xkv_blob_head;
@@ -69,8 +69,8 @@ XKV_MUST_CHECK xkv_status xkv_blob_open(xkv_ctx *ctx, const xkv_folders *folders
                                         int *fd);
 /* Read and check the head of an open blob, or of an exported file. CORRUPT [SB1 - SB4]. */
 XKV_MUST_CHECK xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head);
-/* Read the first *count symbols, or all if there are fewer, and the page keys (names_p may be NULL), and check them.
- * More may come, as *count then says. CORRUPT, CHECKSUM [SB5]. Release both. */
+/* Read the first *count symbols, or all if there are fewer, and check them; more may come, as *count then says. With
+ * names_p everything up to the payload is read and checked. CORRUPT, CHECKSUM [SB5]. Release both. */
 XKV_MUST_CHECK xkv_status xkv_blob_read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *head,
                                              uint32_t *count, uint32_t **symbols_p, xkv_page_key **names_p);
 /* A whole blob file as an input; `fd`, which stays open, must outlive it. */

@@ -138,7 +138,9 @@ static xkv_status check_opened(verify *v, const int *fd)
     if (head.kind != XKV_BLOB_ENTRY || head.symbols != v->item->symbols || memcmp(head.key, v->item->key, 32) != 0)
         return xkv_fail(v->ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
     uint32_t count = head.symbols;
-    XKV_TRY(xkv_blob_read_body(v->ctx, &file, &head, &count, &v->symbols, NULL));
+    xkv_page_key *names = NULL;
+    XKV_TRY(xkv_blob_read_body(v->ctx, &file, &head, &count, &v->symbols, &names));
+    xkv_release(v->ctx, names);
     xkv_status status = xkv_index_read(v->ctx, v->store->index, check_reach, v);
     xkv_release(v->ctx, v->symbols);
     v->symbols = NULL;

@@ -30,7 +30,7 @@ static void read_blob(const uint8_t *data, size_t size)
         for (size_t i = 0; i < 3; i++) {
             uint32_t count = counts[i], *symbols = NULL;
             xkv_page_key *names = NULL;
-            if (xkv_blob_read_body(ctx, &input, &head, &count, &symbols, &names) != XKV_OK)
+            if (xkv_blob_read_body(ctx, &input, &head, &count, &symbols, i == 2 ? &names : NULL) != XKV_OK)
                 continue;
             check_promises(&head, count, symbols, size);
             xkv_release(ctx, symbols);
@@ -48,12 +48,13 @@ static void seal(uint8_t *data, size_t size)
     if (size < 256)
         return;
     uint64_t symbols = xkv_load32(data + 32), names = xkv_load32(data + 36);
-    uint64_t runs = (symbols + 1023) / 1024, table = 8 * runs + 40 * names;
-    if (256 + table + 4 * symbols <= size) {
+    uint64_t runs = (symbols + 1023) / 1024, table = 8 * (runs + 1), keys = 256 + table + 4 * symbols;
+    if (keys + 40 * names <= size) {
         for (uint64_t i = 0; i < runs; i++) {
             uint64_t n = xkv_min64(symbols - 1024 * i, 1024);
             xkv_store64(data + 256 + 8 * i, XXH3_64bits(data + 256 + table + 4096 * i, 4 * n));
         }
+        xkv_store64(data + 256 + 8 * runs, XXH3_64bits(data + keys, 40 * names));
         xkv_store64(data + 80, XXH3_64bits(data + 256, table));
     }
     xkv_store64(data + 248, XXH3_64bits(data, 248));

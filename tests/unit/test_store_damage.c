@@ -458,7 +458,7 @@ static const bad_blob bad_blobs[] = {
     {"[SB2]", 10, 0, true, false},    {"[SB2]", 24, 1, true, false},    {"[SB2]", 170, 1, true, false},
     {"[SB3]", 12, 3, true, false},    {"[SB3]", 16, 1, true, false},    {"[SB4]", 32, 0, true, false},
     {"[SB4]", 35, 0xff, true, false}, {"[SB4]", 39, 0xff, true, false}, {"[SB4]", 40, 65, true, false},
-    {"[SB4]", 48, 1, true, false},    {"[SB5]", 259, 1, true, false},   {"[SB5]", 267, 0x80, true, true},
+    {"[SB4]", 48, 1, true, false},    {"[SB5]", 259, 1, true, false},   {"[SB5]", 275, 0x80, true, true},
     {"[SB6]", 28, 23, true, false},   {"[SB6]", 104, 1, true, false},   {"[SB6]", 136, 1, true, false},
     {"[SB6]", 88, 1, true, false},
 };
@@ -476,8 +476,8 @@ static void make_bad(const bad_blob *b, uint8_t *data)
 {
     data[b->at] = b->value;
     if (b->body) { /* one run of symbols, no page keys */
-        xkv_store64(data + 256, XXH3_64bits(data + 264, 4 * SIZE));
-        xkv_store64(data + 80, XXH3_64bits(data + 256, 8));
+        xkv_store64(data + 256, XXH3_64bits(data + 272, 4 * SIZE));
+        xkv_store64(data + 80, XXH3_64bits(data + 256, 16));
     }
     if (b->head)
         xkv_store64(data + 248, XXH3_64bits(data, 248));
