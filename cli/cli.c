@@ -109,10 +109,13 @@ static cli_exit exit_code(xkv_status status)
         return CLI_LIMIT;
     case XKV_ERROR_CANCELLED:
         return CLI_INTERRUPTED;
+    case XKV_ERROR_NOT_FOUND:
+        return CLI_MISS;
     case XKV_ERROR_UNSUPPORTED:
     case XKV_ERROR_IO:
     case XKV_ERROR_EXISTS:
     case XKV_ERROR_NO_SPACE:
+    case XKV_ERROR_TIMEOUT:
     case XKV_ERROR_BACKEND:
     case XKV_ERROR_INTERNAL:
         break;
@@ -466,7 +469,7 @@ static bool check_options(cli *c)
 static cli_exit finish_file(cli *c, const char *path, cli_exit code)
 {
     cli_progress_end(c);
-    if (code != CLI_OK && c->json)
+    if (code != CLI_OK && c->json && !c->reported)
         cli_json_print(json_pack("{s:o, s:b, s:i, s:o}", "file", cli_json_string(path), "ok", 0, "exit_code", (int)code,
                                  "message", cli_json_string(c->last_error)));
     return code;
@@ -480,8 +483,9 @@ static cli_exit process_file(cli *c, const char *path)
 
 static cli_exit process_together(cli *c, int count, char **paths)
 {
-    c->progress_name = c->output;
-    cli_exit code = finish_file(c, c->output, c->tool->process_all(c, (uint32_t)count, paths));
+    const char *subject = c->subject != NULL ? c->subject : c->output;
+    c->progress_name = subject;
+    cli_exit code = finish_file(c, subject, c->tool->process_all(c, (uint32_t)count, paths));
     return interrupted ? CLI_INTERRUPTED : code;
 }
 
@@ -542,6 +546,7 @@ int cli_main(const cli_tool *tool, void *user, int argc, char **argv)
             count = 1;
             paths = &standard_input;
         }
+        c.arguments = paths;
         code = check_options(&c) ? run(&c, count, paths) : CLI_USAGE;
     }
     if (code == CLI_USAGE && c.ctx == NULL)

@@ -22,6 +22,7 @@ typedef enum cli_exit {
     CLI_MISMATCH = 4,      /* the input belongs to another model, or needs a dictionary that is not there */
     CLI_TARGET = 5,        /* the asked ratio, error or energy cannot be reached */
     CLI_LIMIT = 6,         /* out of memory, or beyond a limit */
+    CLI_MISS = 7,          /* nothing stored begins like the prompt, or there is no such entry */
     CLI_INTERRUPTED = 130, /* SIGINT, SIGTERM or SIGHUP */
 } cli_exit;
 
@@ -88,7 +89,10 @@ typedef struct cli {
     const char *dict_path;     /* -D, else $XKV_DICT_PATH: a dictionary or a folder of them; NULL: none */
     bool dict_given;           /* by -D */
     xkv_dict *dict;            /* the one last used */
+    bool reported;             /* the result that is no success is in JSON already */
     uint32_t input_count;      /* named inputs */
+    char **arguments;          /* [input_count] the same, or "-" */
+    const char *subject;       /* of a tool with process_all, set by its check; NULL: the output */
     const char *progress_name; /* file whose progress is shown */
     bool progress_shown;
     double progress_time; /* of the last update */

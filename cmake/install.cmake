@@ -3,7 +3,7 @@ include(CMakePackageConfigHelpers)
 set(xkv_package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/xkv)
 
 install(FILES format/xkv/common.h format/xkv/format.h kernels/xkv/kernels.h codec/xkv/codec.h
-    DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/xkv)
+    store/xkv/store.h store/xkv/hook.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/xkv)
 # Two export sets, because only the static library needs the dependencies' development files.
 install(TARGETS xkv_shared EXPORT xkvTargets
     LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})

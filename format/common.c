@@ -82,6 +82,8 @@ const char *xkv_status_string(xkv_status status)
         return "model or geometry mismatch";
     case XKV_ERROR_TARGET:
         return "target cannot be reached";
+    case XKV_ERROR_NOT_FOUND:
+        return "no such entry";
     case XKV_ERROR_LIMIT:
         return "beyond a limit";
     case XKV_ERROR_MEMORY:
@@ -94,6 +96,8 @@ const char *xkv_status_string(xkv_status status)
         return "no space left";
     case XKV_ERROR_CANCELLED:
         return "cancelled";
+    case XKV_ERROR_TIMEOUT:
+        return "not done in time";
     case XKV_ERROR_BACKEND:
         return "compute backend failed";
     case XKV_ERROR_INTERNAL:

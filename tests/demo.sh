@@ -50,5 +50,16 @@ row "--ratio 8" --ratio 8
 echo
 xkv-info -v "$work/entry.xkv" | sed -n 1,8p
 echo "  ... (xkv-info -v shows every group)"
+
+echo "A store: put it there, look a longer prompt up, restore what is stored of it, verify."
+store=$work/store
+(od -An -v -tu4 -j 12 -N 640 "$cache"; echo 1 2 3) >"$work/prompt" # its 160 token ids, and three more
+xkv-store init "$store"
+xkv-store put --model "$model" "$store" "$cache"
+xkv-store match --model "$model" "$store" "$work/prompt"
+xkv-store get -q --model "$model" -o "$work/prefix" "$store" "$work/prompt"
+cmp "$cache" "$work/prefix" && echo "restored: identical"
+xkv-store verify --decode "$store"
+echo
 echo "With a dictionary (xkv-train, xkv-pack -D) the ratio is several times higher; none is shipped, and one trained on"
 echo "this very cache would prove nothing."

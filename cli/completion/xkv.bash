@@ -1,4 +1,4 @@
-# bash completion for xkv-pack, xkv-unpack, xkv-info and xkv-train. The options come from --help, so that there is one list.
+# bash completion for xkv-pack, xkv-unpack, xkv-info, xkv-train and xkv-store. The options come from --help, so that there is one list.
 
 _xkv_options() {
     "$1" --help 2>/dev/null | grep -oE '(^|[ ,])--[a-z][a-z0-9-]*' | tr -d ' ,' | sort -u
@@ -19,13 +19,16 @@ _xkv() {
     --model) _xkv_files "$current" .gguf; return ;;
     --metric) _xkv_files "$current" .safetensors; return ;;
     -D | --dictionary) _xkv_files "$current" .xkvd; return ;;
-    -o | --output | --validate) _xkv_files "$current"; return ;;
+    -o | --output | --validate | --salt-file) _xkv_files "$current"; return ;;
     -T | -M | --threads | --memory | --fingerprint | --group | --cross | --rank-[kv] | --ratio | --error | --energy | --sinks | \
-        --window | --iterations | --quality | --max-quality | --rope-base | --rope-dim | --rope-scale | --head-dim | --first) return ;;
+        --window | --iterations | --quality | --max-quality | --rope-base | --rope-dim | --rope-scale | --head-dim | --first | --settings | \
+        --lora | --block | --cap | --ttl | --min | --id) return ;;
     esac
     if [[ $current == -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_xkv_options "$tool")" -- "$current")
-    elif [[ ${tool##*/} == xkv-pack || ${tool##*/} == xkv-train ]]; then
+    elif [[ ${tool##*/} == xkv-store && $COMP_CWORD -eq 1 ]]; then
+        mapfile -t COMPREPLY < <(compgen -W 'init put match get ls stat rm pin unpin gc verify repair export import' -- "$current")
+    elif [[ ${tool##*/} == xkv-store || ${tool##*/} == xkv-pack || ${tool##*/} == xkv-train ]]; then
         _xkv_files "$current"
     else
         _xkv_files "$current" .xkv
@@ -35,4 +38,4 @@ _xkv() {
     fi
 }
 
-complete -F _xkv xkv-pack xkv-unpack xkv-info xkv-train
+complete -F _xkv xkv-pack xkv-unpack xkv-info xkv-train xkv-store

@@ -1,8 +1,9 @@
 /*
  * xkv/common.h - status codes, contexts, allocator and log hooks shared by every part of libxkv.
  *
- * Level of use: start with <xkv/codec.h> (pack and unpack); <xkv/format.h> describes caches, models and engine
- * files; <xkv/kernels.h> chooses a backend. This header is included by all of them.
+ * Level of use: start with <xkv/codec.h> (pack and unpack) or <xkv/store.h> (find packed prefixes; <xkv/hook.h> for
+ * engines); <xkv/format.h> describes caches, models and engine files; <xkv/kernels.h> chooses a backend. This header is
+ * included by all of them.
  *
  * Conventions of the whole API
  *   - Every fallible function returns xkv_status; outputs come last and are written only on XKV_OK.
@@ -12,7 +13,8 @@
  *     program compiled against an older header keeps working.
  *   - Sizes are bytes unless a name says otherwise (tokens, layers, elements, dims).
  *   - The library never prints, exits or aborts, and keeps no global mutable state except the OpenBLAS thread count,
- *     which it holds at one thread while it computes and then restores (OpenBLAS offers no per-thread setting).
+ *     which it holds at one thread while it computes and then restores (OpenBLAS offers no per-thread setting), and the
+ *     list of open stores, since a process opens each only once.
  */
 #ifndef XKV_COMMON_H
 #define XKV_COMMON_H
@@ -62,8 +64,9 @@ typedef enum xkv_status {
     XKV_ERROR_TRUNCATED = 30, /* ends before it should */
 
     /* 40..49: the input is sound but does not fit the request */
-    XKV_ERROR_MISMATCH = 40, /* other model, geometry or engine than the caller says */
-    XKV_ERROR_TARGET = 42,   /* the asked ratio, error or energy cannot be reached */
+    XKV_ERROR_MISMATCH = 40,  /* other model, geometry or engine than the caller says */
+    XKV_ERROR_TARGET = 42,    /* the asked ratio, error or energy cannot be reached */
+    XKV_ERROR_NOT_FOUND = 44, /* there is no such entry */
 
     /* 50..69: limits and memory */
     XKV_ERROR_LIMIT = 50,  /* beyond a limit of the format or of the caller (memory limit) */
@@ -76,6 +79,7 @@ typedef enum xkv_status {
 
     /* 80 and up: the run */
     XKV_ERROR_CANCELLED = 80, /* xkv_ctx_cancel() was called, or a callback asked to stop */
+    XKV_ERROR_TIMEOUT = 82,   /* not done in the time that was given */
     XKV_ERROR_BACKEND = 90,   /* the compute backend failed (LAPACK info != 0, device error) */
     XKV_ERROR_INTERNAL = 100  /* a bug in xkv */
 } xkv_status;

@@ -5,7 +5,7 @@ here=$data/../../cli
 
 long_options() { grep -oE -- '(^|[ ,])--[a-z][a-z-]+' | tr -d ' ,' | sort -u; }
 
-for tool in xkv-pack xkv-unpack xkv-info xkv-train; do
+for tool in xkv-pack xkv-unpack xkv-info xkv-train xkv-store; do
     page=$here/man/$tool.1
     "$tool" --help | long_options >help
     # ".It Fl o , Fl -output Ar file", ".It Fl -rank-k Ar n , Fl -rank-v Ar n"

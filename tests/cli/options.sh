@@ -3,7 +3,7 @@
 . "$(dirname "$0")/lib.sh"
 
 declare -A usages=([xkv-pack]='[options] [FILE...]' [xkv-unpack]='[options] [FILE...]' [xkv-info]='[options] [FILE...]'
-    [xkv-train]='[options] -o FILE CACHE...')
+    [xkv-train]='[options] -o FILE CACHE...' [xkv-store]='COMMAND [options] STORE [ARGUMENT...]')
 out_is_usage() { is 'first line' "$(head -1 <<<"$out")" "Usage: $tool $1"; }
 
 for tool in xkv-pack xkv-unpack xkv-info xkv-train; do
@@ -83,5 +83,19 @@ usage "--quality: '0' is not a number from 1 to 100" xkv-pack --quality 0 a
 usage "--max-quality: 'x' is not a number from 1 to 100" xkv-train --max-quality x -o d a
 usage "--group: '0' is not a number from 1 to 4096" xkv-train --group 0 -o d a
 usage "level: '20' is not a number from 1 to 19" xkv-pack -20 a
+usage 'name a command and a store' xkv-store
+usage 'name a command and a store' xkv-store ls
+usage "'frob' is not a command" xkv-store frob s
+usage 'wrong number of arguments for this command' xkv-store ls s x
+usage 'name the output by -o' xkv-store get s x
+usage '-o goes with get and export' xkv-store ls -o x s
+usage 'get takes either a prompt or --id' xkv-store get -o x s
+usage 'rm takes either ids or --all' xkv-store rm --all s 1
+usage '--ratio, --error and --quality exclude each other' xkv-store put --ratio 2 --error 0.1 s a
+usage "--block: '0' is not a number from 1 to 65536" xkv-store init --block 0 s
+usage "--ttl: '0' is not a number from 1 to 4294967295" xkv-store put --ttl 0 s a
+for command in init put match get ls stat rm pin unpin gc verify repair export import; do
+    run 0 grep -q "^.It Cm $command " "$data/../../cli/man/xkv-store.1"
+done
 files_are ''
 finish

@@ -17,19 +17,23 @@ if grep -rl "$work/first" "$prefix/$libdir/pkgconfig" "$prefix/$libdir/cmake"; t
     echo "these files name the folder of the installation" >&2
     exit 1
 fi
-for file in include/xkv/{common,format,kernels,codec}.h bin/xkv-{pack,unpack,info,train} \
-    share/man/man1/xkv-{pack,unpack,info,train}.1 share/bash-completion/completions/xkv-{pack,unpack,info,train}; do
+for file in include/xkv/{common,format,kernels,codec,store,hook}.h bin/xkv-{pack,unpack,info,train,store} \
+    share/man/man1/xkv-{pack,unpack,info,train,store}.1 share/bash-completion/completions/xkv-{pack,unpack,info,train,store}; do
     test -e "$prefix/$file" || { echo "not installed: $file" >&2; exit 1; }
 done
 "$prefix/bin/xkv-info" --version
 
 say "each header alone, C11 and C++17"
-for header in common format kernels codec; do
+for header in common format kernels codec store hook; do
     echo "#include <xkv/$header.h>" | "$cc" -std=c11 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c \
         -I"$prefix/include" -
     echo "#include <xkv/$header.h>" | c++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -x c++ \
         -I"$prefix/include" -
 done
+
+say "the README's example is the one that is built here"
+diff -u <(sed -n '/^#include <stdio.h>/,/^\/\* -----/p' "$here/consumer/engine.c" | head -n -2) \
+    <(sed -n '/^#include <stdio.h>/,/^```/p' "$here/../../README.md" | head -n -1)
 
 say "find_package, shared and static"
 "$cmake" -S "$here/consumer" -B "$work/consumer" -G "$generator" -DCMAKE_MAKE_PROGRAM="$make" \
@@ -37,6 +41,8 @@ say "find_package, shared and static"
 "$cmake" --build "$work/consumer"
 "$work/consumer/consumer_shared"
 "$work/consumer/consumer_static"
+"$work/consumer/engine_shared" "$work/store-of-shared"
+"$work/consumer/engine_static" "$work/store-of-static"
 
 say "pkg-config"
 export PKG_CONFIG_PATH=$prefix/$libdir/pkgconfig

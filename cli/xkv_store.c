@@ -1,0 +1,625 @@
+/* xkv_store.c - a store of packed prefixes: options, and the commands that look after it. */
+#include "xkv_store.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum {
+    OPT_SETTINGS = CLI_OPT_TOOL,
+    OPT_LORA,
+    OPT_SALT_FILE,
+    OPT_BLOCK,
+    OPT_CAP,
+    OPT_TTL,
+    OPT_PIN,
+    OPT_PROFILE,
+    OPT_RATIO,
+    OPT_ERROR,
+    OPT_QUALITY,
+    OPT_MIN,
+    OPT_ID,
+    OPT_ALL,
+    OPT_DECODE,
+    OPT_COMPACT,
+    OPT_UNUSED,
+};
+
+static const char letters[] = CLI_COMMON_LETTERS CLI_DICT_LETTERS "o:f";
+static const struct option long_options[] = {
+    CLI_COMMON_OPTIONS,
+    CLI_MODEL_OPTIONS,
+    CLI_DICT_OPTIONS,
+    {"output", required_argument, NULL, 'o'},
+    {"force", no_argument, NULL, 'f'},
+    {"settings", required_argument, NULL, OPT_SETTINGS},
+    {"lora", required_argument, NULL, OPT_LORA},
+    {"salt-file", required_argument, NULL, OPT_SALT_FILE},
+    {"block", required_argument, NULL, OPT_BLOCK},
+    {"cap", required_argument, NULL, OPT_CAP},
+    {"ttl", required_argument, NULL, OPT_TTL},
+    {"pin", no_argument, NULL, OPT_PIN},
+    {"profile", required_argument, NULL, OPT_PROFILE},
+    {"ratio", required_argument, NULL, OPT_RATIO},
+    {"error", required_argument, NULL, OPT_ERROR},
+    {"quality", required_argument, NULL, OPT_QUALITY},
+    {"min", required_argument, NULL, OPT_MIN},
+    {"id", required_argument, NULL, OPT_ID},
+    {"all", no_argument, NULL, OPT_ALL},
+    {"decode", no_argument, NULL, OPT_DECODE},
+    {"compact", no_argument, NULL, OPT_COMPACT},
+    {"unused-dictionaries", no_argument, NULL, OPT_UNUSED},
+    CLI_END_OPTIONS,
+};
+
+static const char help[] =
+    "Keep packed prefixes in a folder and find the longest one that a prompt begins with.\n"
+    "\n"
+    "Commands:\n"
+    "  init STORE            make a store: --block, --cap\n"
+    "  put STORE FILE...     store engine files (packed on the way), .xkv entries and .xkvd dictionaries\n"
+    "  match STORE PROMPT    how much of the prompt is stored\n"
+    "  get STORE PROMPT      restore the stored part of the prompt as the engine's file, -o FILE; or of --id\n"
+    "  ls STORE              entries of the namespace\n"
+    "  stat STORE            sums and counters\n"
+    "  rm STORE ID...        remove entries; --all: all of the namespace\n"
+    "  pin, unpin STORE ID...  keep entries from eviction\n"
+    "  gc STORE              remove what is expired, orphaned or in quarantine: --cap, --compact\n"
+    "  verify STORE          check every file and record: --decode\n"
+    "  repair STORE          rebuild the index from the files\n"
+    "  export STORE ID       one entry with its tokens as a file, -o FILE\n"
+    "  import STORE FILE...  what export wrote\n"
+    "A PROMPT is a list of tokens (1,2,3), a file with such a list, or an engine's file; - is standard input.\n"
+    "\n"
+    "Namespace (prompts match only within one):\n"
+    "      --model FILE      GGUF file of the model; its header is enough\n"
+    "      --fingerprint HEX identity of the model, 32 digits, instead of the GGUF's\n"
+    "      --settings TEXT   whatever else makes caches differ\n"
+    "      --lora NAME       adapter\n"
+    "      --salt-file FILE  file with the tenant's secret\n"
+    "\n"
+    "Storing:\n"
+    "      --profile P       auto, lossless, svd, dict, scalar [auto: dict or svd with a target, else lossless]\n"
+    "      --ratio R, --error E, --quality Q  as of xkv-pack\n"
+    "  -D, --dictionary PATH dictionary (.xkvd) to pack with; it is stored too\n"
+    "      --ttl SECONDS     the entry expires\n"
+    "      --pin             never evict it\n"
+    "\n"
+    "Other options of commands:\n"
+    "      --block N         tokens in a block of the key chain [256]\n"
+    "      --cap BYTES       evict the least recently used above it, 0: none [0]\n"
+    "      --min N           shorter matches are misses [1]\n"
+    "      --id ID           this entry instead of a prompt\n"
+    "      --all             all entries of the namespace\n"
+    "      --decode          also decode everything\n"
+    "      --compact         also give back free pages of the index; the store must not be in use\n"
+    "      --unused-dictionaries  also remove dictionaries that no entry needs\n"
+    "  -o, --output FILE     write FILE (- for standard output)\n"
+    "  -f, --force           overwrite the output; write even to a terminal\n"
+    "\n"
+    "General:\n"
+    "  -T, --threads N       worker threads, 0 for all cores [0]\n"
+    "  -M, --memory N        memory limit in bytes; suffixes K, M, G [none]\n"
+    "      --json            JSON objects, one a line, on standard output\n"
+    "  -q, --quiet           errors only\n"
+    "  -v, --verbose         more messages; twice: still more\n"
+    "  -h, --help            this text\n"
+    "  -V, --version         version\n"
+    "\n"
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input or damage, 4 other model or no dictionary,\n"
+    "5 target, 6 memory, limit or cap, 7 no match or no such entry, 130 interrupted. See xkv-store(1).\n";
+
+/* --- Options --------------------------------------------------------------------------------------------------------
+ */
+
+static bool take_pack_option(cli *c, int option, const char *value)
+{
+    static const char *const profiles[] = {"auto", "lossless", "svd", "dict", "scalar", NULL};
+    store_tool *tool = c->user;
+    switch (option) {
+    case OPT_PROFILE:
+        return cli_parse_choice(c, "--profile", value, profiles, &tool->pack.profile);
+    case OPT_RATIO:
+        return cli_parse_double(c, "--ratio", value, 1, 1e6, &tool->pack.ratio);
+    case OPT_ERROR:
+        return cli_parse_double(c, "--error", value, 0, 1, &tool->pack.error);
+    default:
+        return cli_parse_quality(c, "--quality", value, &tool->pack.quality);
+    }
+}
+
+static bool take_flag(store_tool *tool, int option)
+{
+    switch (option) {
+    case OPT_PIN:
+        tool->put.pin = 1;
+        return true;
+    case OPT_ALL:
+        tool->all = true;
+        return true;
+    case OPT_DECODE:
+        tool->decode = true;
+        return true;
+    case OPT_COMPACT:
+        tool->compact = true;
+        return true;
+    default:
+        tool->unused_dicts = true;
+        return true;
+    }
+}
+
+static bool take_option(cli *c, int option, const char *value)
+{
+    store_tool *tool = c->user;
+    switch (option) {
+    case OPT_SETTINGS:
+        tool->settings = value;
+        return true;
+    case OPT_LORA:
+        tool->lora = value;
+        return true;
+    case OPT_SALT_FILE:
+        tool->salt_path = value;
+        return true;
+    case OPT_BLOCK:
+        return cli_parse_u32(c, "--block", value, 1, 65536, &tool->properties.block_tokens);
+    case OPT_CAP:
+        tool->cap_given = true;
+        return cli_parse_u64(c, "--cap", value, 0, UINT64_MAX, &tool->properties.byte_cap);
+    case OPT_TTL:
+        return cli_parse_u64(c, "--ttl", value, 1, UINT32_MAX, &tool->put.ttl);
+    case OPT_MIN:
+        return cli_parse_u32(c, "--min", value, 1, XKV_MAX_TOKENS, &tool->min_tokens);
+    case OPT_ID:
+        return cli_parse_u64(c, "--id", value, 1, INT64_MAX, &tool->id);
+    case OPT_PROFILE:
+    case OPT_RATIO:
+    case OPT_ERROR:
+    case OPT_QUALITY:
+        return take_pack_option(c, option, value);
+    default:
+        return take_flag(tool, option);
+    }
+}
+
+bool store_parse_id(cli *c, const char *text, uint64_t *id)
+{
+    return cli_parse_u64(c, "ID", text, 1, INT64_MAX, id);
+}
+
+/* --- Commands that look after the store -----------------------------------------------------------------------------
+ */
+
+static cli_exit report(cli *c, xkv_status status)
+{
+    const store_tool *tool = c->user;
+    return status == XKV_OK ? CLI_OK : cli_fail(c, tool->path, status);
+}
+
+static cli_exit run_init(cli *c, uint32_t count, char **arguments)
+{
+    const store_tool *tool = c->user;
+    (void)count;
+    (void)arguments;
+    xkv_status status = xkv_store_create(c->ctx, tool->path, &tool->properties);
+    if (status == XKV_ERROR_EXISTS) {
+        cli_error(c, "%s: exists and is not an empty folder", tool->path);
+        return CLI_FAILED;
+    }
+    if (status == XKV_OK && c->json)
+        cli_json_print(json_pack("{s:o, s:b}", "file", cli_json_string(tool->path), "ok", 1));
+    return report(c, status);
+}
+
+/* "2026-11-26 15:00:00", local time; "-" for 0. */
+static void time_text(uint64_t microseconds, char text[32])
+{
+    time_t seconds = (time_t)(microseconds / 1000000u);
+    struct tm parts;
+    if (microseconds == 0 || localtime_r(&seconds, &parts) == NULL || strftime(text, 32, "%F %T", &parts) == 0)
+        snprintf(text, 32, "-");
+}
+
+static json_t *item_json(const xkv_store_item *item)
+{
+    json_t *object = json_pack(
+        "{s:I, s:i, s:b, s:I, s:I, s:I, s:I, s:I, s:s, s:s}", "id", (json_int_t)item->id, "tokens", (int)item->tokens,
+        "pinned", (int)item->pinned, "bytes", (json_int_t)item->bytes, "raw_bytes", (json_int_t)item->raw_bytes,
+        "created", (json_int_t)item->created, "used", (json_int_t)item->used, "expires", (json_int_t)item->expires,
+        "key", cli_hex_text(item->key, 31).text, "blob", cli_hex_text(item->blob, 31).text);
+    json_object_set_new(object, "dictionary_id",
+                        item->needs_dict ? json_string(cli_hex_text(item->dictionary_id, 16).text) : json_null());
+    return object;
+}
+
+static int print_item(void *user, const xkv_store_item *item)
+{
+    cli *c = user;
+    char used[32], expires[32];
+    if (c->json) {
+        cli_json_print(item_json(item));
+        return 0;
+    }
+    time_text(item->used, used);
+    time_text(item->expires, expires);
+    printf("%8" PRIu64 " %8u %11s %11s %7.2f  %-19s  %-19s %s\n", item->id, item->tokens,
+           cli_size_text(item->raw_bytes).text, cli_size_text(item->bytes).text,
+           (double)item->raw_bytes / (double)item->bytes, used, expires, item->pinned ? "pinned" : "");
+    return 0;
+}
+
+static cli_exit run_ls(cli *c, uint32_t count, char **arguments)
+{
+    const store_tool *tool = c->user;
+    (void)count;
+    (void)arguments;
+    if (!c->json && c->verbosity >= 1)
+        printf("%8s %8s %11s %11s %7s  %-19s  %s\n", "Id", "Tokens", "Raw", "Stored", "Ratio", "Used", "Expires");
+    return report(c, xkv_store_list(c->ctx, tool->store, &tool->ns, print_item, c));
+}
+
+static void print_number(const char *name, uint64_t value)
+{
+    printf("  %-24s %" PRIu64 "\n", name, value);
+}
+
+static void print_bytes(const char *name, uint64_t value)
+{
+    printf("  %-24s %" PRIu64 " (%s)\n", name, value, cli_size_text(value).text);
+}
+
+static void print_stats(const xkv_store_stats *s)
+{
+    print_number("entries", s->entries);
+    print_number("pinned", s->pinned);
+    print_number("namespaces", s->namespaces);
+    print_number("dictionaries", s->dictionaries);
+    print_bytes("bytes", s->bytes);
+    print_bytes("byte cap", s->byte_cap);
+    print_bytes("index", s->index_bytes);
+    print_number("quarantined files", s->quarantined);
+    print_number("block tokens", s->block_tokens);
+    print_number("puts", s->puts);
+    print_number("hits", s->hits);
+    print_number("misses", s->misses);
+    print_number("evictions", s->evictions);
+    print_number("expirations", s->expirations);
+    print_number("damaged", s->corrupt);
+    print_number("tokens reused", s->tokens_reused);
+    print_bytes("raw bytes reused", s->bytes_reused);
+}
+
+static json_t *stats_json(const xkv_store_stats *s)
+{
+    const struct {
+        const char *name;
+        uint64_t value;
+    } fields[] = {
+        {"entries", s->entries},
+        {"pinned", s->pinned},
+        {"namespaces", s->namespaces},
+        {"dictionaries", s->dictionaries},
+        {"bytes", s->bytes},
+        {"byte_cap", s->byte_cap},
+        {"index_bytes", s->index_bytes},
+        {"quarantined", s->quarantined},
+        {"puts", s->puts},
+        {"hits", s->hits},
+        {"misses", s->misses},
+        {"evictions", s->evictions},
+        {"expirations", s->expirations},
+        {"damaged", s->corrupt},
+        {"block_tokens", s->block_tokens},
+        {"tokens_reused", s->tokens_reused},
+        {"bytes_reused", s->bytes_reused},
+    };
+    json_t *object = json_object();
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        json_object_set_new(object, fields[i].name, json_integer((json_int_t)fields[i].value));
+    return object;
+}
+
+static cli_exit run_stat(cli *c, uint32_t count, char **arguments)
+{
+    const store_tool *tool = c->user;
+    xkv_store_stats s;
+    (void)count;
+    (void)arguments;
+    xkv_status status = xkv_store_get_stats(c->ctx, tool->store, &s);
+    if (status == XKV_OK && c->json)
+        cli_json_print(stats_json(&s));
+    else if (status == XKV_OK && c->verbosity >= 1)
+        print_stats(&s);
+    return report(c, status);
+}
+
+/* Run `change` for every ID; the first failure is the exit code. */
+static cli_exit for_each_id(cli *c, uint32_t count, char **arguments, xkv_status (*change)(cli *c, uint64_t id))
+{
+    cli_exit code = CLI_OK;
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t id;
+        cli_exit one = store_parse_id(c, arguments[i], &id) ? report(c, change(c, id)) : CLI_USAGE;
+        if (one == CLI_OK && c->json)
+            cli_json_print(json_pack("{s:I, s:b}", "id", (json_int_t)id, "ok", 1));
+        if (code == CLI_OK)
+            code = one;
+    }
+    return code;
+}
+
+static xkv_status remove_id(cli *c, uint64_t id)
+{
+    const store_tool *tool = c->user;
+    return xkv_store_remove(c->ctx, tool->store, &tool->ns, id);
+}
+
+static cli_exit run_rm(cli *c, uint32_t count, char **arguments)
+{
+    const store_tool *tool = c->user;
+    uint64_t removed = 0;
+    if (!tool->all)
+        return for_each_id(c, count, arguments, remove_id);
+    xkv_status status = xkv_store_remove_namespace(c->ctx, tool->store, &tool->ns, &removed);
+    if (status == XKV_OK && c->json)
+        cli_json_print(json_pack("{s:I, s:b}", "removed", (json_int_t)removed, "ok", 1));
+    else if (status == XKV_OK)
+        cli_note(c, "%s: removed %" PRIu64 " entries", tool->path, removed);
+    return report(c, status);
+}
+
+static xkv_status pin_id(cli *c, uint64_t id)
+{
+    const store_tool *tool = c->user;
+    return xkv_store_pin(c->ctx, tool->store, &tool->ns, id, 1);
+}
+
+static xkv_status unpin_id(cli *c, uint64_t id)
+{
+    const store_tool *tool = c->user;
+    return xkv_store_pin(c->ctx, tool->store, &tool->ns, id, 0);
+}
+
+static cli_exit run_pin(cli *c, uint32_t count, char **arguments)
+{
+    return for_each_id(c, count, arguments, pin_id);
+}
+
+static cli_exit run_unpin(cli *c, uint32_t count, char **arguments)
+{
+    return for_each_id(c, count, arguments, unpin_id);
+}
+
+static void print_collected(cli *c, const xkv_collect_report *r)
+{
+    const store_tool *tool = c->user;
+    if (c->json)
+        cli_json_print(json_pack("{s:b, s:I, s:I, s:I, s:I, s:I, s:I}", "ok", 1, "expired", (json_int_t)r->expired,
+                                 "evicted", (json_int_t)r->evicted, "orphans", (json_int_t)r->orphans, "leftovers",
+                                 (json_int_t)r->leftovers, "dictionaries", (json_int_t)r->dictionaries, "freed_bytes",
+                                 (json_int_t)r->freed_bytes));
+    else
+        cli_note(c,
+                 "%s: %" PRIu64 " expired, %" PRIu64 " evicted, %" PRIu64 " orphans, %" PRIu64 " leftovers, %s freed",
+                 tool->path, r->expired, r->evicted, r->orphans, r->leftovers, cli_size_text(r->freed_bytes).text);
+}
+
+static cli_exit run_gc(cli *c, uint32_t count, char **arguments)
+{
+    store_tool *tool = c->user;
+    xkv_collect_report r;
+    xkv_status status = XKV_OK;
+    (void)count;
+    (void)arguments;
+    if (tool->cap_given)
+        status = xkv_store_set_cap(c->ctx, tool->store, tool->properties.byte_cap);
+    if (status == XKV_OK)
+        status = xkv_store_collect(c->ctx, tool->store, tool->unused_dicts, &r);
+    if (status == XKV_OK && tool->compact) {
+        xkv_store_close(c->ctx, tool->store);
+        tool->store = NULL;
+        status = xkv_store_repair(c->ctx, tool->path, 1, NULL);
+    }
+    if (status == XKV_OK)
+        print_collected(c, &r);
+    return report(c, status);
+}
+
+static cli_exit run_verify(cli *c, uint32_t count, char **arguments)
+{
+    const store_tool *tool = c->user;
+    xkv_verify_report r;
+    (void)count;
+    (void)arguments;
+    xkv_status status = xkv_store_verify(c->ctx, tool->store, tool->decode, cli_progress, c, &r);
+    cli_progress_end(c);
+    if (status != XKV_OK)
+        return report(c, status);
+    uint64_t wrong = r.damaged + r.missing + r.unreachable + r.wrong_sums;
+    if (c->json)
+        cli_json_print(json_pack(
+            "{s:b, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o}", "ok", wrong == 0, "entries", (json_int_t)r.entries,
+            "dictionaries", (json_int_t)r.dictionaries, "bytes", (json_int_t)r.bytes, "damaged", (json_int_t)r.damaged,
+            "missing", (json_int_t)r.missing, "unreachable", (json_int_t)r.unreachable, "orphans",
+            (json_int_t)r.orphans, "wrong_sums", (json_int_t)r.wrong_sums, "first", cli_json_string(r.first)));
+    else if (wrong == 0)
+        cli_note(c, "%s: OK, %" PRIu64 " entries, %s%s", tool->path, r.entries, cli_size_text(r.bytes).text,
+                 r.orphans > 0 ? ", and orphaned files; gc removes them" : "");
+    if (wrong > 0)
+        cli_error(c, "%s: %" PRIu64 " damaged, %" PRIu64 " missing, %" PRIu64 " unreachable; %s", tool->path, r.damaged,
+                  r.missing, r.unreachable, r.first);
+    c->reported = c->json;
+    return wrong == 0 ? CLI_OK : CLI_BAD_INPUT;
+}
+
+static cli_exit run_repair(cli *c, uint32_t count, char **arguments)
+{
+    const store_tool *tool = c->user;
+    xkv_repair_report r;
+    (void)count;
+    (void)arguments;
+    xkv_status status = xkv_store_repair(c->ctx, tool->path, 0, &r);
+    if (status == XKV_OK && c->json)
+        cli_json_print(json_pack("{s:b, s:I, s:I, s:I, s:b}", "ok", 1, "entries", (json_int_t)r.entries, "dictionaries",
+                                 (json_int_t)r.dictionaries, "quarantined", (json_int_t)r.quarantined, "kept_uses",
+                                 (int)r.kept_uses));
+    else if (status == XKV_OK)
+        cli_note(c, "%s: %" PRIu64 " entries and %" PRIu64 " dictionaries, %" PRIu64 " damaged files in quarantine%s",
+                 tool->path, r.entries, r.dictionaries, r.quarantined,
+                 r.kept_uses ? "" : "; pins and times of use are lost");
+    return report(c, status);
+}
+
+/* --- The frame ------------------------------------------------------------------------------------------------------
+ */
+
+static const store_command commands[] = {
+    {"init", run_init, 0, 0, true, false},
+    {"put", store_put, 1, UINT32_MAX, true, true},
+    {"match", store_match, 1, 1, false, true},
+    {"get", store_get, 0, 1, false, true},
+    {"ls", run_ls, 0, 0, false, true},
+    {"stat", run_stat, 0, 0, false, true},
+    {"rm", run_rm, 0, UINT32_MAX, true, true},
+    {"pin", run_pin, 1, UINT32_MAX, true, true},
+    {"unpin", run_unpin, 1, UINT32_MAX, true, true},
+    {"gc", run_gc, 0, 0, true, true},
+    {"verify", run_verify, 0, 0, false, true},
+    {"repair", run_repair, 0, 0, true, false},
+    {"export", store_export, 1, 1, false, true},
+    {"import", store_import, 1, UINT32_MAX, true, true},
+};
+
+static const store_command *find_command(const char *name)
+{
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
+        if (strcmp(commands[i].name, name) == 0)
+            return &commands[i];
+    }
+    return NULL;
+}
+
+static const char *problem_of(const cli *c, const store_tool *tool, uint32_t count)
+{
+    bool writes_file = tool->command->run == store_get || tool->command->run == store_export;
+    if (count < tool->command->least || count > tool->command->most)
+        return "wrong number of arguments for this command";
+    if (writes_file != (c->output != NULL))
+        return writes_file ? "name the output by -o" : "-o goes with get and export";
+    if (tool->command->run == store_get && (count == 1) == (tool->id != 0))
+        return "get takes either a prompt or --id";
+    if (tool->command->run == run_rm && (count > 0) == tool->all)
+        return "rm takes either ids or --all";
+    if ((tool->pack.ratio > 0) + (tool->pack.error > 0) + (tool->pack.quality > 0) > 1)
+        return "--ratio, --error and --quality exclude each other";
+    return NULL;
+}
+
+static bool check_options(cli *c)
+{
+    store_tool *tool = c->user;
+    if (c->input_count < 2) {
+        cli_error(c, "name a command and a store");
+        return false;
+    }
+    tool->command = find_command(c->arguments[0]);
+    if (tool->command == NULL) {
+        cli_error(c, "'%s' is not a command", c->arguments[0]);
+        return false;
+    }
+    tool->path = c->subject = c->arguments[1];
+    const char *problem = problem_of(c, tool, c->input_count - 2);
+    if (problem != NULL)
+        cli_error(c, "%s", problem);
+    return problem == NULL;
+}
+
+/* The bytes of the salt file, without line ends at its end. */
+static cli_exit read_salt(cli *c, const char *path, uint8_t *salt, size_t capacity, size_t *size)
+{
+    FILE *f = fopen(path, "rbe");
+    if (f == NULL)
+        return cli_fail_errno(c, path, "cannot open");
+    *size = fread(salt, 1, capacity, f);
+    bool failed = ferror(f) != 0;
+    fclose(f);
+    while (*size > 0 && (salt[*size - 1] == '\n' || salt[*size - 1] == '\r'))
+        --*size;
+    if (!failed && *size > 0 && *size < capacity)
+        return CLI_OK;
+    cli_error(c, "%s: cannot be read, is empty, or too long for a salt", path);
+    return CLI_FAILED;
+}
+
+static cli_exit make_namespace(cli *c)
+{
+    store_tool *tool = c->user;
+    xkv_namespace_fields f = xkv_namespace_fields_default();
+    uint8_t salt[4096];
+    size_t salt_size = 0;
+    if (tool->salt_path != NULL) {
+        cli_exit code = read_salt(c, tool->salt_path, salt, sizeof salt, &salt_size);
+        if (code != CLI_OK)
+            return code;
+    }
+    if (c->has_fingerprint)
+        f.fingerprint = c->fingerprint;
+    else if (tool->model != NULL && tool->model->has_fingerprint)
+        f.fingerprint = tool->model->fingerprint;
+    f.settings = tool->settings;
+    f.lora = tool->lora;
+    f.salt = salt;
+    f.salt_size = salt_size;
+    return report(c, xkv_namespace_make(c->ctx, &f, &tool->ns));
+}
+
+static cli_exit begin(cli *c)
+{
+    store_tool *tool = c->user;
+    xkv_store_options o = xkv_store_options_default();
+    cli_exit code = cli_model_load(c, NULL, &tool->model);
+    if (code == CLI_OK)
+        code = make_namespace(c);
+    if (code != CLI_OK || !tool->command->opens)
+        return code;
+    tool->pack.model = tool->model;
+    tool->pack.progress = cli_progress;
+    tool->pack.progress_user = c;
+    o.access = tool->command->writes ? XKV_STORE_READ_WRITE : XKV_STORE_AUTO;
+    return report(c, xkv_store_open(c->ctx, tool->path, &o, &tool->store));
+}
+
+static void end(cli *c)
+{
+    store_tool *tool = c->user;
+    xkv_store_close(c->ctx, tool->store);
+    xkv_model_free(c->ctx, tool->model);
+}
+
+static cli_exit process_all(cli *c, uint32_t count, char **paths)
+{
+    const store_tool *tool = c->user;
+    return tool->command->run(c, count - 2, paths + 2);
+}
+
+int main(int argc, char **argv)
+{
+    static const cli_tool tool = {
+        .name = "xkv-store",
+        .usage = "Usage: xkv-store COMMAND [options] STORE [ARGUMENT...]",
+        .help = help,
+        .letters = letters,
+        .options = long_options,
+        .option = take_option,
+        .check = check_options,
+        .begin = begin,
+        .end = end,
+        .process_all = process_all,
+    };
+    store_tool state = {.properties = xkv_store_properties_default(),
+                        .pack = xkv_pack_options_default(),
+                        .put = xkv_put_options_default()};
+    return cli_main(&tool, &state, argc, argv);
+}

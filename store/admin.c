@@ -1,0 +1,384 @@
+/* admin.c - listing, pinning, removing, counting, collecting, exporting. */
+#include "store_internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* --- Walking over entries ----------------------------------------------------------------------------------------- */
+
+typedef struct walk {
+    const xkv_namespace *ns;
+    uint64_t after;     /* ids from here on */
+    xkv_item items[64]; /* what one transaction has found */
+    uint32_t count;
+    bool done;
+} walk;
+
+/* Some entries of the namespace, in order of id; a transaction is never kept open while the caller works. */
+static xkv_status fill_walk(xkv_txn *txn, void *user)
+{
+    walk *w = user;
+    xkv_key from = xkv_key_id(XKV_TABLE_ITEM, w->after), key;
+    uint8_t value[XKV_VALUE_MAX];
+    size_t size = 0;
+    w->count = 0;
+    for (uint32_t seen = 0; seen < 4096 && w->count < 64; seen++) {
+        xkv_item *item = &w->items[w->count];
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        w->done = status == XKV_ERROR_NOT_FOUND;
+        if (w->done)
+            return XKV_OK;
+        XKV_TRY(status);
+        if (size != XKV_ITEM_SIZE || key.size != 9)
+            return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "an entry's record has %zu bytes [SI3]", size);
+        xkv_item_decode(value, item);
+        w->count += memcmp(item->space, w->ns->id, 32) == 0;
+        w->after = xkv_key_u64(&key, 1) + 1;
+        from = xkv_key_id(XKV_TABLE_ITEM, w->after);
+    }
+    return XKV_OK;
+}
+
+static void describe(const xkv_item *item, xkv_store_item *out)
+{
+    static const uint8_t none[16];
+    *out = (xkv_store_item){
+        .id = item->id,
+        .tokens = item->tokens,
+        .pinned = item->pinned,
+        .bytes = item->file_size,
+        .raw_bytes = item->raw_bytes,
+        .created = item->created,
+        .expires = item->expires,
+        .used = item->used,
+        .needs_dict = memcmp(item->dict, none, sizeof none) != 0,
+    };
+    memcpy(out->dictionary_id, item->dict, 16);
+    memcpy(out->key, item->key, 32);
+    memcpy(out->blob, item->blob, 32);
+}
+
+static xkv_status list_all(xkv_ctx *ctx, xkv_store *store, walk *w, int (*item)(void *user, const xkv_store_item *item),
+                           void *user)
+{
+    while (!w->done) {
+        XKV_TRY(xkv_index_read(ctx, store->index, fill_walk, w));
+        for (uint32_t i = 0; i < w->count; i++) {
+            xkv_store_item out;
+            describe(&w->items[i], &out);
+            if (item(user, &out) != 0)
+                return XKV_OK;
+        }
+        XKV_TRY(xkv_check_cancel(ctx));
+    }
+    return XKV_OK;
+}
+
+xkv_status xkv_store_list(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                          int (*item)(void *user, const xkv_store_item *item), void *user)
+{
+    walk *w = NULL;
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(XKV_NEW_ZERO(ctx, 1, &w));
+    w->ns = ns;
+    xkv_status status = list_all(ctx, store, w, item, user);
+    xkv_release(ctx, w);
+    return status;
+}
+
+/* --- One entry ---------------------------------------------------------------------------------------------------- */
+
+typedef struct one {
+    const xkv_namespace *ns;
+    uint64_t id;
+    int pinned;
+    xkv_item *item;
+} one;
+
+static xkv_status get_own(xkv_txn *txn, const one *o, xkv_item *item)
+{
+    xkv_status status = xkv_txn_get_item(txn, o->id, item);
+    if (status == XKV_OK && memcmp(item->space, o->ns->id, 32) != 0)
+        status = XKV_ERROR_NOT_FOUND;
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(xkv_txn_ctx(txn), status, "there is no entry %llu in the namespace", (unsigned long long)o->id);
+    return status;
+}
+
+static xkv_status pin_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    const one *o = change->user;
+    xkv_item before, after;
+    XKV_TRY(get_own(txn, o, &before));
+    after = before;
+    after.pinned = o->pinned != 0;
+    return xkv_entry_change(txn, meta, &before, &after);
+}
+
+xkv_status xkv_store_pin(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id, int pinned)
+{
+    one o = {.ns = ns, .id = id, .pinned = pinned};
+    xkv_change change = {.store = store, .body = pin_body, .user = &o};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    return xkv_store_change(ctx, &change);
+}
+
+static xkv_status remove_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    xkv_item item;
+    XKV_TRY(get_own(txn, change->user, &item));
+    return xkv_entry_remove(txn, meta, &item, &change->removed, -1);
+}
+
+xkv_status xkv_store_remove(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id)
+{
+    one o = {.ns = ns, .id = id};
+    xkv_change change = {.store = store, .body = remove_body, .user = &o};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    return xkv_store_change(ctx, &change);
+}
+
+/* --- A namespace -------------------------------------------------------------------------------------------------- */
+
+/* The entries that a walk has found, those that are still there. */
+static xkv_status remove_walk(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    const walk *w = change->user;
+    for (uint32_t i = 0; i < w->count; i++) {
+        xkv_item item;
+        xkv_status status = xkv_txn_get_item(txn, w->items[i].id, &item);
+        if (status == XKV_ERROR_NOT_FOUND)
+            continue;
+        XKV_TRY(status);
+        XKV_TRY(xkv_entry_remove(txn, meta, &item, &change->removed, -1));
+    }
+    return XKV_OK;
+}
+
+static xkv_status remove_all(xkv_ctx *ctx, xkv_store *store, walk *w, uint64_t *removed)
+{
+    while (!w->done) {
+        xkv_change change = {.store = store, .body = remove_walk, .user = w};
+        XKV_TRY(xkv_index_read(ctx, store->index, fill_walk, w));
+        if (w->count > 0)
+            XKV_TRY(xkv_store_change(ctx, &change));
+        *removed += w->count;
+        XKV_TRY(xkv_check_cancel(ctx));
+    }
+    return xkv_store_flush(ctx, store);
+}
+
+xkv_status xkv_store_remove_namespace(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t *removed)
+{
+    uint64_t count = 0;
+    walk *w = NULL;
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(XKV_NEW_ZERO(ctx, 1, &w));
+    w->ns = ns;
+    xkv_status status = remove_all(ctx, store, w, &count);
+    xkv_release(ctx, w);
+    if (status == XKV_OK && removed != NULL)
+        *removed = count;
+    return status;
+}
+
+/* --- Sums --------------------------------------------------------------------------------------------------------- */
+
+static xkv_status meta_body(xkv_txn *txn, void *user)
+{
+    return xkv_txn_get_meta(txn, user);
+}
+
+static xkv_status count_name(void *user, const char *name)
+{
+    (void)name;
+    ++*(uint64_t *)user;
+    return XKV_OK;
+}
+
+xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *stats)
+{
+    xkv_store_stats s = {.block_tokens = store->block_tokens, .read_only = store->read_only};
+    const xkv_pending *p = &store->pending;
+    xkv_meta m;
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(xkv_index_read(ctx, store->index, meta_body, &m));
+    XKV_TRY(xkv_folder_list(ctx, store->folders.quarantine, count_name, &s.quarantined));
+    xkv_index_sizes(store->index, &s.index_bytes, &s.map_bytes);
+    s.byte_cap = m.byte_cap;
+    s.bytes = m.bytes;
+    s.entries = m.entries;
+    s.pinned = m.pinned;
+    s.namespaces = m.namespaces;
+    s.dictionaries = m.dictionaries;
+    s.puts = m.puts;
+    s.evictions = m.evictions;
+    s.expirations = m.expirations;
+    pthread_mutex_lock(&store->mutex);
+    s.hits = m.hits + p->hits;
+    s.misses = m.misses + p->misses;
+    s.corrupt = m.corrupt + p->corrupt;
+    s.tokens_reused = m.tokens_reused + p->tokens_reused;
+    s.bytes_reused = m.bytes_reused + p->bytes_reused;
+    pthread_mutex_unlock(&store->mutex);
+    *stats = s;
+    return XKV_OK;
+}
+
+/* --- Making room -------------------------------------------------------------------------------------------------- */
+
+static xkv_status cap_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    meta->byte_cap = *(const uint64_t *)change->user;
+    return xkv_evict(txn, meta, change->store, 0, &change->removed);
+}
+
+xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap)
+{
+    xkv_change change = {.store = store, .body = cap_body, .user = &byte_cap};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(xkv_store_change(ctx, &change));
+    return xkv_properties_write(ctx, store->folders.root, store->block_tokens, byte_cap); /* for a repair */
+}
+
+typedef struct collect {
+    xkv_ctx *ctx;
+    xkv_store *store;
+    xkv_collect_report *report;
+    uint64_t now;
+    bool more; /* the last transaction removed as many as one may */
+} collect;
+
+static xkv_status expire_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    collect *c = change->user;
+    XKV_TRY(xkv_expire(txn, meta, c->now, XKV_BATCH, &change->removed));
+    c->more = change->removed.count == XKV_BATCH;
+    return XKV_OK;
+}
+
+static xkv_status evict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    return xkv_evict(txn, meta, change->store, 0, &change->removed);
+}
+
+/* Dictionaries without users; they are few. */
+static xkv_status unused_dicts_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    xkv_key from = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
+    uint8_t value[XKV_VALUE_MAX];
+    size_t size = 0;
+    for (;;) {
+        xkv_dict_record dict;
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        if (status == XKV_ERROR_NOT_FOUND)
+            return XKV_OK;
+        XKV_TRY(status);
+        xkv_dict_record_decode(value, &dict);
+        if (dict.users == 0)
+            XKV_TRY(xkv_dict_remove(txn, meta, key.bytes + 1, &dict, &change->removed));
+        from = key;
+        from.bytes[from.size++] = 0;
+    }
+}
+
+/* Run a body and add up what it removed. */
+static xkv_status run(collect *c, xkv_status (*body)(xkv_txn *, xkv_meta *, xkv_change *), uint64_t *count)
+{
+    xkv_change change = {.store = c->store, .body = body, .user = c};
+    XKV_TRY(xkv_store_change(c->ctx, &change));
+    *count += change.removed_count;
+    c->report->freed_bytes += change.removed_bytes;
+    return XKV_OK;
+}
+
+static xkv_status drop_orphan(void *user, const char *name)
+{
+    collect *c = user;
+    bool orphan = false;
+    XKV_TRY(xkv_store_is_orphan(c->ctx, c->store, name, &orphan));
+    struct stat st;
+    if (orphan && fstatat(c->store->folders.blobs, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+        unlinkat(c->store->folders.blobs, name, 0) == 0) {
+        c->report->orphans++;
+        c->report->freed_bytes += (uint64_t)st.st_size;
+    }
+    return xkv_check_cancel(c->ctx);
+}
+
+static xkv_status empty_quarantine(void *user, const char *name)
+{
+    collect *c = user;
+    struct stat st;
+    if (fstatat(c->store->folders.quarantine, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+        unlinkat(c->store->folders.quarantine, name, 0) == 0)
+        c->report->freed_bytes += (uint64_t)st.st_size;
+    return XKV_OK;
+}
+
+static xkv_status collect_all(collect *c, int unused_dicts)
+{
+    do
+        XKV_TRY(run(c, expire_body, &c->report->expired));
+    while (c->more);
+    XKV_TRY(run(c, evict_body, &c->report->evicted));
+    if (unused_dicts)
+        XKV_TRY(run(c, unused_dicts_body, &c->report->dictionaries));
+    XKV_TRY(xkv_store_tidy(c->ctx, c->store, &c->report->leftovers));
+    XKV_TRY(xkv_folder_list(c->ctx, c->store->folders.blobs, drop_orphan, c));
+    XKV_TRY(xkv_folder_list(c->ctx, c->store->folders.quarantine, empty_quarantine, c));
+    return xkv_store_flush(c->ctx, c->store);
+}
+
+xkv_status xkv_store_collect(xkv_ctx *ctx, xkv_store *store, int unused_dicts, xkv_collect_report *report)
+{
+    xkv_collect_report r = {0};
+    collect c = {.ctx = ctx, .store = store, .report = &r, .now = xkv_store_now(store)};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    if (store->read_only)
+        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
+    XKV_TRY(collect_all(&c, unused_dicts));
+    if (report != NULL)
+        *report = r;
+    return XKV_OK;
+}
+
+/* --- Exporting ---------------------------------------------------------------------------------------------------- */
+
+static xkv_status find_own(xkv_txn *txn, void *user)
+{
+    const one *o = user;
+    return get_own(txn, o, o->item);
+}
+
+/* The caller's output is of no use unless all of this succeeds. */
+static xkv_status copy_blob(xkv_ctx *ctx, const xkv_item *item, const int *fd, const xkv_output *output)
+{
+    xkv_input file;
+    uint8_t hash[32];
+    XKV_TRY(xkv_blob_file(ctx, fd, &file));
+    XKV_TRY(xkv_blob_hash(ctx, &file, hash));
+    if (memcmp(hash, item->blob, 32) != 0)
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    return xkv_input_copy(ctx, &file, output);
+}
+
+xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
+                            const xkv_output *output)
+{
+    xkv_item item;
+    one o = {.ns = ns, .id = id, .item = &item};
+    int fd = -1;
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(xkv_index_read(ctx, store->index, find_own, &o));
+    xkv_blob_name name = xkv_blob_name_of(item.blob, item.id);
+    xkv_status status = xkv_blob_open(ctx, &store->folders, &name, true, &fd);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(ctx, status, "the blob of entry %llu is gone", (unsigned long long)id);
+    XKV_TRY(status);
+    status = copy_blob(ctx, &item, &fd, output);
+    close(fd);
+    return status;
+}

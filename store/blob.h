@@ -1,0 +1,101 @@
+/* blob.h - the files of a store: written under a temporary name, given their final one, opened for reading, removed
+ * (spec/store.md, section 2). All names are relative to folders held open, and symbolic links are never followed. */
+#ifndef XKV_BLOB_H
+#define XKV_BLOB_H
+
+#include "chain.h"
+
+enum { XKV_BLOB_HEAD = 256, XKV_BLOB_NAME = 64 + 1 + 16, XKV_PAGE_KEY_BYTES = 40 };
+
+enum { XKV_BLOB_ENTRY = 1, XKV_BLOB_DICT = 2 };
+
+/* The folders. -1: not open. */
+typedef struct xkv_folders {
+    int root, blobs, temp, quarantine;
+} xkv_folders;
+
+/* Name of a blob: its SHA-256, a dot, the id of its entry. */
+typedef struct xkv_blob_name {
+    char text[XKV_BLOB_NAME + 1];
+} xkv_blob_name;
+xkv_blob_name xkv_blob_name_of(const uint8_t hash[32], uint64_t id);
+/* False when `text` is no such name. */
+bool xkv_blob_name_parse(const char *text, uint8_t hash[32], uint64_t *id);
+
+/* Head of a blob file. */
+typedef struct xkv_blob_head {
+    uint32_t kind;
+    uint32_t tokens, symbols, names;
+    uint64_t file_size, payload_offset, payload_size;
+    uint64_t created, expires, raw_bytes;
+    uint64_t body_checksum; /* of the checksums of what lies between head and payload */
+    uint8_t dict[16];       /* entry: the dictionary it needs, or zero; dictionary: its id */
+    uint8_t space[32], key[32];
+} xkv_blob_head;
+
+xkv_status xkv_fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int error);
+
+/* --- Writing --- */
+
+typedef struct xkv_blob_writer {
+    const xkv_folders *folders;
+    int fd;
+    char temp[XKV_BLOB_NAME + 1]; /* its present name in the folder of temporary files; "": none */
+    uint64_t payload_offset, payload_size;
+    uint8_t hash[32];
+    bool linked;        /* it has its final name */
+    xkv_blob_name name; /* that one */
+} xkv_blob_writer;
+
+/* Begin a file that will hold the symbols and page keys and then a payload. */
+XKV_MUST_CHECK xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, uint32_t symbols, uint32_t names,
+                                         xkv_blob_writer *w);
+/* The payload goes here, in any order; and can be read back. */
+xkv_output xkv_blob_output(xkv_blob_writer *w);
+xkv_input xkv_blob_payload(xkv_blob_writer *w);
+/* Write the rest, sync, hash. Sets the sizes and the checksum in `head`. */
+XKV_MUST_CHECK xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *head,
+                                          const uint32_t *symbols, const xkv_page_key *names);
+/* Give it its final name, and keep it from eviction until xkv_blob_end(); may be called again. */
+XKV_MUST_CHECK xkv_status xkv_blob_publish(xkv_ctx *ctx, xkv_blob_writer *w, uint64_t id);
+/* Close; `committed` false: the file goes away. */
+void xkv_blob_end(xkv_blob_writer *w, bool committed);
+
+/* --- Reading --- */
+
+/* Open a blob and, with `lock`, keep it from eviction while the descriptor is open. NOT_FOUND without a message: it is
+ * not there, or about to be removed. */
+XKV_MUST_CHECK xkv_status xkv_blob_open(xkv_ctx *ctx, const xkv_folders *folders, const xkv_blob_name *name, bool lock,
+                                        int *fd);
+/* Read and check the head of an open blob, or of an exported file. CORRUPT [SB1 - SB4]. */
+XKV_MUST_CHECK xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head);
+/* Read the first *count symbols, or all if there are fewer, and check them; more may come, as *count then says. With
+ * names_p everything up to the payload is read and checked. CORRUPT, CHECKSUM [SB5]. Release both. */
+XKV_MUST_CHECK xkv_status xkv_blob_read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *head,
+                                             uint32_t *count, uint32_t **symbols_p, xkv_page_key **names_p);
+/* A whole blob file as an input; `fd`, which stays open, must outlive it. */
+XKV_MUST_CHECK xkv_status xkv_blob_file(xkv_ctx *ctx, const int *fd, xkv_input *file);
+/* A part of an input; both structs must outlive it. */
+typedef struct xkv_window {
+    const xkv_input *input;
+    uint64_t offset;
+} xkv_window;
+xkv_input xkv_input_window(xkv_window *w, const xkv_input *input, uint64_t offset, uint64_t size);
+/* All of an input to an output. */
+XKV_MUST_CHECK xkv_status xkv_input_copy(xkv_ctx *ctx, const xkv_input *from, const xkv_output *to);
+/* SHA-256 of a whole input. */
+XKV_MUST_CHECK xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32]);
+
+/* --- Removing --- */
+
+/* Lock a blob against readers; false while somebody reads it. *fd is -1 when it is not there. */
+bool xkv_blob_try_lock(const xkv_folders *folders, const xkv_blob_name *name, int *fd);
+void xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name);
+/* Move it to the quarantine, which keeps the last eight. */
+void xkv_blob_quarantine(const xkv_folders *folders, const xkv_blob_name *name);
+
+/* Call `name` for every file of a folder, until it returns other than XKV_OK. */
+XKV_MUST_CHECK xkv_status xkv_folder_list(xkv_ctx *ctx, int folder, xkv_status (*name)(void *user, const char *name),
+                                          void *user);
+
+#endif

@@ -1,0 +1,544 @@
+/* entries.c - what an entry is in the index: put in, changed, evicted, taken out, each inside one write transaction. */
+#include "store_internal.h"
+
+#include "sha256.h"
+
+#include <unistd.h>
+
+/* --- Lists of what was removed ------------------------------------------------------------------------------------ */
+
+void xkv_removed_clear(xkv_ctx *ctx, xkv_removed *r)
+{
+    for (uint64_t i = 0; i < r->count; i++) {
+        if (r->blobs[i].fd >= 0)
+            close(r->blobs[i].fd);
+    }
+    xkv_release(ctx, r->blobs);
+    memset(r, 0, sizeof *r);
+}
+
+/* Takes over `fd`, also when it fails. */
+static xkv_status add_removed(xkv_ctx *ctx, xkv_removed *r, const uint8_t hash[32], uint64_t id, uint64_t bytes, int fd)
+{
+    if (r->count == r->capacity) {
+        uint64_t capacity = r->capacity * 2 + 16;
+        struct xkv_removed_blob *blobs = NULL;
+        xkv_status status = XKV_NEW(ctx, capacity, &blobs);
+        if (status != XKV_OK) {
+            if (fd >= 0)
+                close(fd);
+            return status;
+        }
+        if (r->count > 0)
+            memcpy(blobs, r->blobs, r->count * sizeof *blobs);
+        xkv_release(ctx, r->blobs);
+        r->blobs = blobs;
+        r->capacity = capacity;
+    }
+    r->blobs[r->count++] = (struct xkv_removed_blob){.id = id, .fd = fd, .name = xkv_blob_name_of(hash, id)};
+    r->bytes += bytes;
+    return XKV_OK;
+}
+
+void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine)
+{
+    for (uint64_t i = 0; i < r->count; i++) {
+        if (quarantine)
+            xkv_blob_quarantine(&store->folders, &r->blobs[i].name);
+        else
+            xkv_blob_unlink(&store->folders, &r->blobs[i].name);
+    }
+    pthread_mutex_lock(&store->mutex);
+    for (uint64_t i = 0; i < r->count && store->pending.trash_count < XKV_DONE_TRASH; i++)
+        store->pending.trash[store->pending.trash_count++] = r->blobs[i].id;
+    pthread_mutex_unlock(&store->mutex);
+    xkv_removed_clear(ctx, r);
+}
+
+/* --- Records that follow from others ------------------------------------------------------------------------------ */
+
+void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash[16])
+{
+    uint8_t digest[32];
+    xkv_sha256 h;
+    xkv_sha256_begin(&h);
+    xkv_sha256_add(&h, space, 32);
+    xkv_sha256_add(&h, page, 32);
+    xkv_sha256_end(&h, digest);
+    memcpy(hash, digest, 16);
+}
+
+/* USED and EXPIRES. Pinned entries are in no order of use: nothing but a removal touches them. */
+static xkv_status put_times(xkv_txn *txn, const xkv_item *item)
+{
+    xkv_key used = xkv_key_pair(XKV_TABLE_USED, item->used, item->id);
+    xkv_key expires = xkv_key_pair(XKV_TABLE_EXPIRES, item->expires, item->id);
+    if (item->pinned == 0)
+        XKV_TRY(xkv_txn_put_mark(txn, &used));
+    return item->expires == 0 ? XKV_OK : xkv_txn_put_mark(txn, &expires);
+}
+
+static xkv_status delete_times(xkv_txn *txn, const xkv_item *item)
+{
+    xkv_key used = xkv_key_pair(XKV_TABLE_USED, item->used, item->id);
+    xkv_key expires = xkv_key_pair(XKV_TABLE_EXPIRES, item->expires, item->id);
+    XKV_TRY(xkv_txn_delete(txn, &used));
+    return item->expires == 0 ? XKV_OK : xkv_txn_delete(txn, &expires);
+}
+
+static xkv_status put_names(xkv_txn *txn, const xkv_item *item, const xkv_page_key *names)
+{
+    for (uint32_t i = 0; i < item->names; i++) {
+        uint8_t hash[16];
+        xkv_page_hash(item->space, names[i].key, hash);
+        xkv_key page = xkv_key_page(hash, item->id), name = xkv_key_pair(XKV_TABLE_NAMES, item->id, i);
+        XKV_TRY(xkv_txn_put_u64(txn, &page, names[i].tokens));
+        XKV_TRY(xkv_txn_put(txn, &name, hash, sizeof hash));
+    }
+    return XKV_OK;
+}
+
+static xkv_status delete_names(xkv_txn *txn, const xkv_item *item)
+{
+    for (uint32_t i = 0; i < item->names; i++) {
+        xkv_key name = xkv_key_pair(XKV_TABLE_NAMES, item->id, i);
+        uint8_t hash[16];
+        XKV_TRY(xkv_txn_get(txn, &name, hash, sizeof hash));
+        xkv_key page = xkv_key_page(hash, item->id);
+        XKV_TRY(xkv_txn_delete(txn, &page));
+        XKV_TRY(xkv_txn_delete(txn, &name));
+    }
+    return XKV_OK;
+}
+
+static bool needs_dict(const xkv_item *item)
+{
+    static const uint8_t none[16];
+    return memcmp(item->dict, none, sizeof none) != 0;
+}
+
+/* Count one user of the entry's dictionary more or less. */
+static xkv_status count_user(xkv_txn *txn, const xkv_item *item, int change)
+{
+    xkv_dict_record dict;
+    if (!needs_dict(item))
+        return XKV_OK;
+    xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return change < 0 ? XKV_OK : status;
+    XKV_TRY(status);
+    dict.users = change > 0 ? dict.users + 1 : dict.users - (dict.users > 0);
+    return xkv_txn_put_dict(txn, item->dict, &dict);
+}
+
+/* --- Putting in --------------------------------------------------------------------------------------------------- */
+
+/* The namespace's record, made when it is the first entry. */
+static xkv_status need_space(xkv_txn *txn, xkv_meta *meta, const uint8_t ns[32], xkv_space *space)
+{
+    xkv_status status = xkv_txn_get_space(txn, ns, space);
+    if (status != XKV_ERROR_NOT_FOUND)
+        return status;
+    *space = (xkv_space){.root = meta->next_node++};
+    meta->namespaces++;
+    return XKV_OK;
+}
+
+/* Symbols of a stored entry, from its blob. */
+static xkv_status read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item, uint32_t **symbols)
+{
+    xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
+    xkv_blob_head head;
+    xkv_input file;
+    uint32_t count = item->symbols;
+    int fd = -1;
+    XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, false, &fd)); /* nobody removes it during this transaction */
+    xkv_status status = xkv_blob_file(ctx, &fd, &file);
+    if (status == XKV_OK)
+        status = xkv_blob_read_head(ctx, &file, &head);
+    if (status == XKV_OK && head.symbols != item->symbols)
+        status =
+            xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %u symbols, its record says %u [SB6]", head.symbols, item->symbols);
+    if (status == XKV_OK)
+        status = xkv_blob_read_body(ctx, &file, &head, &count, symbols, NULL);
+    close(fd);
+    return status;
+}
+
+bool xkv_is_damage(xkv_status status)
+{
+    return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED;
+}
+
+/* How far the prompt agrees with what is in the tree. An entry on the way whose blob is damaged is taken out, into
+ * `broken`, since nothing says where the new one parts from it. */
+static xkv_status find_common(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t root, const uint32_t *symbols,
+                              const xkv_item *item, xkv_removed *broken, xkv_common *c)
+{
+    xkv_ctx *ctx = xkv_txn_ctx(txn);
+    for (;;) {
+        uint64_t id = 0;
+        xkv_item nearest;
+        uint32_t *theirs = NULL;
+        *c = (xkv_common){0};
+        xkv_status status = xkv_trie_find(txn, root, symbols, item->symbols, &id);
+        if (status == XKV_ERROR_NOT_FOUND)
+            return XKV_OK;
+        XKV_TRY(status);
+        status = xkv_txn_get_item(txn, id, &nearest);
+        if (status == XKV_ERROR_NOT_FOUND)
+            return xkv_fail(ctx, XKV_ERROR_CORRUPT, "entry %llu has no record [SI4]", (unsigned long long)id);
+        XKV_TRY(status);
+        status = read_symbols(ctx, store, &nearest, &theirs);
+        if (xkv_is_damage(status) || status == XKV_ERROR_NOT_FOUND) {
+            XKV_TRY(xkv_entry_remove(txn, meta, &nearest, broken, -1));
+            meta->corrupt++;
+            continue;
+        }
+        XKV_TRY(status);
+        while (c->count < item->symbols && c->count < nearest.symbols && symbols[c->count] == theirs[c->count])
+            c->count++;
+        c->other = c->count < nearest.symbols ? theirs[c->count] : 0;
+        xkv_release(ctx, theirs);
+        return XKV_OK;
+    }
+}
+
+xkv_status xkv_entry_insert_known(xkv_txn *txn, xkv_meta *meta, const uint32_t *symbols, const xkv_page_key *names,
+                                  const xkv_common *c, xkv_item *item)
+{
+    xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, item->key, 32);
+    xkv_space space;
+    XKV_TRY(need_space(txn, meta, item->space, &space));
+    XKV_TRY(xkv_trie_insert(txn, meta, space.root, symbols, c->count, c->other, item));
+    XKV_TRY(xkv_txn_put_item(txn, item));
+    XKV_TRY(xkv_txn_put_u64(txn, &key, item->id));
+    XKV_TRY(put_times(txn, item));
+    XKV_TRY(put_names(txn, item, names));
+    XKV_TRY(count_user(txn, item, 1));
+    space.entries++;
+    space.bytes += item->file_size;
+    meta->entries++;
+    meta->pinned += item->pinned;
+    meta->bytes += item->file_size;
+    return xkv_txn_put_space(txn, item->space, &space);
+}
+
+xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
+                            const xkv_page_key *names, xkv_item *item, xkv_removed *broken)
+{
+    xkv_space space;
+    xkv_common c = {0};
+    xkv_status status = xkv_txn_get_space(txn, item->space, &space);
+    if (status == XKV_OK)
+        status = find_common(txn, meta, store, space.root, symbols, item, broken, &c);
+    if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND)
+        return status;
+    return xkv_entry_insert_known(txn, meta, symbols, names, &c, item);
+}
+
+xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], uint64_t id, const uint8_t hash[32],
+                           uint64_t file_size)
+{
+    xkv_dict_record dict = {.id = id, .file_size = file_size};
+    memcpy(dict.blob, hash, 32);
+    meta->dictionaries++;
+    meta->bytes += file_size;
+    return xkv_txn_put_dict(txn, dict_id, &dict);
+}
+
+/* --- Taking out --------------------------------------------------------------------------------------------------- */
+
+static xkv_status leave_space(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
+{
+    xkv_key key = xkv_key_bytes(XKV_TABLE_SPACE, item->space, 32);
+    xkv_space space;
+    XKV_TRY(xkv_txn_get_space(txn, item->space, &space));
+    XKV_TRY(xkv_trie_remove(txn, space.root, item));
+    space.entries -= space.entries > 0;
+    space.bytes -= xkv_min64(space.bytes, item->file_size);
+    if (space.entries > 0)
+        return xkv_txn_put_space(txn, item->space, &space);
+    meta->namespaces -= meta->namespaces > 0;
+    return xkv_txn_delete(txn, &key);
+}
+
+/* `fd`, the blob locked against readers or -1, is taken over. */
+xkv_status xkv_entry_remove(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd)
+{
+    xkv_key self = xkv_key_id(XKV_TABLE_ITEM, item->id), key = xkv_key_bytes(XKV_TABLE_KEY, item->key, 32);
+    xkv_key trash = xkv_key_id(XKV_TABLE_TRASH, item->id);
+    XKV_TRY(add_removed(xkv_txn_ctx(txn), r, item->blob, item->id, item->file_size, fd));
+    XKV_TRY(leave_space(txn, meta, item));
+    XKV_TRY(delete_names(txn, item));
+    XKV_TRY(delete_times(txn, item));
+    XKV_TRY(count_user(txn, item, -1));
+    XKV_TRY(xkv_txn_delete(txn, &key));
+    XKV_TRY(xkv_txn_delete(txn, &self));
+    meta->entries -= meta->entries > 0;
+    meta->pinned -= xkv_min64(meta->pinned, item->pinned);
+    meta->bytes -= xkv_min64(meta->bytes, item->file_size);
+    return xkv_txn_put(txn, &trash, item->blob, sizeof item->blob);
+}
+
+xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], const xkv_dict_record *dict,
+                           xkv_removed *r)
+{
+    xkv_key self = xkv_key_bytes(XKV_TABLE_DICT, dict_id, 16), trash = xkv_key_id(XKV_TABLE_TRASH, dict->id);
+    XKV_TRY(add_removed(xkv_txn_ctx(txn), r, dict->blob, dict->id, dict->file_size, -1));
+    XKV_TRY(xkv_txn_delete(txn, &self));
+    meta->dictionaries -= meta->dictionaries > 0;
+    meta->bytes -= xkv_min64(meta->bytes, dict->file_size);
+    return xkv_txn_put(txn, &trash, dict->blob, sizeof dict->blob);
+}
+
+/* --- Eviction and expiry ------------------------------------------------------------------------------------------ */
+
+/* The next record of USED or EXPIRES from `from` on: its numbers and the entry. A damaged record, or one that points to
+ * no entry, is of no use and goes; one whose entry cannot be read stays for a repair. */
+static xkv_status next_item(xkv_txn *txn, xkv_key *from, uint64_t *first, xkv_item *item)
+{
+    for (;;) {
+        xkv_key key = {.size = 0};
+        xkv_status status = xkv_txn_seek(txn, from, 1, &key, NULL, NULL);
+        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0 || key.size >= XKV_KEY_MAX))
+            return status;
+        *from = key;
+        from->bytes[from->size++] = 0;
+        *first = xkv_key_u64(&key, 1);
+        if (status == XKV_OK && key.size == 17)
+            status = xkv_txn_get_item(txn, xkv_key_u64(&key, 9), item);
+        else
+            status = XKV_ERROR_NOT_FOUND;
+        if (status == XKV_ERROR_NOT_FOUND)
+            XKV_TRY(xkv_txn_delete(txn, &key));
+        else if (status != XKV_ERROR_CORRUPT)
+            return status;
+    }
+}
+
+static xkv_status fail_full(xkv_txn *txn, const xkv_meta *meta, uint64_t bytes)
+{
+    return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_LIMIT,
+                    "%llu bytes more do not fit under the cap of %llu: %llu are pinned, being read or dictionaries",
+                    (unsigned long long)bytes, (unsigned long long)meta->byte_cap, (unsigned long long)meta->bytes);
+}
+
+xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t bytes, xkv_removed *r)
+{
+    xkv_key from = xkv_key_bytes(XKV_TABLE_USED, NULL, 0);
+    while (meta->byte_cap > 0 && (bytes > meta->byte_cap || meta->bytes > meta->byte_cap - bytes)) {
+        uint64_t used = 0;
+        xkv_item item;
+        int fd = -1;
+        xkv_status status = bytes > meta->byte_cap ? XKV_ERROR_NOT_FOUND : next_item(txn, &from, &used, &item);
+        if (status == XKV_ERROR_NOT_FOUND)
+            return bytes > 0 ? fail_full(txn, meta, bytes) : XKV_OK;
+        XKV_TRY(status);
+        xkv_blob_name name = xkv_blob_name_of(item.blob, item.id);
+        if (!xkv_blob_try_lock(&store->folders, &name, &fd))
+            continue; /* somebody reads it */
+        XKV_TRY(xkv_entry_remove(txn, meta, &item, r, fd));
+        meta->evictions++;
+    }
+    return XKV_OK;
+}
+
+xkv_status xkv_expire(xkv_txn *txn, xkv_meta *meta, uint64_t now, uint64_t most, xkv_removed *r)
+{
+    xkv_key from = xkv_key_bytes(XKV_TABLE_EXPIRES, NULL, 0);
+    for (uint64_t i = 0; i < most; i++) {
+        uint64_t expires = 0;
+        xkv_item item;
+        xkv_status status = next_item(txn, &from, &expires, &item);
+        if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && expires > now))
+            return XKV_OK;
+        XKV_TRY(status);
+        XKV_TRY(xkv_entry_remove(txn, meta, &item, r, -1));
+        meta->expirations++;
+    }
+    return XKV_OK;
+}
+
+/* --- Changing ----------------------------------------------------------------------------------------------------- */
+
+xkv_status xkv_entry_change(xkv_txn *txn, xkv_meta *meta, const xkv_item *before, xkv_item *after)
+{
+    XKV_TRY(delete_times(txn, before));
+    XKV_TRY(put_times(txn, after));
+    meta->pinned = meta->pinned - xkv_min64(meta->pinned, before->pinned) + after->pinned;
+    return xkv_txn_put_item(txn, after);
+}
+
+/* --- Pending uses and counters ------------------------------------------------------------------------------------ */
+
+static void drop_pending(xkv_pending *p)
+{
+    p->hits = p->misses = p->corrupt = p->tokens_reused = p->bytes_reused = 0;
+    if (p->use_count > 0)
+        memset(p->uses, 0, sizeof p->uses);
+    p->use_count = p->trash_count = 0;
+}
+
+/* As far as there is room: what does not fit is the order of a few uses. */
+static void add_use(xkv_pending *p, uint64_t id, uint64_t time)
+{
+    uint64_t slot = id * 0x9e3779b97f4a7c15u >> 32;
+    while (p->uses[slot % XKV_USE_SLOTS].id != id && p->uses[slot % XKV_USE_SLOTS].id != 0)
+        slot++;
+    slot %= XKV_USE_SLOTS;
+    if (p->uses[slot].id == 0) {
+        if (p->use_count == XKV_USES)
+            return;
+        p->use_count++;
+    }
+    p->uses[slot].id = id;
+    p->uses[slot].time = xkv_max64(p->uses[slot].time, time);
+}
+
+void xkv_pending_take(xkv_store *store, xkv_pending *p)
+{
+    pthread_mutex_lock(&store->mutex);
+    *p = store->pending;
+    drop_pending(&store->pending);
+    pthread_mutex_unlock(&store->mutex);
+}
+
+void xkv_pending_return(xkv_store *store, const xkv_pending *p)
+{
+    xkv_pending *to = &store->pending;
+    pthread_mutex_lock(&store->mutex);
+    to->hits += p->hits;
+    to->misses += p->misses;
+    to->corrupt += p->corrupt;
+    to->tokens_reused += p->tokens_reused;
+    to->bytes_reused += p->bytes_reused;
+    for (uint32_t i = 0; i < XKV_USE_SLOTS; i++) {
+        if (p->uses[i].id != 0)
+            add_use(to, p->uses[i].id, p->uses[i].time);
+    }
+    for (uint32_t i = 0; i < p->trash_count && to->trash_count < XKV_DONE_TRASH; i++)
+        to->trash[to->trash_count++] = p->trash[i];
+    pthread_mutex_unlock(&store->mutex);
+}
+
+bool xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time)
+{
+    const uint64_t pause = 5 * 1000 * 1000;
+    pthread_mutex_lock(&store->mutex);
+    add_use(&store->pending, id, time);
+    bool due = store->pending.use_count == XKV_USES && (time < store->flushed || time - store->flushed >= pause);
+    if (due)
+        store->flushed = time;
+    pthread_mutex_unlock(&store->mutex);
+    return due;
+}
+
+static xkv_status write_use(xkv_txn *txn, xkv_meta *meta, uint64_t id, uint64_t time)
+{
+    xkv_item before, after;
+    xkv_status status = xkv_txn_get_item(txn, id, &before);
+    if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && before.used >= time))
+        return XKV_OK;
+    XKV_TRY(status);
+    after = before;
+    after.used = time;
+    return xkv_entry_change(txn, meta, &before, &after);
+}
+
+xkv_status xkv_pending_write(xkv_txn *txn, xkv_meta *meta, const xkv_pending *p)
+{
+    meta->hits += p->hits;
+    meta->misses += p->misses;
+    meta->corrupt += p->corrupt;
+    meta->tokens_reused += p->tokens_reused;
+    meta->bytes_reused += p->bytes_reused;
+    for (uint32_t i = 0; p->use_count > 0 && i < XKV_USE_SLOTS; i++) {
+        if (p->uses[i].id != 0)
+            XKV_TRY(write_use(txn, meta, p->uses[i].id, p->uses[i].time));
+    }
+    for (uint32_t i = 0; i < p->trash_count; i++) {
+        xkv_key key = xkv_key_id(XKV_TABLE_TRASH, p->trash[i]);
+        XKV_TRY(xkv_txn_delete(txn, &key));
+    }
+    return XKV_OK;
+}
+
+/* --- Changes ------------------------------------------------------------------------------------------------------ */
+
+typedef struct attempt {
+    xkv_change *change;
+    const xkv_pending *pending;
+} attempt;
+
+static xkv_status run_change(xkv_txn *txn, void *user)
+{
+    attempt *a = user;
+    xkv_ctx *ctx = xkv_txn_ctx(txn);
+    xkv_meta meta;
+    xkv_removed_clear(ctx, &a->change->removed);
+    xkv_removed_clear(ctx, &a->change->quarantine);
+    XKV_TRY(xkv_txn_get_meta(txn, &meta));
+    XKV_TRY(xkv_pending_write(txn, &meta, a->pending));
+    if (a->change->body != NULL)
+        XKV_TRY(a->change->body(txn, &meta, a->change));
+    return xkv_txn_put_meta(txn, &meta);
+}
+
+xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change)
+{
+    xkv_store *store = change->store;
+    xkv_pending *pending = NULL;
+    XKV_TRY(XKV_NEW(ctx, 1, &pending));
+    xkv_pending_take(store, pending);
+    attempt a = {change, pending};
+    xkv_status status = xkv_index_write(ctx, store->index, run_change, &a);
+    if (status != XKV_OK) {
+        xkv_pending_return(store, pending);
+        xkv_removed_clear(ctx, &change->removed);
+        xkv_removed_clear(ctx, &change->quarantine);
+    } else {
+        change->removed_count = change->removed.count;
+        change->removed_bytes = change->removed.bytes;
+        xkv_removed_finish(ctx, store, &change->removed, false);
+        xkv_removed_finish(ctx, store, &change->quarantine, true);
+    }
+    xkv_release(ctx, pending);
+    return status;
+}
+
+xkv_status xkv_store_flush(xkv_ctx *ctx, xkv_store *store)
+{
+    const xkv_pending *p = &store->pending;
+    pthread_mutex_lock(&store->mutex);
+    bool idle = p->hits + p->misses + p->corrupt + p->use_count + p->trash_count == 0;
+    pthread_mutex_unlock(&store->mutex);
+    xkv_change change = {.store = store};
+    return idle ? XKV_OK : xkv_store_change(ctx, &change);
+}
+
+/* --- Quarantine --------------------------------------------------------------------------------------------------- */
+
+static xkv_status take_out(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    xkv_item item;
+    xkv_status status = xkv_txn_get_item(txn, *(const uint64_t *)change->user, &item);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return XKV_OK; /* another one was faster */
+    XKV_TRY(status);
+    meta->corrupt++;
+    return xkv_entry_remove(txn, meta, &item, &change->quarantine, -1);
+}
+
+void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why)
+{
+    xkv_change change = {.store = store, .body = take_out, .user = &id};
+    xkv_status status = store->read_only ? XKV_ERROR_UNSUPPORTED : xkv_store_change(ctx, &change);
+    xkv_logf(ctx, XKV_LOG_WARNING, "%s: entry %llu is damaged and %s: %s", store->path, (unsigned long long)id,
+             status == XKV_OK ? "was put into quarantine" : "could not be put into quarantine", why);
+    if (status != XKV_OK) {
+        pthread_mutex_lock(&store->mutex);
+        store->pending.corrupt++;
+        pthread_mutex_unlock(&store->mutex);
+    }
+}

@@ -1,0 +1,485 @@
+/* put.c - storing: entries, planes, dictionaries, exported files. */
+#include "store_internal.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+/* One put, from the prompt to the commit. */
+typedef struct put {
+    xkv_store *store;
+    const xkv_put_options *o;
+    const uint32_t *symbols;   /* of the prompt */
+    const xkv_page_key *names; /* [item.names] */
+    xkv_item item;
+    xkv_put_report report;
+    xkv_blob_writer writer;
+} put;
+
+/* --- Checks ------------------------------------------------------------------------------------------------------- */
+
+static xkv_status check_options(xkv_ctx *ctx, const xkv_store *store, const xkv_put_options *given, xkv_put_options *o)
+{
+    XKV_TRY(xkv_copy_options(ctx, given, o, sizeof *o));
+    if (store->read_only)
+        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
+    if (o->ttl > UINT64_MAX / 4000000u)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a ttl of %llu s", (unsigned long long)o->ttl);
+    if (o->key_count > 0 && o->keys == NULL)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "keys are NULL");
+    return XKV_OK;
+}
+
+static xkv_status check_names(xkv_ctx *ctx, const xkv_put_options *o, uint32_t tokens)
+{
+    for (uint32_t i = 0, last = 0; i < o->key_count; last = o->keys[i++].tokens) {
+        if (o->keys[i].tokens <= last || o->keys[i].tokens > tokens)
+            return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "page key %u stands for %u tokens, after one for %u, of %u", i,
+                            o->keys[i].tokens, last, tokens);
+    }
+    return XKV_OK;
+}
+
+/* The prompt must be that of the entry: not more tokens than rows, and the same where the entry knows them. */
+static xkv_status check_prompt(xkv_ctx *ctx, const xkv_geometry *g, const xkv_prompt *prompt)
+{
+    if (g->plane_count == 0 || g->token_count == 0)
+        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
+                        "the entry holds no rows of tokens: only its whole would be of use");
+    if (prompt->token_count > g->token_count)
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the prompt has %u tokens, the entry %u rows", prompt->token_count,
+                        g->token_count);
+    for (uint32_t i = 0; i < prompt->token_count && i < g->token_id_count; i++) {
+        if (prompt->tokens[i] != g->token_ids[i])
+            return xkv_fail(ctx, XKV_ERROR_MISMATCH, "token %u of the prompt is %d, in the entry %d", i,
+                            (int)prompt->tokens[i], (int)g->token_ids[i]);
+    }
+    return XKV_OK;
+}
+
+static xkv_prompt prompt_of(const xkv_geometry *g)
+{
+    uint32_t count = g->token_id_count < g->token_count ? g->token_id_count : g->token_count;
+    return (xkv_prompt){.tokens = g->token_ids, .token_count = count};
+}
+
+/* --- The very prompt is there already ----------------------------------------------------------------------------- */
+
+static xkv_status renew(xkv_txn *txn, xkv_meta *meta, put *p, const xkv_item *before)
+{
+    xkv_item after = *before;
+    after.used = xkv_max64(before->used, p->item.created);
+    after.pinned = before->pinned || p->o->pin;
+    if (p->item.expires == 0 || (before->expires != 0 && before->expires < p->item.expires))
+        after.expires = p->item.expires;
+    p->report.id = before->id;
+    p->report.existed = 1;
+    p->report.bytes = before->file_size;
+    return xkv_entry_change(txn, meta, before, &after);
+}
+
+/* Sets report.existed. An entry that is expired makes room. */
+static xkv_status renew_existing(xkv_txn *txn, xkv_meta *meta, put *p, xkv_removed *removed)
+{
+    xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, p->item.key, 32);
+    xkv_item before;
+    uint64_t id = 0;
+    p->report.existed = 0;
+    xkv_status status = xkv_txn_get_u64(txn, &key, &id);
+    if (status == XKV_OK)
+        status = xkv_txn_get_item(txn, id, &before);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return XKV_OK;
+    XKV_TRY(status);
+    xkv_blob_name name = xkv_blob_name_of(before.blob, before.id);
+    bool expired = before.expires != 0 && before.expires <= p->item.created;
+    bool there = faccessat(p->store->folders.blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
+    if (!expired && there)
+        return renew(txn, meta, p, &before);
+    meta->expirations += expired;
+    return xkv_entry_remove(txn, meta, &before, removed, -1);
+}
+
+static xkv_status find_body(xkv_txn *txn, void *user)
+{
+    put *p = user;
+    xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, p->item.key, 32);
+    return xkv_txn_get_u64(txn, &key, &p->report.id);
+}
+
+static xkv_status renew_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    return renew_existing(txn, meta, change->user, &change->removed);
+}
+
+/* Before anything is packed. */
+static xkv_status try_existing(xkv_ctx *ctx, put *p)
+{
+    xkv_change change = {.store = p->store, .body = renew_body, .user = p};
+    xkv_status status = xkv_index_read(ctx, p->store->index, find_body, p);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return XKV_OK;
+    XKV_TRY(status);
+    return xkv_store_change(ctx, &change);
+}
+
+/* --- The commit --------------------------------------------------------------------------------------------------- */
+
+static xkv_status check_dict(xkv_txn *txn, const xkv_item *item)
+{
+    static const uint8_t none[16];
+    xkv_dict_record dict;
+    if (memcmp(item->dict, none, sizeof none) == 0)
+        return XKV_OK;
+    xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_MISMATCH, "the dictionary of the entry is not in the store");
+    return status;
+}
+
+static xkv_status commit_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    put *p = change->user;
+    XKV_TRY(renew_existing(txn, meta, p, &change->removed));
+    if (p->report.existed)
+        return XKV_OK;
+    XKV_TRY(check_dict(txn, &p->item));
+    XKV_TRY(xkv_expire(txn, meta, p->item.created, XKV_BATCH, &change->removed));
+    uint64_t before = change->removed.count, before_bytes = change->removed.bytes;
+    XKV_TRY(xkv_evict(txn, meta, p->store, p->item.file_size, &change->removed));
+    p->report.evicted_entries = (uint32_t)(change->removed.count - before);
+    p->report.evicted_bytes = change->removed.bytes - before_bytes;
+    p->item.id = meta->next_id++;
+    memcpy(p->item.blob, p->writer.hash, 32);
+    XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, p->item.id));
+    XKV_TRY(xkv_entry_insert(txn, meta, p->store, p->symbols, p->names, &p->item, &change->quarantine));
+    p->report.id = p->item.id;
+    p->report.bytes = p->item.file_size;
+    meta->puts++;
+    return XKV_OK;
+}
+
+static void head_of(const xkv_item *item, xkv_blob_head *head)
+{
+    *head = (xkv_blob_head){
+        .kind = XKV_BLOB_ENTRY,
+        .tokens = item->tokens,
+        .symbols = item->symbols,
+        .names = item->names,
+        .created = item->created,
+        .expires = item->expires,
+        .raw_bytes = item->raw_bytes,
+    };
+    memcpy(head->dict, item->dict, 16);
+    memcpy(head->space, item->space, 32);
+    memcpy(head->key, item->key, 32);
+}
+
+/* The payload is written: complete the blob and commit it. */
+static xkv_status commit(xkv_ctx *ctx, put *p)
+{
+    xkv_change change = {.store = p->store, .body = commit_body, .user = p};
+    xkv_blob_head head;
+    head_of(&p->item, &head);
+    XKV_TRY(xkv_blob_finish(ctx, &p->writer, &head, p->symbols, p->names));
+    p->item.file_size = head.file_size;
+    return xkv_store_change(ctx, &change);
+}
+
+/* What the entry in the payload says of itself. */
+static void note_entry(const xkv_entry *entry, xkv_item *item)
+{
+    xkv_entry_info info;
+    xkv_entry_get_info(entry, &info);
+    item->raw_bytes = info.raw_bytes;
+    if (info.needs_dict)
+        memcpy(item->dict, info.dictionary_id, 16);
+}
+
+/* Everything of the item that follows from the prompt. */
+static void note_prompt(put *p, const xkv_namespace *ns, const xkv_symbols *symbols)
+{
+    xkv_item *item = &p->item;
+    p->symbols = symbols->data;
+    p->names = p->o->keys;
+    item->tokens = p->report.tokens = symbols->tokens;
+    item->symbols = symbols->count;
+    item->names = p->o->key_count;
+    item->pinned = p->o->pin != 0;
+    item->created = item->used = xkv_store_now(p->store);
+    item->expires = p->o->ttl > 0 ? item->created + p->o->ttl * 1000000u : 0;
+    memcpy(item->space, ns->id, 32);
+    xkv_chain_last(ns, symbols, p->store->block_tokens, item->key);
+}
+
+/* --- A packed entry ----------------------------------------------------------------------------------------------- */
+
+static xkv_status copy_and_commit(xkv_ctx *ctx, put *p, const xkv_input *entry)
+{
+    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->item.symbols, p->item.names, &p->writer));
+    xkv_output output = xkv_blob_output(&p->writer);
+    xkv_status status = xkv_input_copy(ctx, entry, &output);
+    if (status == XKV_OK)
+        status = commit(ctx, p);
+    xkv_blob_end(&p->writer, status == XKV_OK && !p->report.existed);
+    return status;
+}
+
+static xkv_status put_opened(xkv_ctx *ctx, put *p, const xkv_namespace *ns, const xkv_prompt *prompt,
+                             const xkv_input *input, const xkv_entry *entry)
+{
+    const xkv_geometry *g = xkv_entry_geometry(entry);
+    xkv_prompt own = prompt_of(g);
+    xkv_symbols symbols = {0};
+    if (prompt == NULL)
+        prompt = &own;
+    XKV_TRY(check_prompt(ctx, g, prompt));
+    XKV_TRY(check_names(ctx, p->o, prompt->token_count));
+    XKV_TRY(xkv_symbols_make(ctx, prompt, &symbols));
+    note_prompt(p, ns, &symbols);
+    note_entry(entry, &p->item);
+    xkv_status status = try_existing(ctx, p);
+    if (status == XKV_OK && !p->report.existed)
+        status = copy_and_commit(ctx, p, input);
+    xkv_symbols_free(ctx, &symbols);
+    return status;
+}
+
+xkv_status xkv_store_put(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
+                         const xkv_input *entry, const xkv_put_options *options, xkv_put_report *report)
+{
+    xkv_put_options o = xkv_put_options_default();
+    put p = {.store = store, .o = &o};
+    xkv_entry *opened = NULL;
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(check_options(ctx, store, options, &o));
+    XKV_TRY(xkv_entry_open(ctx, entry, &opened));
+    xkv_status status = put_opened(ctx, &p, ns, prompt, entry, opened);
+    xkv_entry_close(ctx, opened);
+    if (status == XKV_OK && report != NULL)
+        *report = p.report;
+    return status;
+}
+
+/* --- Planes ------------------------------------------------------------------------------------------------------- */
+
+typedef struct planes {
+    const xkv_geometry *geometry;
+    const xkv_view *views;
+    const xkv_framing *framing;
+    const void *source;
+    uint64_t source_size;
+} planes;
+
+/* Whether the dictionary that would be packed with is there, before the work is done. */
+static xkv_status check_dict_body(xkv_txn *txn, void *user)
+{
+    return check_dict(txn, user);
+}
+
+static xkv_status check_pack_dict(xkv_ctx *ctx, const put *p)
+{
+    xkv_item wanted = {0};
+    xkv_dict_info info;
+    if (p->o->pack == NULL || p->o->pack->dict == NULL)
+        return XKV_OK;
+    xkv_dict_get_info(p->o->pack->dict, &info);
+    memcpy(wanted.dict, info.id, 16);
+    return xkv_index_read(ctx, p->store->index, check_dict_body, &wanted);
+}
+
+static xkv_status pack_payload(xkv_ctx *ctx, put *p, const planes *from)
+{
+    xkv_output output = xkv_blob_output(&p->writer);
+    xkv_entry *entry = NULL;
+    XKV_TRY(xkv_pack(ctx, from->geometry, from->views, from->framing, from->source, from->source_size, p->o->pack,
+                     &output, &p->report.pack));
+    xkv_input payload = xkv_blob_payload(&p->writer);
+    XKV_TRY(xkv_entry_open(ctx, &payload, &entry));
+    note_entry(entry, &p->item);
+    xkv_entry_close(ctx, entry);
+    return XKV_OK;
+}
+
+static xkv_status pack_and_commit(xkv_ctx *ctx, put *p, const planes *from)
+{
+    XKV_TRY(check_pack_dict(ctx, p));
+    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->item.symbols, p->item.names, &p->writer));
+    xkv_status status = pack_payload(ctx, p, from);
+    if (status == XKV_OK)
+        status = commit(ctx, p);
+    xkv_blob_end(&p->writer, status == XKV_OK && !p->report.existed);
+    return status;
+}
+
+static xkv_status put_planes(xkv_ctx *ctx, put *p, const xkv_namespace *ns, const xkv_prompt *prompt,
+                             const planes *from)
+{
+    xkv_prompt own = prompt_of(from->geometry);
+    xkv_symbols symbols = {0};
+    if (prompt == NULL)
+        prompt = &own;
+    XKV_TRY(check_prompt(ctx, from->geometry, prompt));
+    XKV_TRY(check_names(ctx, p->o, prompt->token_count));
+    XKV_TRY(xkv_symbols_make(ctx, prompt, &symbols));
+    note_prompt(p, ns, &symbols);
+    xkv_status status = try_existing(ctx, p);
+    if (status == XKV_OK && !p->report.existed)
+        status = pack_and_commit(ctx, p, from);
+    xkv_symbols_free(ctx, &symbols);
+    return status;
+}
+
+xkv_status xkv_store_put_planes(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
+                                const xkv_geometry *geometry, const xkv_view *views, const xkv_framing *framing,
+                                const void *source, uint64_t source_size, const xkv_put_options *options,
+                                xkv_put_report *report)
+{
+    const planes from = {geometry, views, framing, source, source_size};
+    xkv_put_options o = xkv_put_options_default();
+    put p = {.store = store, .o = &o};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(check_options(ctx, store, options, &o));
+    XKV_TRY(put_planes(ctx, &p, ns, prompt, &from));
+    if (report != NULL)
+        *report = p.report;
+    return XKV_OK;
+}
+
+/* --- Exported files ----------------------------------------------------------------------------------------------- */
+
+/* Decode all of an entry that comes from elsewhere. */
+static xkv_status verify_foreign(xkv_ctx *ctx, xkv_store *store, xkv_entry *entry)
+{
+    xkv_cached_dict *dict = NULL;
+    xkv_entry_info info;
+    xkv_status status = XKV_OK;
+    xkv_entry_get_info(entry, &info);
+    if (info.needs_dict) {
+        XKV_TRY(xkv_store_use_dict(ctx, store, info.dictionary_id, &dict));
+        status = xkv_entry_attach(ctx, entry, dict->dict);
+    }
+    if (status == XKV_OK)
+        status = xkv_entry_verify(ctx, entry, NULL, NULL);
+    xkv_store_leave_dict(store, dict);
+    return status;
+}
+
+static xkv_status import_opened(xkv_ctx *ctx, put *p, const xkv_blob_head *head, const uint32_t *list,
+                                const xkv_input *payload)
+{
+    xkv_namespace ns;
+    xkv_symbols symbols = {.data = list, .count = head->symbols, .tokens = head->tokens};
+    xkv_entry *entry = NULL;
+    memcpy(ns.id, head->space, 32);
+    XKV_TRY(xkv_entry_open(ctx, payload, &entry));
+    note_prompt(p, &ns, &symbols);
+    note_entry(entry, &p->item);
+    p->item.expires = head->expires;
+    bool rows = xkv_entry_geometry(entry)->token_count >= head->tokens;
+    xkv_status status = rows ? verify_foreign(ctx, p->store, entry)
+                             : xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
+    xkv_entry_close(ctx, entry);
+    XKV_TRY(status);
+    XKV_TRY(try_existing(ctx, p));
+    return p->report.existed ? XKV_OK : copy_and_commit(ctx, p, payload);
+}
+
+xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, xkv_put_report *report)
+{
+    xkv_put_options o = xkv_put_options_default();
+    put p = {.store = store, .o = &o};
+    xkv_blob_head head;
+    uint32_t *symbols = NULL;
+    xkv_page_key *names = NULL;
+    xkv_window window;
+    XKV_TRY(xkv_store_begin(ctx, store));
+    XKV_TRY(check_options(ctx, store, NULL, &o));
+    XKV_TRY(xkv_blob_read_head(ctx, file, &head));
+    if (head.kind != XKV_BLOB_ENTRY)
+        return xkv_fail(ctx, XKV_ERROR_FORMAT, "the file holds no entry [SB3]");
+    uint32_t count = head.symbols;
+    XKV_TRY(xkv_blob_read_body(ctx, file, &head, &count, &symbols, &names));
+    o.keys = names;
+    o.key_count = head.names;
+    xkv_input payload = xkv_input_window(&window, file, head.payload_offset, head.payload_size);
+    xkv_status status = import_opened(ctx, &p, &head, symbols, &payload);
+    xkv_release(ctx, symbols);
+    xkv_release(ctx, names);
+    if (status == XKV_OK && report != NULL)
+        *report = p.report;
+    return status;
+}
+
+/* --- Dictionaries ------------------------------------------------------------------------------------------------- */
+
+typedef struct put_dict {
+    xkv_store *store;
+    xkv_blob_writer writer;
+    uint8_t id[16];
+    uint64_t file_size;
+    bool existed;
+} put_dict;
+
+static xkv_status find_dict(xkv_txn *txn, void *user)
+{
+    put_dict *p = user;
+    xkv_dict_record dict;
+    xkv_status status = xkv_txn_get_dict(txn, p->id, &dict);
+    p->existed = status == XKV_OK;
+    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+}
+
+static xkv_status dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    put_dict *p = change->user;
+    XKV_TRY(find_dict(txn, p));
+    if (p->existed)
+        return XKV_OK;
+    XKV_TRY(xkv_evict(txn, meta, p->store, p->file_size, &change->removed));
+    uint64_t id = meta->next_id++;
+    XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, id));
+    return xkv_dict_insert(txn, meta, p->id, id, p->writer.hash, p->file_size);
+}
+
+static xkv_status write_dict(xkv_ctx *ctx, put_dict *p, const xkv_input *dictionary)
+{
+    xkv_change change = {.store = p->store, .body = dict_body, .user = p};
+    xkv_blob_head head = {.kind = XKV_BLOB_DICT, .created = xkv_store_now(p->store)};
+    memcpy(head.dict, p->id, 16);
+    xkv_output output = xkv_blob_output(&p->writer);
+    XKV_TRY(xkv_input_copy(ctx, dictionary, &output));
+    XKV_TRY(xkv_blob_finish(ctx, &p->writer, &head, NULL, NULL));
+    p->file_size = head.file_size;
+    return xkv_store_change(ctx, &change);
+}
+
+/* It is decoded once, so that none gets in that cannot be used. */
+static xkv_status check_dictionary(xkv_ctx *ctx, const xkv_input *dictionary, uint8_t id[16])
+{
+    xkv_dict_info info;
+    xkv_dict *dict = NULL;
+    XKV_TRY(xkv_dict_open(ctx, dictionary, 0, &dict));
+    xkv_dict_get_info(dict, &info);
+    memcpy(id, info.id, 16);
+    xkv_dict_close(ctx, dict);
+    return XKV_OK;
+}
+
+xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary, uint8_t id[16])
+{
+    put_dict p = {.store = store};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    if (store->read_only)
+        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
+    XKV_TRY(check_dictionary(ctx, dictionary, p.id));
+    XKV_TRY(xkv_index_read(ctx, store->index, find_dict, &p));
+    if (!p.existed) {
+        XKV_TRY(xkv_blob_begin(ctx, &store->folders, 0, 0, &p.writer));
+        xkv_status status = write_dict(ctx, &p, dictionary);
+        xkv_blob_end(&p.writer, status == XKV_OK && !p.existed);
+        XKV_TRY(status);
+    }
+    if (id != NULL)
+        memcpy(id, p.id, 16);
+    return XKV_OK;
+}

@@ -1,0 +1,315 @@
+/* repair.c - a new index in place of the old one: rebuilt from the blobs, or copied without its free pages. The new one
+ * is complete and synced before the two folders change places in one step. */
+#include "store_internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+typedef struct repair {
+    xkv_ctx *ctx;
+    xkv_store *store; /* its folders; its index is the new one */
+    xkv_index *old;   /* NULL: cannot be read */
+    uint32_t kind;    /* of the blobs at this pass */
+    xkv_repair_report report;
+} repair;
+
+/* --- Folders ------------------------------------------------------------------------------------------------------ */
+
+static void remove_new(int root)
+{
+    static const char *const names[] = {"index.new/data.mdb", "index.new/lock.mdb"};
+    for (size_t i = 0; i < 2; i++)
+        (void)unlinkat(root, names[i], 0);
+    (void)unlinkat(root, "index.new", AT_REMOVEDIR);
+}
+
+static xkv_status make_new(xkv_ctx *ctx, int root)
+{
+    remove_new(root);
+    return mkdirat(root, "index.new", 0700) == 0 ? XKV_OK : xkv_fail_errno(ctx, "create", "index.new", errno);
+}
+
+static xkv_status sync_new(xkv_ctx *ctx, int root)
+{
+    int fd = openat(root, "index.new/data.mdb", O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+    bool done = fd >= 0 && fchmod(fd, 0600) == 0 && fsync(fd) == 0; /* LMDB copies with the mode of the umask */
+    int error = errno;
+    if (fd >= 0)
+        close(fd);
+    return done ? XKV_OK : xkv_fail_errno(ctx, "sync", "the new index", error);
+}
+
+/* `index` may be missing altogether. */
+static xkv_status exchange(xkv_ctx *ctx, int root)
+{
+    struct stat st;
+    XKV_TRY(sync_new(ctx, root));
+    bool there = fstatat(root, "index", &st, AT_SYMLINK_NOFOLLOW) == 0;
+    if (renameat2(root, "index.new", root, "index", there ? RENAME_EXCHANGE : 0) != 0)
+        return xkv_fail_errno(ctx, "put into place", "the new index", errno);
+    if (fsync(root) != 0 && errno != EINVAL)
+        return xkv_fail_errno(ctx, "sync", "the folder of the store", errno);
+    remove_new(root);
+    return XKV_OK;
+}
+
+/* --- Rebuilding --------------------------------------------------------------------------------------------------- */
+
+typedef struct old_item {
+    uint64_t id;
+    xkv_item item;
+} old_item;
+
+static xkv_status get_old(xkv_txn *txn, void *user)
+{
+    old_item *o = user;
+    return xkv_txn_get_item(txn, o->id, &o->item);
+}
+
+/* What only the old index knows: when it was used, whether it is pinned. */
+static void keep_uses(repair *r, xkv_item *item)
+{
+    old_item o = {.id = item->id};
+    if (r->old == NULL || xkv_index_read(r->ctx, r->old, get_old, &o) != XKV_OK ||
+        memcmp(o.item.blob, item->blob, 32) != 0)
+        return;
+    item->pinned = o.item.pinned;
+    item->used = o.item.used;
+    item->expires = o.item.expires;
+}
+
+/* A blob as it is read. */
+typedef struct found {
+    repair *r;
+    xkv_item item;
+    xkv_blob_head head;
+    uint32_t *symbols;
+    xkv_page_key *names;
+} found;
+
+static xkv_status insert_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    found *f = change->user;
+    xkv_store *store = f->r->store;
+    meta->next_id = xkv_max64(meta->next_id, f->item.id + 1);
+    if (f->head.kind == XKV_BLOB_DICT) {
+        xkv_dict_record dict;
+        xkv_status status = xkv_txn_get_dict(txn, f->head.dict, &dict);
+        if (status != XKV_ERROR_NOT_FOUND)
+            return status;
+        return xkv_dict_insert(txn, meta, f->head.dict, f->item.id, f->item.blob, f->head.file_size);
+    }
+    xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, f->item.key, 32);
+    uint64_t other = 0;
+    xkv_status status = xkv_txn_get_u64(txn, &key, &other);
+    if (status != XKV_ERROR_NOT_FOUND)
+        return status; /* the prompt is there: this blob is an orphan, left when a process was killed */
+    return xkv_entry_insert(txn, meta, store, f->symbols, f->names, &f->item, &change->quarantine);
+}
+
+static void note_head(found *f)
+{
+    xkv_item *item = &f->item;
+    const xkv_blob_head *h = &f->head;
+    item->file_size = h->file_size;
+    item->raw_bytes = h->raw_bytes;
+    item->created = item->used = h->created;
+    item->expires = h->expires;
+    item->tokens = h->tokens;
+    item->symbols = h->symbols;
+    item->names = h->names;
+    memcpy(item->space, h->space, 32);
+    memcpy(item->key, h->key, 32);
+    memcpy(item->dict, h->dict, 16);
+}
+
+/* The key must follow from the tokens, since both are looked up by. */
+static xkv_status check_key(repair *r, const found *f)
+{
+    xkv_namespace ns;
+    const xkv_symbols symbols = {.data = f->symbols, .count = f->head.symbols, .tokens = f->head.tokens};
+    uint8_t key[32];
+    memcpy(ns.id, f->head.space, 32);
+    xkv_chain_last(&ns, &symbols, r->store->block_tokens, key);
+    return memcmp(key, f->head.key, 32) == 0
+               ? XKV_OK
+               : xkv_fail(r->ctx, XKV_ERROR_CORRUPT, "blob: its key does not follow from its tokens [SB6]");
+}
+
+static xkv_status insert_blob(repair *r, found *f, const xkv_input *file)
+{
+    xkv_change change = {.store = r->store, .body = insert_body, .user = f};
+    if (f->head.kind == XKV_BLOB_ENTRY) {
+        uint32_t count = f->head.symbols;
+        XKV_TRY(xkv_blob_read_body(r->ctx, file, &f->head, &count, &f->symbols, &f->names));
+        XKV_TRY(check_key(r, f));
+        note_head(f);
+        keep_uses(r, &f->item);
+    }
+    return xkv_store_change(r->ctx, &change);
+}
+
+static xkv_status take_file(repair *r, found *f, const int *fd)
+{
+    xkv_input file;
+    uint8_t hash[32];
+    XKV_TRY(xkv_blob_file(r->ctx, fd, &file));
+    XKV_TRY(xkv_blob_read_head(r->ctx, &file, &f->head));
+    if (f->head.kind != r->kind)
+        return XKV_OK; /* its turn comes, or has been */
+    XKV_TRY(xkv_blob_hash(r->ctx, &file, hash));
+    if (memcmp(hash, f->item.blob, 32) != 0)
+        return xkv_fail(r->ctx, XKV_ERROR_CHECKSUM, "blob: its SHA-256 is not that of its name [SB6]");
+    return insert_blob(r, f, &file);
+}
+
+static xkv_status take_blob(void *user, const char *text)
+{
+    repair *r = user;
+    found f = {.r = r};
+    int fd = -1;
+    XKV_TRY(xkv_check_cancel(r->ctx));
+    if (!xkv_blob_name_parse(text, f.item.blob, &f.item.id) || f.item.id == 0 || f.item.id == UINT64_MAX)
+        return XKV_OK; /* not ours */
+    xkv_blob_name name = xkv_blob_name_of(f.item.blob, f.item.id);
+    xkv_ctx_begin(r->ctx);
+    xkv_status status = xkv_blob_open(r->ctx, &r->store->folders, &name, false, &fd);
+    if (status == XKV_OK)
+        status = take_file(r, &f, &fd);
+    if (fd >= 0)
+        close(fd);
+    xkv_release(r->ctx, f.symbols);
+    xkv_release(r->ctx, f.names);
+    if (!xkv_is_damage(status))
+        return status;
+    xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: damaged, into quarantine: %s", name.text, xkv_ctx_error(r->ctx));
+    xkv_blob_quarantine(&r->store->folders, &name);
+    r->report.quarantined++;
+    return XKV_OK;
+}
+
+static xkv_status drop_temp(void *user, const char *name)
+{
+    const repair *r = user;
+    (void)unlinkat(r->store->folders.temp, name, 0);
+    return XKV_OK;
+}
+
+static xkv_status get_meta(xkv_txn *txn, void *user)
+{
+    return xkv_txn_get_meta(txn, user);
+}
+
+static xkv_status open_path(xkv_ctx *ctx, const xkv_store *store, const char *name, bool read_only, xkv_index **index)
+{
+    const xkv_index_options o = {
+        .read_only = read_only, .check = read_only, .no_sync = !read_only, .map_size = 1u << 30};
+    size_t size = strlen(store->path) + 32;
+    char *path = NULL;
+    XKV_TRY(XKV_NEW(ctx, size, &path));
+    snprintf(path, size, "%s/%s", store->path, name);
+    xkv_status status = xkv_index_open(ctx, path, &o, index);
+    xkv_release(ctx, path);
+    return status;
+}
+
+static xkv_status put_meta(xkv_txn *txn, void *user)
+{
+    return xkv_txn_put_meta(txn, user);
+}
+
+/* Counters go on from those of the old index; without it the cap comes from the properties. */
+static xkv_status begin_new(repair *r, uint64_t byte_cap)
+{
+    xkv_meta meta = {0}, fresh = {.next_id = 1, .next_node = 1, .byte_cap = byte_cap};
+    if (open_path(r->ctx, r->store, "index", true, &r->old) != XKV_OK ||
+        xkv_index_read(r->ctx, r->old, get_meta, &meta) != XKV_OK) {
+        xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: the old index cannot be read: %s", r->store->path,
+                 xkv_ctx_error(r->ctx));
+        xkv_index_close(r->ctx, r->old);
+        r->old = NULL;
+    } else {
+        r->report.kept_uses = 1;
+        fresh.next_id = meta.next_id;
+        fresh.byte_cap = meta.byte_cap;
+        fresh.puts = meta.puts;
+        fresh.hits = meta.hits;
+        fresh.misses = meta.misses;
+        fresh.evictions = meta.evictions;
+        fresh.expirations = meta.expirations;
+        fresh.corrupt = meta.corrupt;
+        fresh.tokens_reused = meta.tokens_reused;
+        fresh.bytes_reused = meta.bytes_reused;
+    }
+    xkv_ctx_begin(r->ctx);
+    XKV_TRY(make_new(r->ctx, r->store->folders.root));
+    XKV_TRY(open_path(r->ctx, r->store, "index.new", false, &r->store->index));
+    return xkv_index_write(r->ctx, r->store->index, put_meta, &fresh);
+}
+
+static xkv_status rebuild(repair *r, uint64_t byte_cap)
+{
+    xkv_meta meta;
+    XKV_TRY(begin_new(r, byte_cap));
+    XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.temp, drop_temp, r));
+    r->kind = XKV_BLOB_DICT; /* first, to count what uses them */
+    XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
+    r->kind = XKV_BLOB_ENTRY;
+    XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
+    XKV_TRY(xkv_index_read(r->ctx, r->store->index, get_meta, &meta));
+    r->report.entries = meta.entries;
+    r->report.dictionaries = meta.dictionaries;
+    return XKV_OK;
+}
+
+static xkv_status compact(repair *r)
+{
+    xkv_meta meta;
+    size_t size = strlen(r->store->path) + 32;
+    char *path = NULL;
+    XKV_TRY(open_path(r->ctx, r->store, "index", true, &r->old));
+    XKV_TRY(xkv_index_read(r->ctx, r->old, get_meta, &meta));
+    XKV_TRY(make_new(r->ctx, r->store->folders.root));
+    XKV_TRY(XKV_NEW(r->ctx, size, &path));
+    snprintf(path, size, "%s/index.new", r->store->path);
+    xkv_status status = xkv_index_copy(r->ctx, r->old, path);
+    xkv_release(r->ctx, path);
+    r->report = (xkv_repair_report){.entries = meta.entries, .dictionaries = meta.dictionaries, .kept_uses = 1};
+    return status;
+}
+
+static xkv_status run(repair *r, const char *path, int compact_only)
+{
+    uint64_t byte_cap = 0;
+    bool alone = false;
+    XKV_TRY(xkv_store_open_folders(r->ctx, path, false, true, r->store, &alone));
+    XKV_TRY(xkv_properties_read(r->ctx, r->store->folders.root, &r->store->block_tokens, &byte_cap));
+    xkv_status status = compact_only ? compact(r) : rebuild(r, byte_cap);
+    xkv_index_close(r->ctx, r->old);
+    xkv_index_close(r->ctx, r->store->index);
+    r->store->index = NULL;
+    if (status == XKV_OK)
+        status = exchange(r->ctx, r->store->folders.root);
+    else
+        remove_new(r->store->folders.root);
+    return status;
+}
+
+xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, int compact_only, xkv_repair_report *report)
+{
+    repair r = {.ctx = ctx};
+    xkv_ctx_begin(ctx);
+    XKV_TRY(xkv_store_alloc(ctx, path, &r.store));
+    xkv_status status = pthread_mutex_init(&r.store->mutex, NULL) == 0 ? XKV_OK : XKV_ERROR_MEMORY;
+    if (status == XKV_OK)
+        status = run(&r, path, compact_only);
+    xkv_store_close_folders(r.store);
+    pthread_mutex_destroy(&r.store->mutex);
+    xkv_release(ctx, r.store);
+    if (status == XKV_OK && report != NULL)
+        *report = r.report;
+    return status;
+}

@@ -1,0 +1,164 @@
+/* store_internal.h - the opened store, and what its files share. */
+#ifndef XKV_STORE_INTERNAL_H
+#define XKV_STORE_INTERNAL_H
+
+#include "blob.h"
+#include "trie.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/types.h>
+
+enum {
+    XKV_USE_SLOTS = 4096, /* a power of two */
+    XKV_USES = XKV_USE_SLOTS / 2,
+    XKV_DONE_TRASH = 256,
+    XKV_BATCH = 64, /* entries removed in one transaction */
+    XKV_DICT_CACHE = 4
+};
+
+/* What this process has seen and not yet written to the index. */
+typedef struct xkv_pending {
+    uint64_t hits, misses, corrupt, tokens_reused, bytes_reused;
+    uint32_t use_count, trash_count;
+    struct {
+        uint64_t id, time;
+    } uses[XKV_USE_SLOTS];          /* hashed by id; 0: free */
+    uint64_t trash[XKV_DONE_TRASH]; /* deleted blobs whose TRASH record may go */
+} xkv_pending;
+
+/* A dictionary in memory; `users` hits hold it. */
+typedef struct xkv_cached_dict {
+    uint8_t id[16];
+    xkv_dict *dict; /* NULL: an empty slot */
+    uint32_t users;
+    uint64_t used;
+} xkv_cached_dict;
+
+struct xkv_store {
+    xkv_folders folders;
+    int lock; /* descriptor of the lock file, locked as long as the store is open */
+    xkv_index *index;
+    bool read_only;
+    uint32_t block_tokens;
+    uint64_t (*clock)(void *user);
+    void *clock_user;
+    pid_t pid;
+    dev_t device; /* with `inode`: which folder it is */
+    ino_t inode;
+    struct xkv_store *next; /* in the list of open stores */
+
+    pthread_mutex_t mutex; /* of all below */
+    xkv_pending pending;
+    uint64_t flushed; /* when uses were last written because there were too many */
+    xkv_ctx *own;     /* dictionaries belong to it */
+    xkv_cached_dict dicts[XKV_DICT_CACHE];
+    uint64_t dict_clock;
+
+    char path[];
+};
+
+/* Start a public call on a store. ARGUMENT after fork(). */
+XKV_MUST_CHECK xkv_status xkv_store_begin(xkv_ctx *ctx, const xkv_store *store);
+uint64_t xkv_store_now(const xkv_store *store);
+
+/* --- Properties (the file "store") --- */
+
+enum { XKV_PROPERTIES_SIZE = 64 };
+XKV_MUST_CHECK xkv_status xkv_properties_read(xkv_ctx *ctx, int root, uint32_t *block_tokens, uint64_t *byte_cap);
+/* Write it under another name, sync, rename. */
+XKV_MUST_CHECK xkv_status xkv_properties_write(xkv_ctx *ctx, int root, uint32_t block_tokens, uint64_t byte_cap);
+
+/* Open the folders of a store and lock it: alone when nobody else has it open (*alone), else with the others.
+ * `exclusive`: fail unless alone, and stay so. What failed is closed again. */
+XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only, bool exclusive,
+                                                 xkv_store *store, bool *alone);
+void xkv_store_close_folders(xkv_store *store);
+XKV_MUST_CHECK xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_store **store_p);
+
+/* --- entries.c: inside a write transaction --- */
+
+/* Entries and dictionaries that were removed from the index in a transaction, and whose blobs go after its commit. */
+typedef struct xkv_removed {
+    uint64_t count, bytes, capacity;
+    struct xkv_removed_blob {
+        uint64_t id;
+        int fd; /* locked against readers; -1: not */
+        xkv_blob_name name;
+    } * blobs;
+} xkv_removed;
+
+/* Forget what an aborted attempt has collected. */
+void xkv_removed_clear(xkv_ctx *ctx, xkv_removed *r);
+/* After the commit: delete the blobs, or move them to the quarantine; frees the list. */
+void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine);
+
+/* Insert an entry: all its records and sums. item: everything but its place. `names` [item->names]. */
+XKV_MUST_CHECK xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
+                                           const xkv_page_key *names, xkv_item *item, xkv_removed *broken);
+/* How far a prompt agrees with any in the tree. */
+typedef struct xkv_common {
+    uint32_t count; /* symbols of the longest common prefix */
+    uint32_t other; /* the one after it, in the entry that xkv_trie_find() gave */
+} xkv_common;
+/* The same where that is known. */
+XKV_MUST_CHECK xkv_status xkv_entry_insert_known(xkv_txn *txn, xkv_meta *meta, const uint32_t *symbols,
+                                                 const xkv_page_key *names, const xkv_common *c, xkv_item *item);
+XKV_MUST_CHECK xkv_status xkv_entry_remove(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd);
+XKV_MUST_CHECK xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], uint64_t id,
+                                          const uint8_t hash[32], uint64_t file_size);
+XKV_MUST_CHECK xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16],
+                                          const xkv_dict_record *dict, xkv_removed *r);
+/* Evict, oldest first, until `bytes` more fit under the cap. When too much is pinned or being read: LIMIT, and for 0
+ * bytes as far as it goes. */
+XKV_MUST_CHECK xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t bytes, xkv_removed *r);
+/* Remove what expired before `now`, up to `most` entries. */
+XKV_MUST_CHECK xkv_status xkv_expire(xkv_txn *txn, xkv_meta *meta, uint64_t now, uint64_t most, xkv_removed *r);
+/* Change an entry's time of use, pin or expiry, with the records that follow from them. */
+XKV_MUST_CHECK xkv_status xkv_entry_change(xkv_txn *txn, xkv_meta *meta, const xkv_item *before, xkv_item *after);
+/* First 16 bytes of the hash of a namespace and a page key. */
+void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash[16]);
+
+/* --- Pending uses and counters --- */
+
+/* Take all that is pending, to be written in a transaction; put it back if that fails. */
+void xkv_pending_take(xkv_store *store, xkv_pending *p);
+void xkv_pending_return(xkv_store *store, const xkv_pending *p);
+XKV_MUST_CHECK xkv_status xkv_pending_write(xkv_txn *txn, xkv_meta *meta, const xkv_pending *p);
+/* Note a use; true when it is time to write: there are many, and it is a while since the last time. */
+bool xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time);
+/* Write what is pending in a transaction of its own. */
+XKV_MUST_CHECK xkv_status xkv_store_flush(xkv_ctx *ctx, xkv_store *store);
+
+/* A change of the index: `body` gets the META record, which is written back after it. Pending uses go along, blobs of
+ * what was removed are deleted after the commit. */
+typedef struct xkv_change {
+    xkv_store *store;
+    xkv_status (*body)(xkv_txn *txn, xkv_meta *meta, struct xkv_change *change);
+    void *user;
+    xkv_removed removed;                   /* deleted after the commit */
+    xkv_removed quarantine;                /* moved to the quarantine after it */
+    uint64_t removed_count, removed_bytes; /* of `removed`, set by the commit */
+} xkv_change;
+XKV_MUST_CHECK xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change);
+
+/* Errors that mean: these bytes are not what was written. */
+bool xkv_is_damage(xkv_status status);
+
+/* Put entry `id` into quarantine, count and log it. Failures are logged. */
+void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why);
+
+/* A dictionary of the store, decoded; others may use it at the same time. Errors: MISMATCH (it is not there), LIMIT
+ * (too many in use), those of xkv_dict_open(). */
+XKV_MUST_CHECK xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16],
+                                             xkv_cached_dict **slot_p);
+void xkv_store_leave_dict(xkv_store *store, xkv_cached_dict *slot); /* accepts NULL */
+
+/* --- Tidying (store.c) --- */
+
+/* Remove what killed processes have left: temporary files, blobs that were to be deleted. */
+/* Whether a file among the blobs is known to nobody, and nobody is about to make it known. */
+XKV_MUST_CHECK xkv_status xkv_store_is_orphan(xkv_ctx *ctx, xkv_store *store, const char *name, bool *orphan);
+XKV_MUST_CHECK xkv_status xkv_store_tidy(xkv_ctx *ctx, xkv_store *store, uint64_t *leftovers);
+
+#endif

@@ -1,0 +1,229 @@
+/* trie.c - the tree of prompts: walking down, splitting an edge, joining what a removed entry had kept apart. */
+#include "trie.h"
+
+/* A child edge of a node, with where it hangs. */
+typedef struct place {
+    uint64_t node;
+    uint32_t symbol;
+    bool at_end; /* the entry ends at the node: there is no symbol */
+} place;
+
+static xkv_key place_key(const place *p)
+{
+    return p->at_end ? xkv_key_end(p->node) : xkv_key_edge(p->node, p->symbol);
+}
+
+static xkv_status get_edge(xkv_txn *txn, const place *p, xkv_edge *edge)
+{
+    uint8_t value[XKV_EDGE_SIZE];
+    xkv_key key = place_key(p);
+    XKV_TRY(xkv_txn_get(txn, &key, value, sizeof value));
+    xkv_edge_decode(value, edge);
+    return XKV_OK;
+}
+
+static xkv_status put_edge(xkv_txn *txn, const place *p, const xkv_edge *edge)
+{
+    uint8_t value[XKV_EDGE_SIZE];
+    xkv_key key = place_key(p);
+    xkv_edge_encode(edge, value);
+    return xkv_txn_put(txn, &key, value, sizeof value);
+}
+
+static xkv_status delete_edge(xkv_txn *txn, const place *p)
+{
+    xkv_key key = place_key(p);
+    return xkv_txn_delete(txn, &key);
+}
+
+static xkv_status get_node(xkv_txn *txn, uint64_t id, xkv_node *node)
+{
+    uint8_t value[XKV_NODE_SIZE];
+    xkv_key key = xkv_key_id(XKV_TABLE_NODE, id);
+    XKV_TRY(xkv_txn_get(txn, &key, value, sizeof value));
+    xkv_node_decode(value, node);
+    return XKV_OK;
+}
+
+static xkv_status put_node(xkv_txn *txn, uint64_t id, const place *from)
+{
+    uint8_t value[XKV_NODE_SIZE];
+    xkv_key key = xkv_key_id(XKV_TABLE_NODE, id);
+    xkv_node_encode(&(xkv_node){from->node, from->symbol}, value);
+    return xkv_txn_put(txn, &key, value, sizeof value);
+}
+
+static xkv_status fail_tree(xkv_txn *txn, uint64_t node)
+{
+    return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "the tree of prompts contradicts itself at node %llu [SI4]",
+                    (unsigned long long)node);
+}
+
+/* A record that must be there. */
+static xkv_status must(xkv_txn *txn, uint64_t node, xkv_status status)
+{
+    return status == XKV_ERROR_NOT_FOUND ? fail_tree(txn, node) : status;
+}
+
+/* --- Walking down ------------------------------------------------------------------------------------------------- */
+
+xkv_status xkv_trie_find(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count, uint64_t *id)
+{
+    xkv_edge edge = {.child = root};
+    xkv_status status = XKV_OK;
+    for (bool first = true; edge.child != 0 && edge.depth < count; first = false) {
+        xkv_edge next;
+        status = get_edge(txn, &(place){edge.child, symbols[edge.depth], false}, &next);
+        if (status == XKV_ERROR_NOT_FOUND && !first)
+            break; /* all entries below the node agree with the prompt as far as any does */
+        XKV_TRY(status);
+        if (next.depth <= edge.depth)
+            return fail_tree(txn, edge.child); /* or the walk might not end */
+        edge = next;
+    }
+    *id = edge.entry;
+    return XKV_OK;
+}
+
+/* --- Inserting ---------------------------------------------------------------------------------------------------- */
+
+/* Hang the entry at `p` and note its place. */
+static xkv_status hang(xkv_txn *txn, const place *p, xkv_item *item)
+{
+    item->node = p->node;
+    item->symbol = p->at_end ? 0 : p->symbol;
+    item->at_end = p->at_end;
+    return put_edge(txn, p, &(xkv_edge){.entry = item->id, .depth = item->symbols});
+}
+
+/* What `edge` leads to now hangs at `to`. */
+static xkv_status move(xkv_txn *txn, const xkv_edge *edge, const place *to)
+{
+    xkv_item item;
+    XKV_TRY(put_edge(txn, to, edge));
+    if (edge->child != 0)
+        return put_node(txn, edge->child, to);
+    XKV_TRY(must(txn, to->node, xkv_txn_get_item(txn, edge->entry, &item)));
+    item.node = to->node;
+    item.symbol = to->at_end ? 0 : to->symbol;
+    item.at_end = to->at_end;
+    return xkv_txn_put_item(txn, &item);
+}
+
+/* Put a node onto the edge at `p`, `common` symbols deep; the old way goes on from there by `other`, or ends. */
+static xkv_status split(xkv_txn *txn, xkv_meta *meta, const place *p, const xkv_edge *edge, uint32_t common,
+                        uint32_t other, uint64_t *node)
+{
+    *node = meta->next_node++;
+    bool ends = edge->child == 0 && edge->depth == common;
+    XKV_TRY(move(txn, edge, &(place){*node, other, ends}));
+    XKV_TRY(put_node(txn, *node, p));
+    return put_edge(txn, p, &(xkv_edge){.child = *node, .entry = edge->entry, .depth = common});
+}
+
+xkv_status xkv_trie_insert(xkv_txn *txn, xkv_meta *meta, uint64_t root, const uint32_t *symbols, uint32_t common,
+                           uint32_t other, xkv_item *item)
+{
+    xkv_edge edge = {.child = root};
+    while (edge.depth < common) {
+        place p = {edge.child, symbols[edge.depth], false};
+        xkv_edge next;
+        XKV_TRY(must(txn, p.node, get_edge(txn, &p, &next)));
+        if (next.depth <= edge.depth)
+            return fail_tree(txn, p.node);
+        if (next.child == 0 || next.depth > common) {
+            if (next.child == 0 && next.depth < common)
+                return fail_tree(txn, p.node);
+            uint64_t node = 0;
+            XKV_TRY(split(txn, meta, &p, &next, common, other, &node));
+            next = (xkv_edge){.child = node, .depth = common};
+        }
+        edge = next;
+    }
+    place p = {edge.child, 0, item->symbols == common};
+    if (!p.at_end)
+        p.symbol = symbols[common];
+    xkv_status status = get_edge(txn, &p, &edge);
+    if (status == XKV_OK)
+        return fail_tree(txn, p.node);
+    return status == XKV_ERROR_NOT_FOUND ? hang(txn, &p, item) : status;
+}
+
+/* --- Removing ----------------------------------------------------------------------------------------------------- */
+
+/* The first edges of a node, at most two: *count of them. */
+static xkv_status first_edges(xkv_txn *txn, uint64_t node, place places[2], xkv_edge edges[2], int *count)
+{
+    xkv_key from = xkv_key_end(node), key;
+    const size_t prefix = from.size;
+    for (*count = 0; *count < 2; ++*count) {
+        uint8_t value[XKV_VALUE_MAX];
+        size_t size = 0;
+        xkv_status status = xkv_txn_seek(txn, &from, prefix, &key, value, &size);
+        if (status == XKV_ERROR_NOT_FOUND)
+            return XKV_OK;
+        XKV_TRY(status);
+        if (size != XKV_EDGE_SIZE || (key.size != prefix && key.size != prefix + 4))
+            return fail_tree(txn, node);
+        bool at_end = key.size == prefix;
+        places[*count] = (place){node, at_end ? 0 : xkv_key_u32(&key, prefix), at_end};
+        xkv_edge_decode(value, &edges[*count]);
+        from = key;
+        from.bytes[from.size++] = 0; /* the next key there can be */
+    }
+    return XKV_OK;
+}
+
+/* The node has one edge left: let the edge that leads to the node lead to where that one does. */
+static xkv_status join(xkv_txn *txn, uint64_t node, const place *only, const xkv_edge *edge)
+{
+    xkv_key key = xkv_key_id(XKV_TABLE_NODE, node);
+    xkv_node up;
+    XKV_TRY(must(txn, node, get_node(txn, node, &up)));
+    XKV_TRY(delete_edge(txn, only));
+    XKV_TRY(xkv_txn_delete(txn, &key));
+    return move(txn, edge, &(place){up.parent, up.symbol, false});
+}
+
+/* On the way from `node` up to the root, edges that name entry `gone` name `instead`. */
+static xkv_status rename_up(xkv_txn *txn, uint64_t root, uint64_t node, uint64_t gone, uint64_t instead)
+{
+    for (uint32_t depth = UINT32_MAX; node != root;) {
+        xkv_node up;
+        xkv_edge edge;
+        XKV_TRY(must(txn, node, get_node(txn, node, &up)));
+        place p = {up.parent, up.symbol, false};
+        XKV_TRY(must(txn, node, get_edge(txn, &p, &edge)));
+        if (edge.depth >= depth || edge.child != node)
+            return fail_tree(txn, node); /* or the walk might not end */
+        if (edge.entry == gone) {
+            edge.entry = instead;
+            XKV_TRY(put_edge(txn, &p, &edge));
+        }
+        depth = edge.depth;
+        node = up.parent;
+    }
+    return XKV_OK;
+}
+
+xkv_status xkv_trie_remove(xkv_txn *txn, uint64_t root, const xkv_item *item)
+{
+    place p = {item->node, item->symbol, item->at_end != 0}, left[2];
+    xkv_edge edge, edges[2];
+    int count = 0;
+    uint64_t node = p.node;
+    XKV_TRY(must(txn, node, get_edge(txn, &p, &edge)));
+    if (edge.child != 0 || edge.entry != item->id)
+        return fail_tree(txn, node);
+    XKV_TRY(delete_edge(txn, &p));
+    XKV_TRY(first_edges(txn, node, left, edges, &count));
+    if (count == 0)
+        return node == root ? XKV_OK : fail_tree(txn, node);
+    if (count == 1 && node != root) {
+        xkv_node up;
+        XKV_TRY(must(txn, node, get_node(txn, node, &up)));
+        XKV_TRY(join(txn, node, &left[0], &edges[0]));
+        node = up.parent;
+    }
+    return rename_up(txn, root, node, item->id, edges[0].entry);
+}

@@ -1,0 +1,356 @@
+/*
+ * xkv/store.h - a folder of packed prefixes: put one, find the longest stored prefix of a prompt, restore it.
+ *
+ * A store is embedded, as SQLite and LMDB are: a library over a folder, used by any number of processes and threads at
+ * once, without a server. What is committed survives a killed process and a power cut; the index can be rebuilt from
+ * the blobs. spec/store.md has the files and their rules.
+ *
+ *   xkv_namespace   whose prefixes: model, cache settings, adapter, tenant. Prompts never match across namespaces
+ *   xkv_prompt      tokens, and the identities of images and the like among them
+ *   xkv_store       the opened folder
+ *   xkv_hit         a stored entry that serves a prefix of the prompt asked for, safe from eviction while it is open
+ *
+ * What is protected: a damaged, foreign or half-written file is never handed out as data. What is not: a cache is as
+ * good as the text of its prompt, and lies in the folder unencrypted, readable by its owner (modes 0600 and 0700).
+ */
+#ifndef XKV_STORE_H
+#define XKV_STORE_H
+
+#include "xkv/codec.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* --- Namespaces and prompts ----------------------------------------------------------------------------------------
+ */
+
+/* SHA-256 of what tells caches apart (spec/store.md, section 3). */
+typedef struct xkv_namespace {
+    uint8_t id[32];
+} xkv_namespace;
+
+typedef struct xkv_namespace_fields {
+    size_t struct_size;
+    const uint8_t *fingerprint; /* [16] of the model; NULL: none */
+    const char *settings;       /* whatever else makes caches differ: dtype, context length, ...; NULL: "" */
+    const char *lora;           /* adapter; NULL: "" */
+    const void *salt;           /* secret of the tenant; without it nothing of the namespace can be found or listed */
+    size_t salt_size;           /* bytes; 0: no salt */
+} xkv_namespace_fields;
+
+static inline xkv_namespace_fields xkv_namespace_fields_default(void)
+{
+    xkv_namespace_fields f;
+    memset(&f, 0, sizeof f);
+    f.struct_size = sizeof f;
+    return f;
+}
+
+/* Errors: ARGUMENT, LIMIT (a field of 2^32 bytes or more). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_namespace_make(xkv_ctx *ctx, const xkv_namespace_fields *fields,
+                                                     xkv_namespace *ns);
+
+/* Something that is not a token, such as an image: prompts that agree in their (placeholder) tokens but not in this
+ * identity share only what comes before it. */
+typedef struct xkv_media {
+    uint32_t first_token; /* it lies before this token */
+    const void *id;       /* its identity, for example a hash of the pixels */
+    size_t id_size;       /* bytes, > 0 */
+} xkv_media;
+
+typedef struct xkv_prompt {
+    const int32_t *tokens; /* [token_count], each >= 0 */
+    uint32_t token_count;
+    const xkv_media *media; /* [media_count] in order of first_token */
+    uint32_t media_count;
+} xkv_prompt;
+
+/* Name of a run of leading tokens in an engine's own scheme: a vLLM block hash, an SGLang page hash, or any 32 bytes
+ * that stand for everything from the start of the prompt to `tokens`. */
+typedef struct xkv_page_key {
+    uint8_t key[32];
+    uint32_t tokens;
+} xkv_page_key;
+
+/* xkv's own chain (spec/store.md, section 4): keys [ceil(token_count / block_tokens)], one for each block, the last
+ * one, which names the whole prompt, perhaps for a shorter block. Errors: ARGUMENT, MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_chain_native(xkv_ctx *ctx, const xkv_namespace *ns, const xkv_prompt *prompt,
+                                                   uint32_t block_tokens, xkv_page_key *keys);
+
+/* SGLang's chain over full pages: keys [token_count / page_tokens]. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_chain_sglang(xkv_ctx *ctx, const int32_t *tokens, uint32_t token_count,
+                                                   uint32_t page_tokens, xkv_page_key *keys);
+
+/* vLLM's chain of algorithm sha256_cbor over full blocks, without extra keys: keys [token_count / block_tokens].
+ * `seed`: the text of PYTHONHASHSEED that NONE_HASH is made from, as vLLM before its fixed default. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_chain_vllm(xkv_ctx *ctx, const char *seed, const int32_t *tokens,
+                                                 uint32_t token_count, uint32_t block_tokens, xkv_page_key *keys);
+
+/* --- Opening -------------------------------------------------------------------------------------------------------
+ */
+
+/* Threads: shared by all, each call with its own context. A folder is opened once in a process; not across fork(). */
+typedef struct xkv_store xkv_store;
+
+typedef enum xkv_store_access {
+    XKV_STORE_READ_WRITE = 0,
+    XKV_STORE_READ_ONLY = 1, /* neither uses nor counters are recorded, and what is expired or damaged stays */
+    XKV_STORE_AUTO = 2       /* read-only where the file system is */
+} xkv_store_access;
+
+typedef struct xkv_store_options {
+    size_t struct_size;
+    uint32_t access;               /* xkv_store_access; default READ_WRITE */
+    uint32_t trust_index;          /* non-zero: leave out the check of every index page on opening (spec, section 7) */
+    uint64_t map_size;             /* bytes of address space for the index at first, it grows by itself; 0: 1 GiB */
+    uint64_t (*clock)(void *user); /* microseconds since 1970; NULL: the system's */
+    void *clock_user;
+} xkv_store_options;
+
+static inline xkv_store_options xkv_store_options_default(void)
+{
+    xkv_store_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    return o;
+}
+
+typedef struct xkv_store_properties {
+    size_t struct_size;
+    uint32_t block_tokens; /* of the native chain, 1 .. 65536; default 256; fixed for ever */
+    uint64_t byte_cap;     /* of all blobs; 0: none (default) */
+} xkv_store_properties;
+
+static inline xkv_store_properties xkv_store_properties_default(void)
+{
+    xkv_store_properties p;
+    memset(&p, 0, sizeof p);
+    p.struct_size = sizeof p;
+    p.block_tokens = 256;
+    return p;
+}
+
+/* Make a store at `path`, a folder that does not exist or is empty. `properties` may be NULL.
+ * Errors: ARGUMENT, EXISTS, IO, NO_SPACE, MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_create(xkv_ctx *ctx, const char *path,
+                                                   const xkv_store_properties *properties);
+
+/* Open the store at `path`; what killed processes left behind is removed. `options` may be NULL.
+ * Errors: FORMAT (no store), VERSION, CORRUPT and CHECKSUM (xkv_store_repair() helps), IO (also for symbolic links and
+ * folders that others can write to), ARGUMENT (already open in this process), LIMIT, MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_open(xkv_ctx *ctx, const char *path, const xkv_store_options *options,
+                                                 xkv_store **store_p);
+
+/* Writes uses and counters that are not yet recorded. All hits must be closed. Accepts NULL. */
+XKV_API void xkv_store_close(xkv_ctx *ctx, xkv_store *store);
+
+/* --- Putting -------------------------------------------------------------------------------------------------------
+ */
+
+typedef struct xkv_put_options {
+    size_t struct_size;
+    uint64_t ttl;             /* seconds until the entry expires; 0: never (default) */
+    uint32_t pin;             /* non-zero: never evicted until unpinned */
+    const xkv_page_key *keys; /* [key_count] names in an engine's scheme, tokens ascending */
+    uint32_t key_count;
+    const xkv_pack_options *pack; /* for xkv_store_put_planes(); NULL: defaults */
+} xkv_put_options;
+
+static inline xkv_put_options xkv_put_options_default(void)
+{
+    xkv_put_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    return o;
+}
+
+typedef struct xkv_put_report {
+    uint64_t id;      /* of the entry */
+    uint32_t existed; /* non-zero: the very prompt was stored already; its use, pin and ttl were renewed, no more */
+    uint32_t tokens;
+    uint64_t bytes;           /* of the blob */
+    uint32_t evicted_entries; /* to make room */
+    uint64_t evicted_bytes;   /* of them */
+    xkv_pack_report pack;     /* xkv_store_put_planes() that packed; else zero */
+} xkv_put_report;
+
+/* Store a packed entry (.xkv) under the prompt that made it. `prompt` NULL: the token ids in the entry. The prompt has
+ * at most as many tokens as the entry has rows; token ids in the entry must agree with it. On return the entry is on
+ * disk. `options` and `report` may be NULL.
+ * Errors: ARGUMENT, MISMATCH (tokens or model differ; the entry's dictionary is not in the store), UNSUPPORTED (an
+ * entry without rows), LIMIT (larger than what the byte cap leaves beside what is pinned or being read), NO_SPACE, IO,
+ * MEMORY, CANCELLED, those of xkv_entry_open(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_put(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                                const xkv_prompt *prompt, const xkv_input *entry,
+                                                const xkv_put_options *options, xkv_put_report *report);
+
+/* Pack planes straight into the store: the arguments are those of xkv_pack(). The dictionary of the pack options must
+ * be in the store. Errors: also those of xkv_pack(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_put_planes(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                                       const xkv_prompt *prompt, const xkv_geometry *geometry,
+                                                       const xkv_view *views, const xkv_framing *framing,
+                                                       const void *source, uint64_t source_size,
+                                                       const xkv_put_options *options, xkv_put_report *report);
+
+/* Store a dictionary (.xkvd), once for each id. `id` (may be NULL) gets it. Errors: as xkv_store_put(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary,
+                                                     uint8_t id[16]);
+
+/* --- Finding -------------------------------------------------------------------------------------------------------
+ */
+
+typedef enum xkv_match_reason {
+    XKV_MATCH_FOUND = 0,
+    XKV_MATCH_NONE = 1,          /* no entry begins with the first token, or the namespace is empty */
+    XKV_MATCH_SHORT = 2,         /* the longest common prefix is shorter than asked for */
+    XKV_MATCH_EXPIRED = 3,       /* the best entry outlived its ttl */
+    XKV_MATCH_NO_DICTIONARY = 4, /* the best entry needs a dictionary that is not in the store */
+    XKV_MATCH_CORRUPT = 5,       /* the best entry or its record is damaged; it was put into quarantine */
+    XKV_MATCH_GONE = 6           /* the best entry is just being removed */
+} xkv_match_reason;
+
+typedef struct xkv_match {
+    uint32_t reason;       /* xkv_match_reason */
+    uint32_t tokens;       /* leading tokens of the prompt that can be restored; 0 unless FOUND */
+    uint32_t entry_tokens; /* of the entry that serves them */
+    uint32_t keys;         /* xkv_store_match_keys(): leading keys that are stored */
+    uint64_t id;           /* of the entry; also for EXPIRED, NO_DICTIONARY, CORRUPT and GONE when it is known */
+    uint64_t bytes;        /* of the entry's blob */
+    uint64_t raw_bytes;    /* of the matched tokens, as the engine holds them */
+} xkv_match;
+
+typedef struct xkv_hit xkv_hit;
+
+/* Find the entry with the longest common prefix with `prompt`, compared token by token, and keep it from eviction, by
+ * other processes too, until xkv_hit_close(). What is not FOUND is a miss: XKV_OK with the reason. `min_tokens`:
+ * shorter ones are misses. `hit_p` may be NULL, only to ask: that is no use of the entry and counts neither as hit nor
+ * as miss. Errors: ARGUMENT, IO, MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                                  const xkv_prompt *prompt, uint32_t min_tokens, xkv_match *match,
+                                                  xkv_hit **hit_p);
+
+/* The same by an engine's keys: keys[i] names everything up to and with page i. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                                       const uint8_t (*keys)[32], uint32_t key_count, xkv_match *match,
+                                                       xkv_hit **hit_p);
+
+/* The entry by its id. Errors: NOT_FOUND (also for another namespace's), otherwise as xkv_store_match(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
+                                                xkv_match *match, xkv_hit **hit_p);
+
+/* The packed entry, opened with its dictionary attached; it lives until xkv_hit_close(). Not for two threads at once.
+ * When it fails, or decoding does, call xkv_hit_reject(). Errors: those of xkv_entry_open() and xkv_dict_open(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p);
+
+/* Restore planes, as xkv_entry_read(), of at most the matched tokens: options->token_count 0 means up to there. An
+ * entry that turns out damaged goes into quarantine. On error nothing in the views may be used. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_hit_read(xkv_ctx *ctx, xkv_hit *hit, const xkv_read_options *options,
+                                               const xkv_view *views);
+
+/* Put the hit's entry into quarantine: it will not be found again. For data that could not be decoded. */
+XKV_API void xkv_hit_reject(xkv_ctx *ctx, xkv_hit *hit);
+
+/* With the context that it was made with, before the store is closed. Accepts NULL. */
+XKV_API void xkv_hit_close(xkv_ctx *ctx, xkv_hit *hit);
+
+/* --- Keeping -------------------------------------------------------------------------------------------------------
+ */
+
+/* One entry. */
+typedef struct xkv_store_item {
+    uint64_t id;
+    uint32_t tokens;
+    uint32_t pinned;
+    uint64_t bytes, raw_bytes;       /* of the blob; of the cache as the engine holds it */
+    uint64_t created, expires, used; /* microseconds since 1970; expires 0: never */
+    uint32_t needs_dict;
+    uint8_t dictionary_id[16];
+    uint8_t key[32];  /* the last of the native chain */
+    uint8_t blob[32]; /* SHA-256 of the blob file */
+} xkv_store_item;
+
+/* Call `item` for every entry of a namespace, in order of id; return non-zero from it to stop. Without the namespace,
+ * hence without its salt, nothing is listed. Errors: CORRUPT, IO. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_list(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                                 int (*item)(void *user, const xkv_store_item *item), void *user);
+
+/* Errors of these: NOT_FOUND (no such id in the namespace), IO, NO_SPACE, CORRUPT. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_pin(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
+                                                int pinned);
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_remove(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                                   uint64_t id);
+/* Remove all of a namespace, pinned ones too; *removed entries (may be NULL). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_remove_namespace(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                                             uint64_t *removed);
+
+/* Sums over the life of the store; those of this process that are not yet recorded are included. */
+typedef struct xkv_store_stats {
+    uint32_t block_tokens;
+    uint32_t read_only;
+    uint64_t byte_cap, bytes;                           /* cap; of all blobs, dictionaries included */
+    uint64_t entries, pinned, namespaces, dictionaries; /* now there */
+    uint64_t index_bytes, map_bytes;                    /* pages of the index in use; its address space */
+    uint64_t quarantined;                               /* blobs now in quarantine */
+    uint64_t puts, hits, misses, evictions, expirations, corrupt;
+    uint64_t tokens_reused; /* matched, over all hits */
+    uint64_t bytes_reused;  /* raw bytes of the caches that these tokens stand for */
+} xkv_store_stats;
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *stats);
+
+/* Change the byte cap, and evict down to it as far as entries are neither pinned nor being read. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap);
+
+typedef struct xkv_collect_report {
+    uint64_t expired, evicted; /* entries */
+    uint64_t freed_bytes;      /* of all that was removed */
+    uint64_t orphans;          /* blobs that no record knew */
+    uint64_t leftovers;        /* temporary files of killed processes */
+    uint64_t dictionaries;     /* that no entry needs; only with `unused_dicts` */
+} xkv_collect_report;
+
+/* Remove what is expired, what is above the cap, orphaned blobs, leftovers, everything in quarantine, and on request
+ * dictionaries without entries. `report` may be NULL. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_collect(xkv_ctx *ctx, xkv_store *store, int unused_dicts,
+                                                    xkv_collect_report *report);
+
+typedef struct xkv_verify_report {
+    uint64_t entries, dictionaries, bytes; /* that were checked */
+    uint64_t damaged;                      /* blobs that are not what their record says */
+    uint64_t missing;                      /* blobs that are not there */
+    uint64_t unreachable;                  /* entries that a lookup of their tokens does not find */
+    uint64_t orphans;                      /* blobs without a record */
+    uint64_t wrong_sums;                   /* records whose counts disagree with what is there */
+    char first[256];                       /* what was wrong first; "" */
+} xkv_verify_report;
+
+/* Check every record, every blob's SHA-256 and every link between them; with `decode` also decode everything. Nothing
+ * is changed. Returns XKV_OK with the report when it could look at everything, also when something is wrong. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_verify(xkv_ctx *ctx, xkv_store *store, int decode, xkv_progress_fn progress,
+                                                   void *progress_user, xkv_verify_report *report);
+
+typedef struct xkv_repair_report {
+    uint64_t entries, dictionaries; /* now in the index */
+    uint64_t quarantined;           /* blobs that were damaged */
+    uint32_t kept_uses;             /* non-zero: pins, times of use and counters of the old index could be read */
+} xkv_repair_report;
+
+/* Rebuild the index of the store at `path` from its blobs; with `compact_only` copy a sound index without its free
+ * pages instead. The store must not be open anywhere. A failure leaves the old index as it was.
+ * Errors: IO (also: in use), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, int compact_only,
+                                                   xkv_repair_report *report);
+
+/* Write one entry, with its tokens, keys and namespace id, as a file that any store can import. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
+                                                   const xkv_output *output);
+
+/* Store what xkv_store_export() wrote, in the namespace it came from, after checking all of it. The entry's dictionary
+ * must be there. Errors: as xkv_store_put(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file,
+                                                   xkv_put_report *report);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,187 @@
+# The store, command by command: results, misses, tenants, damage, states that need an operator.
+# shellcheck source=lib.sh
+. "$(dirname "$0")/lib.sh"
+
+make_ggsq tokens=300 >a # tokens 100, 107, 114, ...
+make_ggsq tokens=120 >part
+
+# A store is made once, in an empty folder.
+run 0 xkv-store init s
+run 1 xkv-store init s
+err_is 'xkv-store: s: exists and is not an empty folder'
+is 'mode of the store' "$(stat -c %a s)" 700
+run 1 xkv-store stat nowhere
+err_has '^xkv-store: nowhere: .*No such file or directory$'
+mkdir empty
+run 3 xkv-store stat empty
+err_has '\[SO1\]$'
+rmdir empty
+
+# What was put is found by the engine's file, by a list and by a longer prompt, and comes back identical.
+run 0 xkv-store put s a
+out_is 'a: stored as 1, 300 tokens, SIZE'
+run 0 xkv-store put s a
+out_is 'a: is there as 1, 300 tokens, SIZE'
+run 0 xkv-store match s a
+out_is '300 of 300 tokens, entry 1 of 300 tokens, SIZE'
+run 0 xkv-store match s 100,107,114,5
+out_is '3 of 4 tokens, entry 1 of 300 tokens, SIZE'
+(od -An -v -tu4 -j 12 -N 1200 a; echo 8,9) >prompt # its token ids, and two more
+run 0 xkv-store match s prompt
+out_is '300 of 302 tokens, entry 1 of 300 tokens, SIZE'
+run 0 sh -c 'xkv-store match s - <prompt'
+out_is '300 of 302 tokens, entry 1 of 300 tokens, SIZE'
+run 0 xkv-store get -o back s prompt
+same a back
+run 0 sh -c 'xkv-store get -o - s a | cat >back2'
+same a back2
+
+# A prefix comes back as a file that the engine takes: the same as xkv-unpack --first makes.
+run 0 xkv-pack -q a
+run 0 xkv-unpack -q --first 120 -o first a.xkv
+run 0 xkv-store get -q -f -o back s part
+same first back
+run 1 xkv-store get -q -o back s part
+err_is 'xkv-store: back: already exists; use -f to overwrite it'
+run 0 xkv-store get -q -f -o back --id 1 s
+same a back
+rm -f back back2 first a.xkv
+
+# Misses say why.
+run 7 xkv-store match s 1,2,3
+out_is '0 of 3 tokens: nothing stored begins like it'
+run 7 xkv-store match --min 10 s 100,107,5
+out_is '0 of 3 tokens: what is stored is too short'
+run 7 xkv-store get -o none s 1,2,3
+err_is 'xkv-store: nothing stored begins like it'
+run 7 xkv-store match --json s 1
+out_is '{"file":"1","ok":false,"reason":"none","tokens":0,"prompt_tokens":1,"entry_tokens":0,"id":0,"bytes":0}'
+run 7 xkv-store rm s 99
+err_is 'xkv-store: s: no such entry: there is no entry 99 in the namespace'
+run 2 xkv-store match s 1,x
+err_has '^xkv-store: 1,x: neither a file nor a list of tokens$'
+echo '1 2 three' >bad
+run 3 xkv-store match s bad
+err_is "xkv-store: bad: neither an engine's file nor a list of tokens"
+run 3 xkv-store put s bad
+err_is 'xkv-store: bad: neither an entry nor a known engine file'
+rm bad
+
+# Tenants, models and settings keep apart.
+echo secret >salt
+run 0 xkv-store put -q --salt-file salt s part
+run 0 xkv-store match --salt-file salt s a
+out_is '120 of 300 tokens, entry 2 of 120 tokens, SIZE'
+run 7 xkv-store match -q --settings x s a
+run 7 xkv-store match -q --lora x s a
+run 7 xkv-store match -q --fingerprint 00112233445566778899aabbccddeeff s a
+run 7 xkv-store rm s 2
+run 7 xkv-store get -o none --id 2 s
+run 0 xkv-store ls -q s
+is 'entries without the salt' "$(wc -l <<<"$out")" 1
+run 0 xkv-store ls --json --salt-file salt s
+out_has '^\{"id":2,"tokens":120,"pinned":false,'
+run 0 xkv-store rm --all --salt-file salt s
+err_is 'xkv-store: s: removed 1 entries'
+: >salt
+run 1 xkv-store ls --salt-file salt s
+err_is 'xkv-store: salt: cannot be read, is empty, or too long for a salt'
+rm salt
+
+# Entries, dictionaries, export and import.
+run 0 xkv-train -q -o d.xkvd a
+run 0 xkv-pack -q -D d.xkvd -o dict.xkv part
+run 4 xkv-store put s dict.xkv
+err_has 'the dictionary of the entry is not in the store$'
+run 0 xkv-store put -q s d.xkvd dict.xkv
+run 0 xkv-store get -q -o back --id 4 s
+run 0 xkv-unpack -q -D d.xkvd -o back2 dict.xkv
+same back back2
+run 0 xkv-store put -q -D d.xkvd --quality 50 --settings other s a
+run 0 xkv-store export -o e s 4
+run 0 xkv-store init t
+run 4 xkv-store import t e
+run 0 xkv-store put t d.xkvd
+run 0 xkv-store import t e
+out_is 'e: stored as 2, 120 tokens, SIZE'
+run 0 xkv-store match t part
+out_is '120 of 120 tokens, entry 2 of 120 tokens, SIZE'
+flip_bit e 2000
+run 3 xkv-store import t e
+run 3 xkv-store import t a
+err_has '\[SB1\]$'
+rm -rf t e back back2 d.xkvd dict.xkv
+
+# The cap, pins, expiry.
+run 0 xkv-store verify --decode s
+err_has '^xkv-store: s: OK, 3 entries, '
+run 0 xkv-store pin s 1
+run 0 xkv-store gc --unused-dictionaries --cap 120K s
+err_has '^xkv-store: s: 0 expired, 0 evicted, 0 orphans, 0 leftovers, '
+run 0 xkv-store ls -q s
+is 'the pinned one' "$(awk '{print $1, $NF}' <<<"$out")" '1 pinned'
+run 6 xkv-store put --settings x s part
+err_has 'do not fit under the cap'
+run 0 xkv-store unpin s 1
+run 0 xkv-store gc -q --cap 0 s
+run 0 xkv-store put -q --ttl 1 --settings x s part
+sleep 1.1
+run 7 xkv-store match -q --settings x s part
+run 0 xkv-store stat --json s
+out_has '"expirations":1,'
+
+# Damage: a miss, quarantine, a message; then a repair.
+flip_bit s/blobs/* 2000
+run 3 xkv-store verify s
+err_has '^xkv-store: s: 1 damaged, 0 missing, 0 unreachable; entry 1: .*\[SB6\]$'
+run 3 xkv-store get -o none s a
+run 7 xkv-store match -q s a
+run 0 xkv-store stat s
+out_has '^  damaged +1$'
+out_has '^  quarantined files +1$'
+run 0 xkv-store put -q s a part
+run 0 xkv-store pin s 7
+flip_bit s/index/data.mdb 5000
+truncate -s 9000 s/index/data.mdb
+run 3 xkv-store ls s
+err_has '\[SI1\]$'
+run 0 xkv-store repair s
+err_has '^xkv-store: s: 2 entries and 0 dictionaries, 0 damaged files in quarantine; pins and times of use are lost$'
+run 0 xkv-store verify -q s
+run 0 xkv-store match s a
+out_is '300 of 300 tokens, entry 7 of 300 tokens, SIZE'
+run 0 xkv-store gc -q --compact s
+run 0 xkv-store verify -q s
+
+# A store of another version, links, folders that others can write to.
+cp -r s t
+printf '\x02' | dd of=t/store bs=1 seek=10 conv=notrunc status=none
+run 3 xkv-store stat t
+err_has 'the store has version 2, this program reads up to 1 \[SO2\]$'
+cp s/store t/store
+chmod g+w t
+run 1 xkv-store stat t
+err_has 'others can write to the folder t: mode 720 \[SO5\]$'
+chmod g-w t
+mv t/blobs moved
+ln -s ../moved t/blobs
+run 1 xkv-store stat t
+rm -rf t moved
+
+# A full disk: nothing is left of what did not fit.
+make_ggsq tokens=2000 layers=8 >big
+run 1 bash -c 'ulimit -f 60; xkv-store put -q s big'
+err_has 'File too large'
+run 0 xkv-store verify -q s
+is 'temporary files of the store' "$(ls -A s/tmp)" ''
+
+# A killed one too.
+xkv-store put -q --error 0.001 s big &
+sleep 0.1
+kill -9 $!
+wait $! 2>/dev/null
+run 0 xkv-store stat -q s
+is 'temporary files of the store' "$(ls -A s/tmp)" ''
+rm -rf s
+files_are a big part prompt
+finish

@@ -1,0 +1,553 @@
+/* test_store_damage.c - a wrong bit anywhere in a store, files that are missing, foreign or links, and one bad store
+ * for each rule of spec/store.md: never wrong data, never a crash; a miss, a refusal with the rule's number, and a
+ * repair.
+ * With XKV_LONG_TESTS in the environment every byte of the index is tried. */
+#include "store_support.h"
+
+#include "base.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+enum { ENTRIES = 6, SIZE = 24 };
+
+static test_store t;
+static xkv_namespace ns;
+
+/* --- A store, and the bytes of its files -------------------------------------------------------------------------- */
+
+typedef struct saved_file {
+    char name[160];
+    uint8_t *data;
+    size_t size;
+} saved_file;
+
+static saved_file saved[ENTRIES + 2];
+static size_t saved_count;
+
+static void full_path(const char *name, char path[256])
+{
+    assert_true((size_t)snprintf(path, 256, "%s/%.160s", t.path, name) < 256);
+}
+
+static uint8_t *read_file(const char *name, size_t *size)
+{
+    char path[256];
+    struct stat st;
+    full_path(name, path);
+    int fd = open(path, O_RDONLY);
+    assert_true(fd >= 0);
+    assert_int_equal(fstat(fd, &st), 0);
+    uint8_t *data = malloc((size_t)st.st_size + 1);
+    assert_int_equal(pread(fd, data, (size_t)st.st_size, 0), st.st_size);
+    close(fd);
+    *size = (size_t)st.st_size;
+    return data;
+}
+
+static void write_file(const char *name, const uint8_t *data, size_t size)
+{
+    char path[256];
+    full_path(name, path);
+    unlink(path);
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    assert_true(fd >= 0);
+    assert_int_equal(pwrite(fd, data, size, 0), size);
+    close(fd);
+}
+
+static void save(const char *name)
+{
+    saved_file *f = &saved[saved_count++];
+    snprintf(f->name, sizeof f->name, "%s", name);
+    f->data = read_file(name, &f->size);
+}
+
+static void save_blobs(void)
+{
+    char path[256], name[160];
+    full_path("blobs", path);
+    DIR *d = opendir(path);
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d)) != NULL;)
+        if (e->d_name[0] != '.') {
+            snprintf(name, sizeof name, "blobs/%.100s", e->d_name);
+            save(name);
+        }
+    closedir(d);
+}
+
+static void close_store(void)
+{
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+}
+
+static void empty_folder(const char *name)
+{
+    char path[256];
+    full_path(name, path);
+    DIR *d = opendir(path);
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d)) != NULL;)
+        if (e->d_name[0] != '.')
+            assert_int_equal(unlinkat(dirfd(d), e->d_name, 0), 0);
+    closedir(d);
+}
+
+/* All files as they were saved; the store is closed. */
+static void restore_files(void)
+{
+    close_store();
+    empty_folder("blobs");
+    empty_folder("quarantine");
+    for (size_t i = 0; i < saved_count; i++)
+        write_file(saved[i].name, saved[i].data, saved[i].size);
+}
+
+static void prompt_tokens(uint64_t number, int32_t tokens[SIZE])
+{
+    make_tokens(number / 2, 50000, tokens, SIZE); /* pairs share their first half */
+    tokens[SIZE / 2] += (int32_t)(number % 2);
+}
+
+static xkv_status put_number(uint64_t number)
+{
+    int32_t tokens[SIZE];
+    prompt_tokens(number, tokens);
+    return put_rows(t.ctx, t.store, &ns, tokens, SIZE, NULL, NULL);
+}
+
+static int setup(void **state)
+{
+    (void)state;
+    make_store(&t, 0);
+    ns = make_namespace(NULL);
+    for (uint64_t i = 0; i < ENTRIES; i++)
+        assert_ok(t.ctx, put_number(i));
+    close_store();
+    saved_count = 0;
+    save("index/data.mdb");
+    save("store");
+    save_blobs();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    remove_folder(&t);
+    for (size_t i = 0; i < saved_count; i++)
+        free(saved[i].data);
+    return 0;
+}
+
+/* What a lookup of entry `number` gives: tokens that were restored and are right. Wrong ones fail the test. */
+static uint32_t look_up(uint64_t number, uint32_t *reason)
+{
+    int32_t tokens[SIZE];
+    xkv_match m = {0};
+    xkv_hit *hit = NULL;
+    xkv_status status = XKV_OK;
+    uint32_t matched = 0;
+    prompt_tokens(number, tokens);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
+    if (xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit) != XKV_OK)
+        return 0;
+    if (hit != NULL && hit_is_right(t.ctx, hit, m.tokens, tokens, &status))
+        matched = m.tokens;
+    else if (hit != NULL)
+        assert_int_not_equal(status, XKV_OK); /* not: other data than was stored, reported as good */
+    xkv_hit_close(t.ctx, hit);
+    *reason = m.reason;
+    return matched;
+}
+
+static uint32_t sound_entries(void)
+{
+    uint32_t sound = 0, reason;
+    for (uint64_t i = 0; i < ENTRIES; i++)
+        sound += look_up(i, &reason) == SIZE;
+    return sound;
+}
+
+static xkv_store_stats stats(void)
+{
+    xkv_store_stats s;
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+    return s;
+}
+
+static xkv_status open_store(void)
+{
+    return xkv_store_open(t.ctx, t.path, NULL, &t.store);
+}
+
+static uint32_t count_blobs(void)
+{
+    char path[256];
+    uint32_t n = 0;
+    full_path("blobs", path);
+    DIR *d = opendir(path);
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d)) != NULL;)
+        n += e->d_name[0] != '.';
+    closedir(d);
+    return n;
+}
+
+/* Repair finds every blob, and then nothing is wrong. */
+static void assert_repairable(void)
+{
+    xkv_repair_report r;
+    xkv_verify_report v;
+    close_store();
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, 0, &r));
+    assert_int_equal(r.entries, count_blobs());
+    assert_ok(t.ctx, open_store());
+    assert_ok(t.ctx, xkv_store_verify(t.ctx, t.store, 1, NULL, NULL, &v));
+    assert_string_equal(v.first, "");
+    assert_int_equal(v.entries, r.entries);
+}
+
+/* --- Wrong bits --------------------------------------------------------------------------------------------------- */
+
+/* The saved file with one bit wrong, in a store that is otherwise as it was. */
+static void damage(const saved_file *f, size_t at, unsigned bit)
+{
+    restore_files();
+    f->data[at] ^= (uint8_t)(1u << bit);
+    write_file(f->name, f->data, f->size);
+    f->data[at] ^= (uint8_t)(1u << bit);
+}
+
+/* In a blob: at most that entry is lost, it is counted, and the others are there. */
+static void a_wrong_bit_in_a_blob(void **state)
+{
+    (void)state;
+    uint64_t random = 1, found = 0;
+    for (size_t at = 0; at < saved[2].size; at++) {
+        xkv_verify_report v;
+        damage(&saved[2], at, test_random(&random) % 8);
+        assert_ok(t.ctx, open_store());
+        assert_ok(t.ctx, xkv_store_verify(t.ctx, t.store, 0, NULL, NULL, &v));
+        assert_int_equal(v.damaged, 1); /* by its SHA-256 */
+        uint32_t sound = sound_entries();
+        assert_true(sound >= ENTRIES - 1);
+        if (sound == ENTRIES)
+            continue; /* a gap, which holds nothing */
+        found++;
+        assert_int_equal(stats().corrupt, 1);
+        assert_int_equal(stats().quarantined > 0, 1);
+        assert_int_equal(stats().entries, ENTRIES - 1);
+        assert_ok(t.ctx, xkv_store_verify(t.ctx, t.store, 0, NULL, NULL, &v));
+        assert_string_equal(v.first, "");
+    }
+    assert_true(found > saved[2].size / 2);
+}
+
+/* The same when the next entry is put: the tree must not be built on what a damaged blob says. */
+static void a_wrong_bit_in_a_neighbour(void **state)
+{
+    (void)state;
+    for (size_t at = 0; at < 400; at += 3) {
+        xkv_verify_report v;
+        uint32_t reason;
+        damage(&saved[2], at, 5);
+        assert_ok(t.ctx, open_store());
+        for (uint64_t i = 0; i < 8; i++) { /* what shares a prefix with each of the entries */
+            int32_t tokens[SIZE];
+            prompt_tokens(i, tokens);
+            tokens[SIZE - 1] += 7;
+            assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, SIZE, NULL, NULL));
+        }
+        for (uint64_t i = 0; i < ENTRIES; i++) {
+            (void)look_up(i, &reason); /* damage of the payload shows now, and the entry goes */
+            assert_true(look_up(i, &reason) >= SIZE - 1);
+        }
+        close_store();
+        assert_ok(t.ctx, open_store());
+        assert_ok(t.ctx, xkv_store_verify(t.ctx, t.store, 0, NULL, NULL, &v));
+        if (v.unreachable + v.missing + v.orphans + v.wrong_sums > 0)
+            fail_msg("byte %zu: %s", at, v.first);
+    }
+}
+
+/* In the index: refused on opening, or found by a record's checksum, or without effect; the blobs rebuild it. */
+static void a_wrong_bit_in_the_index(void **state)
+{
+    (void)state;
+    uint64_t random = 1, refused = 0, lost = 0;
+    const size_t stride = getenv("XKV_LONG_TESTS") != NULL ? 1 : 11;
+    for (size_t at = 0; at < saved[0].size;
+         at += at % 4096 < 200 && at < 8192 ? 1 : stride) { /* the meta pages whole */
+        xkv_verify_report v;
+        damage(&saved[0], at, test_random(&random) % 8);
+        xkv_status status = open_store();
+        if (status != XKV_OK) {
+            assert_true(status == XKV_ERROR_CORRUPT || status == XKV_ERROR_VERSION);
+            assert_non_null(strstr(xkv_ctx_error(t.ctx), "index"));
+            refused++;
+            if (refused % 50 == 0)
+                assert_repairable();
+            continue;
+        }
+        uint32_t sound = sound_entries();
+        status = xkv_store_verify(t.ctx, t.store, 0, NULL, NULL, &v);
+        if (sound < ENTRIES) {
+            lost++;
+            if (stats().corrupt == 0)
+                fail_msg("byte %zu", at);
+        }
+        (void)!put_number(30); /* it may fail, for the same reason */
+        if (lost % 50 == 1)
+            assert_repairable();
+    }
+    assert_true(refused > 50 && lost > 50);
+}
+
+/* --- Files that are not what they should be ----------------------------------------------------------------------- */
+
+static void assert_refused(xkv_status expected, const char *text)
+{
+    xkv_status status = open_store();
+    if (status != expected || strstr(xkv_ctx_error(t.ctx), text) == NULL)
+        fail_msg("%s, not %s with %s: %s", xkv_status_string(status), xkv_status_string(expected), text,
+                 xkv_ctx_error(t.ctx));
+}
+
+static void bad_properties(void **state)
+{
+    (void)state;
+    saved_file *f = &saved[1];
+    char path[256];
+    restore_files();
+    full_path("store", path);
+    assert_int_equal(unlink(path), 0);
+    assert_refused(XKV_ERROR_FORMAT, "[SO1]");
+    write_file("store", (const uint8_t *)"xkvstorf, or something else that is not a store", 47);
+    assert_refused(XKV_ERROR_FORMAT, "[SO1]");
+    f->data[10] = 2;
+    write_file("store", f->data, f->size);
+    assert_refused(XKV_ERROR_VERSION, "[SO2]");
+    f->data[10] = 1;
+    write_file("store", f->data, f->size - 1);
+    assert_refused(XKV_ERROR_CHECKSUM, "[SO3]");
+    f->data[30] = 1;
+    write_file("store", f->data, f->size);
+    assert_refused(XKV_ERROR_CHECKSUM, "[SO3]");
+    xkv_store64(f->data + 56, XXH3_64bits(f->data, 56));
+    write_file("store", f->data, f->size);
+    assert_refused(XKV_ERROR_FEATURE, "[SO3]");
+    f->data[30] = 0;
+    xkv_store32(f->data + 12, 0);
+    xkv_store64(f->data + 56, XXH3_64bits(f->data, 56));
+    write_file("store", f->data, f->size);
+    assert_refused(XKV_ERROR_CORRUPT, "[SO3]");
+    xkv_store32(f->data + 12, 256);
+    f->data[8] = 9; /* written by a newer program, which says that this one may read it */
+    xkv_store64(f->data + 56, XXH3_64bits(f->data, 56));
+    write_file("store", f->data, f->size);
+    assert_ok(t.ctx, open_store());
+}
+
+/* Replace NAME by a link to the same thing elsewhere. */
+static void link_away(const char *name)
+{
+    char path[256], away[256];
+    full_path(name, path);
+    snprintf(away, sizeof away, "%s/away", t.folder);
+    assert_int_equal(rename(path, away), 0);
+    assert_int_equal(symlink(away, path), 0);
+}
+
+static void link_back(const char *name)
+{
+    char path[256], away[256];
+    full_path(name, path);
+    snprintf(away, sizeof away, "%s/away", t.folder);
+    assert_int_equal(unlink(path), 0);
+    assert_int_equal(rename(away, path), 0);
+}
+
+static void links_are_refused(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"store", "lock", "blobs", "tmp", "quarantine", "index", "index/data.mdb"};
+    char link[256];
+    restore_files();
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        link_away(names[i]);
+        assert_int_equal(open_store(), XKV_ERROR_IO);
+        link_back(names[i]);
+    }
+    snprintf(link, sizeof link, "%s/link", t.folder);
+    assert_int_equal(symlink(t.path, link), 0);
+    assert_int_equal(xkv_store_open(t.ctx, link, NULL, &t.store), XKV_ERROR_IO);
+    link_away(saved[2].name); /* a blob */
+    assert_ok(t.ctx, open_store());
+    assert_int_equal(sound_entries(), ENTRIES - 1);
+}
+
+static void folders_of_others_are_refused(void **state)
+{
+    (void)state;
+    static const char *const names[] = {".", "blobs", "tmp", "quarantine", "index"};
+    char path[256];
+    restore_files();
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        full_path(names[i], path);
+        assert_int_equal(chmod(path, 0720), 0);
+        assert_refused(XKV_ERROR_IO, "[SO5]");
+        assert_int_equal(chmod(path, 0700), 0);
+    }
+    assert_ok(t.ctx, open_store());
+}
+
+static void a_missing_index_is_not_made_anew(void **state)
+{
+    (void)state;
+    char path[256];
+    restore_files();
+    full_path("index/data.mdb", path);
+    assert_int_equal(unlink(path), 0);
+    assert_refused(XKV_ERROR_CORRUPT, "[SO4]");
+    write_file("index/data.mdb", (const uint8_t *)"", 0);
+    assert_refused(XKV_ERROR_CORRUPT, "[SO4]");
+    assert_repairable();
+}
+
+/* A missing lock file is made anew while nobody has the store open. */
+static void a_lost_lock_file(void **state)
+{
+    (void)state;
+    char path[256];
+    restore_files();
+    full_path("index/lock.mdb", path);
+    unlink(path);
+    assert_ok(t.ctx, open_store());
+    assert_int_equal(sound_entries(), ENTRIES);
+    pid_t child = fork();
+    if (child == 0) { /* another process, while this one has the store open */
+        xkv_ctx *ctx = NULL;
+        xkv_store *store = NULL;
+        unlink(path);
+        bool right = xkv_ctx_create(NULL, &ctx) == XKV_OK && xkv_store_open(ctx, t.path, NULL, &store) != XKV_OK;
+        _exit(right ? 0 : 1);
+    }
+    close_store();
+}
+
+/* --- One bad blob for each rule ----------------------------------------------------------------------------------- */
+
+typedef struct bad_blob {
+    const char *rule;
+    size_t at;       /* a byte of the head or the body ... */
+    uint8_t value;   /* ... and what it becomes */
+    bool head, body; /* which checksums are made right again */
+} bad_blob;
+
+static const bad_blob bad_blobs[] = {
+    {"[SB1]", 3, 'A', false, false},  {"[SB1]", 250, 1, false, false},  {"[SB2]", 10, 2, true, false},
+    {"[SB2]", 10, 0, true, false},    {"[SB2]", 24, 1, true, false},    {"[SB2]", 170, 1, true, false},
+    {"[SB3]", 12, 3, true, false},    {"[SB3]", 16, 1, true, false},    {"[SB4]", 32, 0, true, false},
+    {"[SB4]", 35, 0xff, true, false}, {"[SB4]", 39, 0xff, true, false}, {"[SB4]", 40, 65, true, false},
+    {"[SB4]", 48, 1, true, false},    {"[SB5]", 259, 1, true, false},   {"[SB5]", 275, 0x80, true, true},
+    {"[SB6]", 28, 23, true, false},   {"[SB6]", 104, 1, true, false},   {"[SB6]", 136, 1, true, false},
+    {"[SB6]", 88, 1, true, false},
+};
+
+static char logged[1024];
+
+static void keep_log(void *user, xkv_log_level level, const char *message)
+{
+    (void)user;
+    (void)level;
+    snprintf(logged, sizeof logged, "%s", message);
+}
+
+static void make_bad(const bad_blob *b, uint8_t *data)
+{
+    data[b->at] = b->value;
+    if (b->body) { /* one run of symbols, no page keys */
+        xkv_store64(data + 256, XXH3_64bits(data + 272, 4 * SIZE));
+        xkv_store64(data + 80, XXH3_64bits(data + 256, 16));
+    }
+    if (b->head)
+        xkv_store64(data + 248, XXH3_64bits(data, 248));
+}
+
+static void blobs_that_break_a_rule(void **state)
+{
+    (void)state;
+    xkv_ctx_options o = xkv_ctx_options_default();
+    xkv_ctx *plain = t.ctx;
+    o.log = keep_log;
+    o.threads = 1;
+    for (size_t i = 0; i < sizeof bad_blobs / sizeof *bad_blobs; i++) {
+        restore_files();
+        size_t size = saved[2].size;
+        uint8_t *data = malloc(size);
+        memcpy(data, saved[2].data, size);
+        make_bad(&bad_blobs[i], data);
+        write_file(saved[2].name, data, size);
+        free(data);
+        logged[0] = '\0';
+        assert_int_equal(xkv_ctx_create(&o, &t.ctx), XKV_OK);
+        assert_ok(t.ctx, open_store());
+        assert_int_equal(sound_entries(), ENTRIES - 1);
+        if (strstr(logged, bad_blobs[i].rule) == NULL)
+            fail_msg("%s was not quoted: %s", bad_blobs[i].rule, logged);
+        assert_non_null(strstr(logged, "quarantine"));
+        close_store();
+        xkv_ctx_free(t.ctx);
+        t.ctx = plain;
+    }
+}
+
+/* --- Read-only ---------------------------------------------------------------------------------------------------- */
+
+static void read_only_stores_are_left_alone(void **state)
+{
+    (void)state;
+    xkv_store_options o = xkv_store_options_default();
+    size_t size;
+    o.access = XKV_STORE_READ_ONLY;
+    saved[2].data[saved[2].size / 2] ^= 1;
+    restore_files();
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+    assert_true(sound_entries() >= ENTRIES - 1);
+    assert_int_equal(put_number(20), XKV_ERROR_IO);
+    assert_non_null(strstr(xkv_ctx_error(t.ctx), "read-only"));
+    assert_int_equal(xkv_store_remove(t.ctx, t.store, &ns, 1), XKV_ERROR_IO);
+    close_store();
+    uint8_t *index = read_file("index/data.mdb", &size);
+    assert_int_equal(size, saved[0].size);
+    assert_memory_equal(index, saved[0].data, size);
+    free(index);
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(a_wrong_bit_in_a_blob),
+        TEST(a_wrong_bit_in_a_neighbour),
+        TEST(a_wrong_bit_in_the_index),
+        TEST(bad_properties),
+        TEST(links_are_refused),
+        TEST(folders_of_others_are_refused),
+        TEST(a_missing_index_is_not_made_anew),
+        TEST(a_lost_lock_file),
+        TEST(blobs_that_break_a_rule),
+        TEST(read_only_stores_are_left_alone),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
