@@ -419,7 +419,7 @@ static void a_store_is_opened_once(void **state)
     xkv_store *second = NULL;
     assert_int_equal(xkv_store_open(t.ctx, t.path, NULL, &second), XKV_ERROR_ARGUMENT);
     assert_non_null(strstr(xkv_ctx_error(t.ctx), "already open in this process"));
-    assert_int_equal(xkv_store_repair(t.ctx, t.path, 0, NULL), XKV_ERROR_IO);
+    assert_int_equal(xkv_store_repair(t.ctx, t.path, NULL, 0, NULL), XKV_ERROR_IO);
     assert_non_null(strstr(xkv_ctx_error(t.ctx), "in use"));
     reopen_store(&t);
 }
@@ -463,7 +463,7 @@ static void repair_rebuilds_the_index(void **state)
             assert_int_equal(xkv_store_open(t.ctx, t.path, NULL, &t.store), XKV_ERROR_CORRUPT);
             assert_non_null(strstr(xkv_ctx_error(t.ctx), lost == 1 ? "[SI1]" : "[SO4]"));
         }
-        assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, 0, &r));
+        assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, &r));
         assert_int_equal(r.entries, 40);
         assert_int_equal(r.quarantined, 0);
         assert_int_equal(r.kept_uses, !lost);
@@ -492,7 +492,7 @@ static void compaction_keeps_everything(void **state)
     t.store = NULL;
     snprintf(path, sizeof path, "%s/index/data.mdb", t.path);
     assert_int_equal(stat(path, &before), 0);
-    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, 1, &r));
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 1, &r));
     assert_int_equal(stat(path, &after), 0);
     assert_true(after.st_size < before.st_size / 2);
     assert_int_equal(after.st_mode & 0777, 0600);

@@ -208,7 +208,7 @@ static void assert_repairable(void)
     xkv_repair_report r;
     xkv_verify_report v;
     close_store();
-    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, 0, &r));
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, &r));
     assert_int_equal(r.entries, count_blobs());
     assert_ok(t.ctx, open_store());
     assert_ok(t.ctx, xkv_store_verify(t.ctx, t.store, 1, NULL, NULL, &v));

@@ -255,7 +255,7 @@ static void maintain_until_killed(uint64_t random)
     if (xkv_ctx_create(NULL, &ctx) != XKV_OK)
         _exit(1);
     for (;;) {
-        if (xkv_store_repair(ctx, t.path, test_random(&random) % 2, NULL) != XKV_OK)
+        if (xkv_store_repair(ctx, t.path, NULL, test_random(&random) % 2, NULL) != XKV_OK)
             _exit(3);
     }
 }
