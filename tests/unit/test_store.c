@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static test_store t;
@@ -424,6 +425,44 @@ static void a_store_is_opened_once(void **state)
     reopen_store(&t);
 }
 
+/* An index that outgrows its map again and again, here and in another process. */
+static void the_map_grows(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_store_options o = xkv_store_options_default();
+    int status;
+    o.map_size = 1 << 16;
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        if (xkv_store_open(t.ctx, t.path, &o, &t.store) != XKV_OK)
+            _exit(1);
+        for (uint64_t i = 0; i < 300; i++) {
+            int32_t tokens[50];
+            make_tokens(1000 + i, 50000, tokens, 50);
+            if (put_rows(t.ctx, t.store, &ns, tokens, 50, NULL, NULL) != XKV_OK)
+                _exit(2);
+        }
+        xkv_store_close(t.ctx, t.store);
+        _exit(0);
+    }
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+    for (uint64_t i = 0; i < 300; i++) {
+        put_numbered(&ns, i, NULL);
+        assert_int_equal(match_numbered(&ns, i / 2), XKV_MATCH_FOUND);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+    for (uint64_t i = 0; i < 300; i++)
+        assert_int_equal(match_numbered(&ns, 1000 + i), XKV_MATCH_FOUND);
+    assert_true(stats().map_bytes > 4 * o.map_size);
+    assert_sound(600);
+}
+
 static void modes_are_private(void **state)
 {
     (void)state;
@@ -555,6 +594,7 @@ int main(void)
         TEST(expired_entries_are_misses),
         TEST(counters_survive),
         TEST(a_store_is_opened_once),
+        TEST(the_map_grows),
         TEST(modes_are_private),
         TEST(repair_rebuilds_the_index),
         TEST(compaction_keeps_everything),
