@@ -515,10 +515,10 @@ xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *head
         XKV_TRY(seal_pieces(ctx, w, bytes));
     }
     XKV_TRY(write_at(ctx, w->fd, 0, bytes, sizeof bytes));
-    if (fsync(w->fd) != 0)
-        return xkv_fail_errno(ctx, "write a", temp_text, errno);
+    (void)sync_file_range(w->fd, 0, 0, SYNC_FILE_RANGE_WRITE); /* the disk works while the hash is computed */
     XKV_TRY(xkv_blob_file(ctx, &w->fd, &file));
-    return xkv_blob_hash(ctx, &file, w->hash);
+    XKV_TRY(xkv_blob_hash(ctx, &file, w->hash));
+    return fsync(w->fd) == 0 ? XKV_OK : xkv_fail_errno(ctx, "write a", temp_text, errno);
 }
 
 /* The temporary name becomes the final one too, so that who cleans up after a killed process knows both. A file system
