@@ -10,6 +10,7 @@ enum {
     OPT_SETTINGS = CLI_OPT_TOOL,
     OPT_LORA,
     OPT_SALT_FILE,
+    OPT_KEY_FILE,
     OPT_BLOCK,
     OPT_CAP,
     OPT_TTL,
@@ -36,6 +37,7 @@ static const struct option long_options[] = {
     {"settings", required_argument, NULL, OPT_SETTINGS},
     {"lora", required_argument, NULL, OPT_LORA},
     {"salt-file", required_argument, NULL, OPT_SALT_FILE},
+    {"key-file", required_argument, NULL, OPT_KEY_FILE},
     {"block", required_argument, NULL, OPT_BLOCK},
     {"cap", required_argument, NULL, OPT_CAP},
     {"ttl", required_argument, NULL, OPT_TTL},
@@ -78,6 +80,9 @@ static const char help[] =
     "      --settings TEXT   whatever else makes caches differ\n"
     "      --lora NAME       adapter\n"
     "      --salt-file FILE  file with the tenant's secret\n"
+    "\n"
+    "Encryption (the same for all commands on a store):\n"
+    "      --key-file FILE   file with the key, 32 bytes; with init, encrypt the store with it\n"
     "\n"
     "Storing:\n"
     "      --profile P       auto, lossless, svd, dict, scalar [auto: dict or svd with a target, else lossless]\n"
@@ -162,6 +167,9 @@ static bool take_option(cli *c, int option, const char *value)
         return true;
     case OPT_SALT_FILE:
         tool->salt_path = value;
+        return true;
+    case OPT_KEY_FILE:
+        tool->key_path = value;
         return true;
     case OPT_BLOCK:
         return cli_parse_u32(c, "--block", value, 1, 65536, &tool->properties.block_tokens);
@@ -420,7 +428,7 @@ static cli_exit run_gc(cli *c, uint32_t count, char **arguments)
     if (status == XKV_OK && tool->compact) {
         xkv_store_close(c->ctx, tool->store);
         tool->store = NULL;
-        status = xkv_store_repair(c->ctx, tool->path, 1, NULL);
+        status = xkv_store_repair(c->ctx, tool->path, tool->key, 1, NULL);
     }
     if (status == XKV_OK)
         print_collected(c, &r);
@@ -460,7 +468,7 @@ static cli_exit run_repair(cli *c, uint32_t count, char **arguments)
     xkv_repair_report r;
     (void)count;
     (void)arguments;
-    xkv_status status = xkv_store_repair(c->ctx, tool->path, 0, &r);
+    xkv_status status = xkv_store_repair(c->ctx, tool->path, tool->key, 0, &r);
     if (status == XKV_OK && c->json)
         cli_json_print(json_pack("{s:b, s:I, s:I, s:I, s:b}", "ok", 1, "entries", (json_int_t)r.entries, "dictionaries",
                                  (json_int_t)r.dictionaries, "quarantined", (json_int_t)r.quarantined, "kept_uses",
@@ -553,6 +561,26 @@ static cli_exit read_salt(cli *c, const char *path, uint8_t *salt, size_t capaci
     return CLI_FAILED;
 }
 
+static cli_exit read_key(cli *c)
+{
+    store_tool *tool = c->user;
+    uint8_t bytes[33];
+    if (tool->key_path == NULL)
+        return CLI_OK;
+    FILE *f = fopen(tool->key_path, "rbe");
+    if (f == NULL)
+        return cli_fail_errno(c, tool->key_path, "cannot open");
+    size_t n = fread(bytes, 1, sizeof bytes, f);
+    fclose(f);
+    if (n != sizeof tool->key_bytes) {
+        cli_error(c, "%s: a key is a file of 32 bytes", tool->key_path);
+        return CLI_FAILED;
+    }
+    memcpy(tool->key_bytes, bytes, sizeof tool->key_bytes);
+    tool->key = tool->properties.key = tool->key_bytes;
+    return CLI_OK;
+}
+
 static cli_exit make_namespace(cli *c)
 {
     store_tool *tool = c->user;
@@ -581,12 +609,15 @@ static cli_exit begin(cli *c)
     xkv_store_options o = xkv_store_options_default();
     cli_exit code = cli_model_load(c, NULL, &tool->model);
     if (code == CLI_OK)
+        code = read_key(c);
+    if (code == CLI_OK)
         code = make_namespace(c);
     if (code != CLI_OK || !tool->command->opens)
         return code;
     tool->pack.model = tool->model;
     tool->pack.progress = cli_progress;
     tool->pack.progress_user = c;
+    o.key = tool->key;
     o.access = tool->command->writes ? XKV_STORE_READ_WRITE : XKV_STORE_AUTO;
     return report(c, xkv_store_open(c->ctx, tool->path, &o, &tool->store));
 }

@@ -13,7 +13,9 @@ typedef struct store_tool {
     xkv_namespace ns;
     xkv_store_properties properties; /* --block, --cap */
     bool cap_given;
-    const char *settings, *lora, *salt_path;
+    const char *settings, *lora, *salt_path, *key_path;
+    const uint8_t *key; /* NULL: none; else key_bytes */
+    uint8_t key_bytes[32];
     xkv_pack_options pack; /* of put */
     xkv_put_options put;
     uint32_t min_tokens;

@@ -200,7 +200,7 @@ static xkv_status count_name(void *user, const char *name)
 
 xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *stats)
 {
-    xkv_store_stats s = {.block_tokens = store->block_tokens, .read_only = store->read_only};
+    xkv_store_stats s = {.block_tokens = store->properties.block_tokens, .read_only = store->read_only};
     const xkv_pending *p = &store->pending;
     xkv_meta m;
     XKV_TRY(xkv_store_begin(ctx, store));
@@ -240,7 +240,9 @@ xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap)
     xkv_change change = {.store = store, .body = cap_body, .user = &byte_cap};
     XKV_TRY(xkv_store_begin(ctx, store));
     XKV_TRY(xkv_store_change(ctx, &change));
-    return xkv_properties_write(ctx, store->folders.root, store->block_tokens, byte_cap); /* for a repair */
+    xkv_properties p = store->properties;
+    p.byte_cap = byte_cap; /* for a repair */
+    return xkv_properties_write(ctx, store->folders.root, &p);
 }
 
 typedef struct collect {
@@ -354,15 +356,18 @@ static xkv_status find_own(xkv_txn *txn, void *user)
 }
 
 /* The caller's output is of no use unless all of this succeeds. */
-static xkv_status copy_blob(xkv_ctx *ctx, const xkv_item *item, const int *fd, const xkv_output *output)
+static xkv_status copy_blob(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item, const int *fd,
+                            const xkv_output *output)
 {
-    xkv_input file;
+    xkv_input file, plain;
+    xkv_sealed sealed;
     uint8_t hash[32];
     XKV_TRY(xkv_blob_file(ctx, fd, &file));
     XKV_TRY(xkv_blob_hash(ctx, &file, hash));
     if (memcmp(hash, item->blob, 32) != 0)
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
-    return xkv_input_copy(ctx, &file, output);
+    XKV_TRY(xkv_blob_plain(ctx, store->key, &file, &sealed, &plain));
+    return xkv_blob_copy_plain(ctx, &plain, output);
 }
 
 xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
@@ -378,7 +383,7 @@ xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace 
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, status, "the blob of entry %llu is gone", (unsigned long long)id);
     XKV_TRY(status);
-    status = copy_blob(ctx, &item, &fd, output);
+    status = copy_blob(ctx, store, &item, &fd, output);
     close(fd);
     return status;
 }

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -171,6 +172,11 @@ out:
 
 /* --- Head --------------------------------------------------------------------------------------------------------- */
 
+static void sign_head(uint8_t bytes[XKV_BLOB_HEAD])
+{
+    xkv_store64(bytes + 248, XXH3_64bits(bytes, 248));
+}
+
 static void encode_head(const xkv_blob_head *h, uint8_t bytes[XKV_BLOB_HEAD])
 {
     memset(bytes, 0, XKV_BLOB_HEAD);
@@ -179,7 +185,7 @@ static void encode_head(const xkv_blob_head *h, uint8_t bytes[XKV_BLOB_HEAD])
     xkv_store16(bytes + 10, READ_VERSION);
     xkv_store32(bytes + 12, h->kind);
     xkv_store64(bytes + 16, h->file_size);
-    xkv_store32(bytes + 24, 0); /* features */
+    xkv_store32(bytes + 24, h->sealed); /* features */
     xkv_store32(bytes + 28, h->tokens);
     xkv_store32(bytes + 32, h->symbols);
     xkv_store32(bytes + 36, h->names);
@@ -191,8 +197,10 @@ static void encode_head(const xkv_blob_head *h, uint8_t bytes[XKV_BLOB_HEAD])
     xkv_store64(bytes + 80, h->body_checksum);
     memcpy(bytes + 88, h->dict, 16);
     memcpy(bytes + 104, h->space, 32);
-    memcpy(bytes + 136, h->key, 32); /* then zero: what a child entry will say of its parent */
-    xkv_store64(bytes + 248, XXH3_64bits(bytes, 248));
+    memcpy(bytes + 136, h->key, 32);
+    if (h->sealed)
+        memcpy(bytes + XKV_SEAL_NONCE_AT, h->nonce, sizeof h->nonce);
+    sign_head(bytes);
 }
 
 /* Checksums of the runs of symbols, and one of the page keys. */
@@ -214,12 +222,13 @@ static bool is_zero(const uint8_t *bytes, size_t size)
     return any == 0;
 }
 
+/* `size` is that of what the blob holds; encrypted, the file is larger. */
 static xkv_status check_head(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t size)
 {
     const char *problem = NULL;
     if (h->kind != XKV_BLOB_ENTRY && h->kind != XKV_BLOB_DICT)
         problem = "unknown kind [SB3]";
-    else if (h->file_size != size)
+    else if (h->file_size != (h->sealed ? xkv_sealed_size(size) : size))
         problem = "its size differs from that of the file [SB3]";
     else if (h->kind == XKV_BLOB_DICT ? h->symbols + h->names + h->tokens != 0
                                       : h->symbols == 0 || h->symbols > XKV_MAX_SYMBOLS || h->names > XKV_MAX_SYMBOLS)
@@ -242,8 +251,9 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the head does not match [SB1]");
     if (xkv_load16(b + 10) == 0 || xkv_load16(b + 10) > READ_VERSION)
         return xkv_fail(ctx, XKV_ERROR_VERSION, "blob: version %u [SB2]", xkv_load16(b + 10));
-    if (xkv_load32(b + 24) != 0 || !is_zero(b + 168, 80))
-        return xkv_fail(ctx, XKV_ERROR_FEATURE, "blob: unknown features [SB2]");
+    bool sealed = xkv_is_sealed_input(file);
+    if (xkv_load32(b + 24) != sealed || !is_zero(b + (sealed ? 208 : 168), sealed ? 40 : 80))
+        return xkv_fail(ctx, XKV_ERROR_FEATURE, "blob: unknown features, or encrypted and not expected to be [SB2]");
     *head = (xkv_blob_head){
         .kind = xkv_load32(b + 12),
         .file_size = xkv_load64(b + 16),
@@ -260,6 +270,7 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
     memcpy(head->dict, b + 88, 16);
     memcpy(head->space, b + 104, 32);
     memcpy(head->key, b + 136, 32);
+    head->sealed = sealed;
     return check_head(ctx, head, file->size);
 }
 
@@ -404,14 +415,21 @@ static xkv_status create_temp(xkv_ctx *ctx, xkv_blob_writer *w)
     return xkv_fail_errno(ctx, "create a", temp_text, error);
 }
 
-xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, uint32_t symbols, uint32_t names,
-                          xkv_blob_writer *w)
+xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, const uint8_t *key, uint32_t symbols,
+                          uint32_t names, xkv_blob_writer *w)
 {
     memset(w, 0, sizeof *w);
     w->folders = folders;
-    w->fd = -1;
+    w->key = key;
+    w->fd = w->plain = -1;
     w->payload_offset = payload_offset(symbols, names);
-    return create_temp(ctx, w);
+    XKV_TRY(create_temp(ctx, w));
+    w->plain = key != NULL ? memfd_create("xkv", MFD_CLOEXEC) : w->fd;
+    if (w->plain >= 0)
+        return XKV_OK;
+    int error = errno;
+    xkv_blob_end(w, false);
+    return xkv_fail_errno(ctx, "create a file in", "memory", error);
 }
 
 static xkv_status payload_write(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
@@ -420,7 +438,7 @@ static xkv_status payload_write(void *user, xkv_ctx *ctx, uint64_t offset, const
     uint64_t end;
     if (!xkv_add64(offset, size, &end) || end > INT64_MAX - w->payload_offset)
         return xkv_fail(ctx, XKV_ERROR_LIMIT, "offset %llu is beyond what a file can hold", (unsigned long long)offset);
-    XKV_TRY(write_at(ctx, w->fd, w->payload_offset + offset, src, size));
+    XKV_TRY(write_at(ctx, w->plain, w->payload_offset + offset, src, size));
     w->payload_size = xkv_max64(w->payload_size, end);
     return XKV_OK;
 }
@@ -433,7 +451,7 @@ xkv_output xkv_blob_output(xkv_blob_writer *w)
 static xkv_status payload_read(void *user, xkv_ctx *ctx, uint64_t offset, void *dst, size_t size)
 {
     const xkv_blob_writer *w = user;
-    return read_at(ctx, w->fd, w->payload_offset + offset, dst, size);
+    return read_at(ctx, w->plain, w->payload_offset + offset, dst, size);
 }
 
 xkv_input xkv_blob_payload(xkv_blob_writer *w)
@@ -449,8 +467,30 @@ static xkv_status write_body(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *he
     XKV_TRY(XKV_NEW_ZERO(ctx, size, &bytes));
     encode_body(head, symbols, names, bytes);
     head->body_checksum = XXH3_64bits(bytes, (size_t)table_size(head->symbols));
-    xkv_status status = write_at(ctx, w->fd, XKV_BLOB_HEAD, bytes, size);
+    xkv_status status = write_at(ctx, w->plain, XKV_BLOB_HEAD, bytes, size);
     xkv_release(ctx, bytes);
+    return status;
+}
+
+/* Encrypt what lies behind the head, piece by piece. */
+static xkv_status seal_pieces(xkv_ctx *ctx, const xkv_blob_writer *w, const uint8_t *head)
+{
+    const uint64_t total = w->payload_offset + w->payload_size - XKV_BLOB_HEAD;
+    uint8_t *buffer = NULL;
+    xkv_status status = XKV_OK;
+    XKV_TRY(XKV_NEW(ctx, 2 * XKV_SEAL_PIECE + XKV_SEAL_TAG, &buffer));
+    for (uint64_t piece = 0, done = 0; done < total; piece++) {
+        size_t n = (size_t)xkv_min64(total - done, XKV_SEAL_PIECE);
+        XKV_TRY_GOTO(read_at(ctx, w->plain, XKV_BLOB_HEAD + done, buffer, n), out);
+        XKV_TRY_GOTO(xkv_check_cancel(ctx), out);
+        xkv_seal_piece(w->key, head, piece, buffer, n, buffer + XKV_SEAL_PIECE);
+        XKV_TRY_GOTO(write_at(ctx, w->fd, XKV_BLOB_HEAD + piece * (XKV_SEAL_PIECE + XKV_SEAL_TAG),
+                              buffer + XKV_SEAL_PIECE, n + XKV_SEAL_TAG),
+                     out);
+        done += n;
+    }
+out:
+    xkv_release(ctx, buffer);
     return status;
 }
 
@@ -463,12 +503,22 @@ xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *head
     head->payload_offset = w->payload_offset;
     head->payload_size = w->payload_size;
     head->file_size = w->payload_offset + w->payload_size;
+    head->sealed = w->key != NULL;
+    if (head->sealed) {
+        head->file_size = xkv_sealed_size(head->file_size);
+        xkv_seal_nonce(head->nonce);
+    }
     encode_head(head, bytes);
+    if (head->sealed) {
+        xkv_seal_head(w->key, bytes);
+        sign_head(bytes);
+        XKV_TRY(seal_pieces(ctx, w, bytes));
+    }
     XKV_TRY(write_at(ctx, w->fd, 0, bytes, sizeof bytes));
-    if (fsync(w->fd) != 0)
-        return xkv_fail_errno(ctx, "write a", temp_text, errno);
+    (void)sync_file_range(w->fd, 0, 0, SYNC_FILE_RANGE_WRITE); /* the disk works while the hash is computed */
     XKV_TRY(xkv_blob_file(ctx, &w->fd, &file));
-    return xkv_blob_hash(ctx, &file, w->hash);
+    XKV_TRY(xkv_blob_hash(ctx, &file, w->hash));
+    return fsync(w->fd) == 0 ? XKV_OK : xkv_fail_errno(ctx, "write a", temp_text, errno);
 }
 
 /* The temporary name becomes the final one too, so that who cleans up after a killed process knows both. A file system
@@ -512,9 +562,11 @@ void xkv_blob_end(xkv_blob_writer *w, bool committed)
         xkv_blob_unlink(w->folders, &w->name);
     if (w->temp[0] != '\0')
         (void)unlinkat(w->folders->temp, w->temp, 0); /* if it stays, the next one to open the store removes it */
+    if (w->plain >= 0 && w->plain != w->fd)
+        close(w->plain);
     if (w->fd >= 0)
         close(w->fd);
-    w->fd = -1;
+    w->fd = w->plain = -1;
     w->temp[0] = '\0';
     w->linked = false;
 }
@@ -543,6 +595,26 @@ xkv_status xkv_blob_open(xkv_ctx *ctx, const xkv_folders *folders, const xkv_blo
     else
         close(fd);
     return status;
+}
+
+xkv_status xkv_blob_plain(xkv_ctx *ctx, const uint8_t *key, const xkv_input *file, xkv_sealed *sealed, xkv_input *plain)
+{
+    if (key != NULL)
+        return xkv_sealed_open(ctx, key, file, sealed, plain);
+    *plain = *file;
+    return XKV_OK;
+}
+
+xkv_status xkv_blob_copy_plain(xkv_ctx *ctx, const xkv_input *plain, const xkv_output *output)
+{
+    uint8_t bytes[XKV_BLOB_HEAD];
+    xkv_blob_head head;
+    XKV_TRY(xkv_blob_read_head(ctx, plain, &head));
+    head.sealed = false;
+    head.file_size = plain->size;
+    encode_head(&head, bytes);
+    XKV_TRY(xkv_input_copy(ctx, plain, output));
+    return output->write(output->user, ctx, 0, bytes, sizeof bytes);
 }
 
 /* --- Removing ----------------------------------------------------------------------------------------------------- */

@@ -4,6 +4,7 @@
 #define XKV_BLOB_H
 
 #include "chain.h"
+#include "seal.h"
 
 enum { XKV_BLOB_HEAD = 256, XKV_BLOB_NAME = 64 + 1 + 16, XKV_PAGE_KEY_BYTES = 40 };
 
@@ -31,6 +32,8 @@ typedef struct xkv_blob_head {
     uint64_t body_checksum; /* of the checksums of what lies between head and payload */
     uint8_t dict[16];       /* entry: the dictionary it needs, or zero; dictionary: its id */
     uint8_t space[32], key[32];
+    bool sealed; /* encrypted; then with */
+    uint8_t nonce[XKV_SEAL_NONCE];
 } xkv_blob_head;
 
 xkv_status xkv_fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int error);
@@ -39,7 +42,8 @@ xkv_status xkv_fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int
 
 typedef struct xkv_blob_writer {
     const xkv_folders *folders;
-    int fd;
+    const uint8_t *key;           /* NULL: not encrypted */
+    int fd, plain;                /* `plain`: what is to be encrypted, in memory; else fd */
     char temp[XKV_BLOB_NAME + 1]; /* its present name in the folder of temporary files; "": none */
     uint64_t payload_offset, payload_size;
     uint8_t hash[32];
@@ -47,9 +51,9 @@ typedef struct xkv_blob_writer {
     xkv_blob_name name; /* that one */
 } xkv_blob_writer;
 
-/* Begin a file that will hold the symbols and page keys and then a payload. */
-XKV_MUST_CHECK xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, uint32_t symbols, uint32_t names,
-                                         xkv_blob_writer *w);
+/* Begin a file that will hold the symbols and page keys and then a payload, encrypted unless `key` is NULL. */
+XKV_MUST_CHECK xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, const uint8_t *key, uint32_t symbols,
+                                         uint32_t names, xkv_blob_writer *w);
 /* The payload goes here, in any order; and can be read back. */
 xkv_output xkv_blob_output(xkv_blob_writer *w);
 xkv_input xkv_blob_payload(xkv_blob_writer *w);
@@ -67,6 +71,12 @@ void xkv_blob_end(xkv_blob_writer *w, bool committed);
  * not there, or about to be removed. */
 XKV_MUST_CHECK xkv_status xkv_blob_open(xkv_ctx *ctx, const xkv_folders *folders, const xkv_blob_name *name, bool lock,
                                         int *fd);
+/* What an opened blob file holds, decrypted unless `key` is NULL; all must outlive `plain`. CHECKSUM, TRUNCATED [SB7].
+ */
+XKV_MUST_CHECK xkv_status xkv_blob_plain(xkv_ctx *ctx, const uint8_t *key, const xkv_input *file, xkv_sealed *sealed,
+                                         xkv_input *plain);
+/* Write what it holds as an unencrypted blob file. */
+XKV_MUST_CHECK xkv_status xkv_blob_copy_plain(xkv_ctx *ctx, const xkv_input *plain, const xkv_output *output);
 /* Read and check the head of an open blob, or of an exported file. CORRUPT [SB1 - SB4]. */
 XKV_MUST_CHECK xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head);
 /* Read the first *count symbols, or all if there are fewer, and check them; more may come, as *count then says. With

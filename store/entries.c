@@ -149,11 +149,14 @@ static xkv_status read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_i
 {
     xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
     xkv_blob_head head;
-    xkv_input file;
+    xkv_input raw, file;
+    xkv_sealed sealed;
     uint32_t count = item->symbols;
     int fd = -1;
     XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, false, &fd)); /* nobody removes it during this transaction */
-    xkv_status status = xkv_blob_file(ctx, &fd, &file);
+    xkv_status status = xkv_blob_file(ctx, &fd, &raw);
+    if (status == XKV_OK)
+        status = xkv_blob_plain(ctx, store->key, &raw, &sealed, &file);
     if (status == XKV_OK)
         status = xkv_blob_read_head(ctx, &file, &head);
     if (status == XKV_OK && head.symbols != item->symbols)

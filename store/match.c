@@ -11,7 +11,8 @@ struct xkv_hit {
     uint32_t tokens; /* matched */
     int fd;          /* of the blob; its lock keeps it from eviction */
     bool rejected;
-    xkv_input file, payload;
+    xkv_input raw, file, payload; /* the blob as it lies there, decrypted, the entry in it */
+    xkv_sealed sealed;
     xkv_window window;
     xkv_entry *entry;      /* NULL until asked for */
     xkv_cached_dict *dict; /* NULL: none needed, or not loaded yet */
@@ -127,13 +128,16 @@ static xkv_status compare(xkv_ctx *ctx, lookup *l, const xkv_input *file, const 
     return XKV_OK;
 }
 
-static xkv_status examine(xkv_ctx *ctx, lookup *l, const int *fd, xkv_input *file)
+static xkv_status examine(xkv_ctx *ctx, lookup *l, const int *fd)
 {
+    xkv_input raw, file;
+    xkv_sealed sealed;
     xkv_blob_head head;
-    XKV_TRY(xkv_blob_file(ctx, fd, file));
-    XKV_TRY(xkv_blob_read_head(ctx, file, &head));
+    XKV_TRY(xkv_blob_file(ctx, fd, &raw));
+    XKV_TRY(xkv_blob_plain(ctx, l->store->key, &raw, &sealed, &file));
+    XKV_TRY(xkv_blob_read_head(ctx, &file, &head));
     XKV_TRY(check_blob(ctx, &l->item, &head));
-    return l->symbols != NULL ? compare(ctx, l, file, &head) : XKV_OK;
+    return l->symbols != NULL ? compare(ctx, l, &file, &head) : XKV_OK;
 }
 
 /* --- Outcomes ----------------------------------------------------------------------------------------------------- */
@@ -228,7 +232,6 @@ static void count_outcome(xkv_ctx *ctx, const lookup *l)
 /* Once: in the index, then in the blob. *fd is open when the reason is FOUND. */
 static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, uint64_t now, int *fd)
 {
-    xkv_input file;
     l->match = (xkv_match){0};
     memset(&l->item, 0, sizeof l->item);
     xkv_status status = xkv_index_read(ctx, l->store->index, find, l);
@@ -242,7 +245,7 @@ static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, uint64_t now
         return XKV_OK;
     }
     if (status == XKV_OK)
-        status = examine(ctx, l, fd, &file);
+        status = examine(ctx, l, fd);
     if (xkv_is_damage(status))
         l->match.reason = XKV_MATCH_CORRUPT;
     else if (status == XKV_OK && l->match.tokens < l->min_tokens)
@@ -344,7 +347,6 @@ xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns
                          xkv_hit **hit_p)
 {
     lookup l = {.store = store, .ns = ns};
-    xkv_input file;
     int fd = -1;
     XKV_TRY(xkv_store_begin(ctx, store));
     l.match.id = id;
@@ -355,7 +357,7 @@ xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, status, "there is no entry %llu in the namespace", (unsigned long long)id);
     if (status == XKV_OK)
-        status = examine(ctx, &l, &fd, &file);
+        status = examine(ctx, &l, &fd);
     if (status != XKV_OK) {
         if (fd >= 0)
             close(fd);
@@ -389,17 +391,20 @@ static xkv_status decode_dict(xkv_store *store, const xkv_dict_record *record, x
 {
     xkv_blob_name name = xkv_blob_name_of(record->blob, record->id);
     xkv_ctx *own = store->own;
-    xkv_input file, payload;
+    xkv_input raw, file, payload;
+    xkv_sealed sealed;
     xkv_window window;
     xkv_blob_head head;
     uint8_t hash[32];
     int fd = -1;
     XKV_TRY(xkv_blob_open(own, &store->folders, &name, true, &fd));
-    xkv_status status = xkv_blob_file(own, &fd, &file);
+    xkv_status status = xkv_blob_file(own, &fd, &raw);
     if (status == XKV_OK)
-        status = xkv_blob_hash(own, &file, hash);
+        status = xkv_blob_hash(own, &raw, hash);
     if (status == XKV_OK && memcmp(hash, record->blob, 32) != 0)
         status = xkv_fail(own, XKV_ERROR_CHECKSUM, "the SHA-256 of a dictionary does not match [SB6]");
+    if (status == XKV_OK)
+        status = xkv_blob_plain(own, store->key, &raw, &sealed, &file);
     if (status == XKV_OK)
         status = xkv_blob_read_head(own, &file, &head);
     if (status == XKV_OK) {
@@ -481,7 +486,8 @@ static xkv_status open_entry(xkv_ctx *ctx, xkv_hit *hit)
 {
     xkv_blob_head head;
     xkv_entry_info info;
-    XKV_TRY(xkv_blob_file(ctx, &hit->fd, &hit->file));
+    XKV_TRY(xkv_blob_file(ctx, &hit->fd, &hit->raw));
+    XKV_TRY(xkv_blob_plain(ctx, hit->store->key, &hit->raw, &hit->sealed, &hit->file));
     XKV_TRY(xkv_blob_read_head(ctx, &hit->file, &head));
     XKV_TRY(check_blob(ctx, &hit->item, &head));
     hit->payload = xkv_input_window(&hit->window, &hit->file, head.payload_offset, head.payload_size);

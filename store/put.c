@@ -208,14 +208,14 @@ static void note_prompt(put *p, const xkv_namespace *ns, const xkv_symbols *symb
     item->created = item->used = xkv_store_now(p->store);
     item->expires = p->o->ttl > 0 ? item->created + p->o->ttl * 1000000u : 0;
     memcpy(item->space, ns->id, 32);
-    xkv_chain_last(ns, symbols, p->store->block_tokens, item->key);
+    xkv_chain_last(ns, symbols, p->store->properties.block_tokens, item->key);
 }
 
 /* --- A packed entry ----------------------------------------------------------------------------------------------- */
 
 static xkv_status copy_and_commit(xkv_ctx *ctx, put *p, const xkv_input *entry)
 {
-    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->item.symbols, p->item.names, &p->writer));
+    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->store->key, p->item.symbols, p->item.names, &p->writer));
     xkv_output output = xkv_blob_output(&p->writer);
     xkv_status status = xkv_input_copy(ctx, entry, &output);
     if (status == XKV_OK)
@@ -303,7 +303,7 @@ static xkv_status pack_payload(xkv_ctx *ctx, put *p, const planes *from)
 static xkv_status pack_and_commit(xkv_ctx *ctx, put *p, const planes *from)
 {
     XKV_TRY(check_pack_dict(ctx, p));
-    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->item.symbols, p->item.names, &p->writer));
+    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->store->key, p->item.symbols, p->item.names, &p->writer));
     xkv_status status = pack_payload(ctx, p, from);
     if (status == XKV_OK)
         status = commit(ctx, p);
@@ -474,7 +474,7 @@ xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *d
     XKV_TRY(check_dictionary(ctx, dictionary, p.id));
     XKV_TRY(xkv_index_read(ctx, store->index, find_dict, &p));
     if (!p.existed) {
-        XKV_TRY(xkv_blob_begin(ctx, &store->folders, 0, 0, &p.writer));
+        XKV_TRY(xkv_blob_begin(ctx, &store->folders, store->key, 0, 0, &p.writer));
         xkv_status status = write_dict(ctx, &p, dictionary);
         xkv_blob_end(&p.writer, status == XKV_OK && !p.existed);
         XKV_TRY(status);

@@ -133,7 +133,7 @@ static xkv_status check_key(repair *r, const found *f)
     const xkv_symbols symbols = {.data = f->symbols, .count = f->head.symbols, .tokens = f->head.tokens};
     uint8_t key[32];
     memcpy(ns.id, f->head.space, 32);
-    xkv_chain_last(&ns, &symbols, r->store->block_tokens, key);
+    xkv_chain_last(&ns, &symbols, r->store->properties.block_tokens, key);
     return memcmp(key, f->head.key, 32) == 0
                ? XKV_OK
                : xkv_fail(r->ctx, XKV_ERROR_CORRUPT, "blob: its key does not follow from its tokens [SB6]");
@@ -154,13 +154,15 @@ static xkv_status insert_blob(repair *r, found *f, const xkv_input *file)
 
 static xkv_status take_file(repair *r, found *f, const int *fd)
 {
-    xkv_input file;
+    xkv_input raw, file;
+    xkv_sealed sealed;
     uint8_t hash[32];
-    XKV_TRY(xkv_blob_file(r->ctx, fd, &file));
+    XKV_TRY(xkv_blob_file(r->ctx, fd, &raw));
+    XKV_TRY(xkv_blob_plain(r->ctx, r->store->key, &raw, &sealed, &file));
     XKV_TRY(xkv_blob_read_head(r->ctx, &file, &f->head));
     if (f->head.kind != r->kind)
         return XKV_OK; /* its turn comes, or has been */
-    XKV_TRY(xkv_blob_hash(r->ctx, &file, hash));
+    XKV_TRY(xkv_blob_hash(r->ctx, &raw, hash));
     if (memcmp(hash, f->item.blob, 32) != 0)
         return xkv_fail(r->ctx, XKV_ERROR_CHECKSUM, "blob: its SHA-256 is not that of its name [SB6]");
     return insert_blob(r, f, &file);
@@ -281,12 +283,13 @@ static xkv_status compact(repair *r)
     return status;
 }
 
-static xkv_status run(repair *r, const char *path, int compact_only)
+static xkv_status run(repair *r, const char *path, const uint8_t *key, int compact_only)
 {
     uint64_t byte_cap = 0;
     bool alone = false;
     XKV_TRY(xkv_store_open_folders(r->ctx, path, false, true, r->store, &alone));
-    XKV_TRY(xkv_properties_read(r->ctx, r->store->folders.root, &r->store->block_tokens, &byte_cap));
+    byte_cap = r->store->properties.byte_cap;
+    XKV_TRY(xkv_store_take_key(r->ctx, r->store, key));
     xkv_status status = compact_only ? compact(r) : rebuild(r, byte_cap);
     xkv_index_close(r->ctx, r->old);
     xkv_index_close(r->ctx, r->store->index);
@@ -298,15 +301,17 @@ static xkv_status run(repair *r, const char *path, int compact_only)
     return status;
 }
 
-xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, int compact_only, xkv_repair_report *report)
+xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
+                            xkv_repair_report *report)
 {
     repair r = {.ctx = ctx};
     xkv_ctx_begin(ctx);
     XKV_TRY(xkv_store_alloc(ctx, path, &r.store));
     xkv_status status = pthread_mutex_init(&r.store->mutex, NULL) == 0 ? XKV_OK : XKV_ERROR_MEMORY;
     if (status == XKV_OK)
-        status = run(&r, path, compact_only);
+        status = run(&r, path, key, compact_only);
     xkv_store_close_folders(r.store);
+    xkv_store_forget_key(r.store);
     pthread_mutex_destroy(&r.store->mutex);
     xkv_release(ctx, r.store);
     if (status == XKV_OK && report != NULL)

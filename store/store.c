@@ -56,19 +56,21 @@ static xkv_status join_path(xkv_ctx *ctx, const char *path, const char *name, ch
 
 /* --- Properties --------------------------------------------------------------------------------------------------- */
 
-static void encode_properties(uint32_t block_tokens, uint64_t byte_cap, uint8_t bytes[XKV_PROPERTIES_SIZE])
+static void encode_properties(const xkv_properties *p, uint8_t bytes[XKV_PROPERTIES_SIZE])
 {
     memset(bytes, 0, XKV_PROPERTIES_SIZE);
     memcpy(bytes, magic, sizeof magic);
     xkv_store16(bytes + 8, WRITE_VERSION);
     xkv_store16(bytes + 10, READ_VERSION);
-    xkv_store32(bytes + 12, block_tokens);
-    xkv_store64(bytes + 16, byte_cap);
+    xkv_store32(bytes + 12, p->block_tokens);
+    xkv_store64(bytes + 16, p->byte_cap);
+    xkv_store32(bytes + 24, p->encrypted);
+    if (p->encrypted)
+        memcpy(bytes + 28, p->key_id, sizeof p->key_id);
     xkv_store64(bytes + 56, XXH3_64bits(bytes, 56));
 }
 
-static xkv_status decode_properties(xkv_ctx *ctx, const uint8_t *bytes, ssize_t size, uint32_t *block_tokens,
-                                    uint64_t *byte_cap)
+static xkv_status decode_properties(xkv_ctx *ctx, const uint8_t *bytes, ssize_t size, xkv_properties *p)
 {
     if (size < 12 || memcmp(bytes, magic, sizeof magic) != 0)
         return xkv_fail(ctx, XKV_ERROR_FORMAT, "not a store: the file \"store\" has another magic [SO1]");
@@ -77,18 +79,20 @@ static xkv_status decode_properties(xkv_ctx *ctx, const uint8_t *bytes, ssize_t 
                         xkv_load16(bytes + 10), READ_VERSION);
     if (size != XKV_PROPERTIES_SIZE || xkv_load64(bytes + 56) != XXH3_64bits(bytes, 56))
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the checksum of the file \"store\" does not match [SO3]");
-    for (size_t i = 24; i < 56; i++) {
-        if (bytes[i] != 0)
+    *p = (xkv_properties){.block_tokens = xkv_load32(bytes + 12),
+                          .encrypted = xkv_load32(bytes + 24),
+                          .byte_cap = xkv_load64(bytes + 16)};
+    memcpy(p->key_id, bytes + 28, sizeof p->key_id);
+    for (size_t i = p->encrypted ? 44 : 28; i < 56; i++) {
+        if (bytes[i] != 0 || p->encrypted > 1)
             return xkv_fail(ctx, XKV_ERROR_FEATURE, "the store uses unknown features [SO3]");
     }
-    *block_tokens = xkv_load32(bytes + 12);
-    *byte_cap = xkv_load64(bytes + 16);
-    if (*block_tokens < 1 || *block_tokens > 65536)
-        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blocks of %u tokens [SO3]", *block_tokens);
+    if (p->block_tokens < 1 || p->block_tokens > 65536)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blocks of %u tokens [SO3]", p->block_tokens);
     return XKV_OK;
 }
 
-xkv_status xkv_properties_read(xkv_ctx *ctx, int root, uint32_t *block_tokens, uint64_t *byte_cap)
+xkv_status xkv_properties_read(xkv_ctx *ctx, int root, xkv_properties *p)
 {
     uint8_t bytes[XKV_PROPERTIES_SIZE + 1];
     int fd = openat(root, "store", O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
@@ -99,14 +103,13 @@ xkv_status xkv_properties_read(xkv_ctx *ctx, int root, uint32_t *block_tokens, u
     ssize_t n = pread(fd, bytes, sizeof bytes, 0);
     int error = errno;
     close(fd);
-    return n < 0 ? xkv_fail_errno(ctx, "read the file", "\"store\"", error)
-                 : decode_properties(ctx, bytes, n, block_tokens, byte_cap);
+    return n < 0 ? xkv_fail_errno(ctx, "read the file", "\"store\"", error) : decode_properties(ctx, bytes, n, p);
 }
 
-xkv_status xkv_properties_write(xkv_ctx *ctx, int root, uint32_t block_tokens, uint64_t byte_cap)
+xkv_status xkv_properties_write(xkv_ctx *ctx, int root, const xkv_properties *p)
 {
     uint8_t bytes[XKV_PROPERTIES_SIZE];
-    encode_properties(block_tokens, byte_cap, bytes);
+    encode_properties(p, bytes);
     (void)unlinkat(root, "store.new", 0);
     int fd = openat(root, "store.new", O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
@@ -120,6 +123,29 @@ xkv_status xkv_properties_write(xkv_ctx *ctx, int root, uint32_t block_tokens, u
         return xkv_fail_errno(ctx, "write the file", "\"store\"", error);
     }
     return fsync(root) == 0 || errno == EINVAL ? XKV_OK : xkv_fail_errno(ctx, "sync", "the folder", errno);
+}
+
+xkv_status xkv_store_take_key(xkv_ctx *ctx, xkv_store *store, const uint8_t *key)
+{
+    uint8_t id[XKV_SEAL_ID];
+    if (key == NULL && !store->properties.encrypted)
+        return XKV_OK;
+    if (key == NULL || !store->properties.encrypted)
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "%s is %s [SO6]", store->path,
+                        key == NULL ? "encrypted: it needs its key" : "not encrypted: it takes no key");
+    xkv_seal_id(key, id);
+    if (memcmp(id, store->properties.key_id, sizeof id) != 0)
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "%s is encrypted with another key [SO6]", store->path);
+    XKV_TRY(xkv_seal_begin(ctx));
+    memcpy(store->key_bytes, key, sizeof store->key_bytes);
+    store->key = store->key_bytes;
+    return XKV_OK;
+}
+
+void xkv_store_forget_key(xkv_store *store)
+{
+    explicit_bzero(store->key_bytes, sizeof store->key_bytes);
+    store->key = NULL;
 }
 
 /* --- Creating ----------------------------------------------------------------------------------------------------- */
@@ -167,7 +193,7 @@ static xkv_status create_root(xkv_ctx *ctx, const char *path, int *root)
     return status;
 }
 
-static xkv_status fill_root(xkv_ctx *ctx, const char *path, int root, const xkv_store_properties *p)
+static xkv_status fill_root(xkv_ctx *ctx, const char *path, int root, const xkv_properties *p)
 {
     static const char *const folders[] = {"blobs", "tmp", "quarantine", "index"};
     char *index_path = NULL;
@@ -179,7 +205,7 @@ static xkv_status fill_root(xkv_ctx *ctx, const char *path, int root, const xkv_
     xkv_status status = create_index(ctx, index_path, p->byte_cap);
     xkv_release(ctx, index_path);
     /* Last: from now on it is a store. */
-    return status == XKV_OK ? xkv_properties_write(ctx, root, p->block_tokens, p->byte_cap) : status;
+    return status == XKV_OK ? xkv_properties_write(ctx, root, p) : status;
 }
 
 xkv_status xkv_store_create(xkv_ctx *ctx, const char *path, const xkv_store_properties *properties)
@@ -190,8 +216,11 @@ xkv_status xkv_store_create(xkv_ctx *ctx, const char *path, const xkv_store_prop
     XKV_TRY(xkv_copy_options(ctx, properties, &p, sizeof p));
     if (p.block_tokens < 1 || p.block_tokens > 65536)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "blocks of %u tokens: 1 to 65536", p.block_tokens);
+    xkv_properties stored = {.block_tokens = p.block_tokens, .encrypted = p.key != NULL, .byte_cap = p.byte_cap};
+    if (p.key != NULL)
+        xkv_seal_id(p.key, stored.key_id);
     XKV_TRY(create_root(ctx, path, &root));
-    xkv_status status = fill_root(ctx, path, root, &p);
+    xkv_status status = fill_root(ctx, path, root, &stored);
     close(root);
     return status;
 }
@@ -263,14 +292,13 @@ xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only
                                   bool *alone)
 {
     struct stat st;
-    uint64_t byte_cap = 0;
     xkv_folders *f = &store->folders;
     XKV_TRY(open_folder(ctx, AT_FDCWD, path, &f->root));
     if (fstat(f->root, &st) != 0)
         return xkv_fail_errno(ctx, "examine the folder", path, errno);
     store->device = st.st_dev;
     store->inode = st.st_ino;
-    XKV_TRY(xkv_properties_read(ctx, f->root, &store->block_tokens, &byte_cap));
+    XKV_TRY(xkv_properties_read(ctx, f->root, &store->properties));
     XKV_TRY(open_folder(ctx, f->root, "blobs", &f->blobs));
     XKV_TRY(open_folder(ctx, f->root, "tmp", &f->temp));
     XKV_TRY(open_folder(ctx, f->root, "quarantine", &f->quarantine));
@@ -515,6 +543,7 @@ static xkv_status open_store(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
     bool alone = false;
     uint64_t leftovers = 0;
     XKV_TRY(xkv_store_open_folders(ctx, store->path, store->read_only, false, store, &alone));
+    XKV_TRY(xkv_store_take_key(ctx, store, o->key));
     if (!register_store(store))
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "%s is already open in this process", store->path);
     XKV_TRY(open_index(ctx, store, o, alone));
@@ -539,6 +568,7 @@ static void drop_store(xkv_ctx *ctx, xkv_store *store)
     xkv_index_close(ctx, store->index);
     unregister_store(store);
     xkv_store_close_folders(store);
+    xkv_store_forget_key(store);
     pthread_mutex_destroy(&store->mutex);
     xkv_release(ctx, store);
 }

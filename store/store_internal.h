@@ -35,12 +35,22 @@ typedef struct xkv_cached_dict {
     uint64_t used;
 } xkv_cached_dict;
 
+/* What the file "store" says. */
+typedef struct xkv_properties {
+    uint32_t block_tokens;
+    uint32_t encrypted; /* 0 or 1; then with the key of */
+    uint8_t key_id[XKV_SEAL_ID];
+    uint64_t byte_cap; /* when it was last changed */
+} xkv_properties;
+
 struct xkv_store {
+    xkv_properties properties;
     xkv_folders folders;
     int lock; /* descriptor of the lock file, locked as long as the store is open */
     xkv_index *index;
     bool read_only;
-    uint32_t block_tokens;
+    const uint8_t *key; /* NULL: not encrypted; else key_bytes */
+    uint8_t key_bytes[XKV_SEAL_KEY];
     uint64_t (*clock)(void *user);
     void *clock_user;
     pid_t pid;
@@ -65,9 +75,13 @@ uint64_t xkv_store_now(const xkv_store *store);
 /* --- Properties (the file "store") --- */
 
 enum { XKV_PROPERTIES_SIZE = 64 };
-XKV_MUST_CHECK xkv_status xkv_properties_read(xkv_ctx *ctx, int root, uint32_t *block_tokens, uint64_t *byte_cap);
+XKV_MUST_CHECK xkv_status xkv_properties_read(xkv_ctx *ctx, int root, xkv_properties *p);
 /* Write it under another name, sync, rename. */
-XKV_MUST_CHECK xkv_status xkv_properties_write(xkv_ctx *ctx, int root, uint32_t block_tokens, uint64_t byte_cap);
+XKV_MUST_CHECK xkv_status xkv_properties_write(xkv_ctx *ctx, int root, const xkv_properties *p);
+
+/* Use `key` for the blobs, if it is that of the properties (NULL: none is needed). MISMATCH [SO6]. */
+XKV_MUST_CHECK xkv_status xkv_store_take_key(xkv_ctx *ctx, xkv_store *store, const uint8_t *key);
+void xkv_store_forget_key(xkv_store *store);
 
 /* Open the folders of a store and lock it: alone when nobody else has it open (*alone), else with the others.
  * `exclusive`: fail unless alone, and stay so. What failed is closed again. */

@@ -130,10 +130,12 @@ static xkv_status check_hash(verify *v, const xkv_input *file, const uint8_t exp
 
 static xkv_status check_opened(verify *v, const int *fd)
 {
-    xkv_input file;
+    xkv_input raw, file;
+    xkv_sealed sealed;
     xkv_blob_head head;
-    XKV_TRY(xkv_blob_file(v->ctx, fd, &file));
-    XKV_TRY(check_hash(v, &file, v->item->blob));
+    XKV_TRY(xkv_blob_file(v->ctx, fd, &raw));
+    XKV_TRY(check_hash(v, &raw, v->item->blob));
+    XKV_TRY(xkv_blob_plain(v->ctx, v->store->key, &raw, &sealed, &file));
     XKV_TRY(xkv_blob_read_head(v->ctx, &file, &head));
     if (head.kind != XKV_BLOB_ENTRY || head.symbols != v->item->symbols || memcmp(head.key, v->item->key, 32) != 0)
         return xkv_fail(v->ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");

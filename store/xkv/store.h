@@ -11,7 +11,8 @@
  *   xkv_hit         a stored entry that serves a prefix of the prompt asked for, safe from eviction while it is open
  *
  * What is protected: a damaged, foreign or half-written file is never handed out as data. What is not: a cache is as
- * good as the text of its prompt, and lies in the folder unencrypted, readable by its owner (modes 0600 and 0700).
+ * good as the text of its prompt, and lies in the folder unencrypted unless the store was made with a key, readable by
+ * its owner (modes 0600 and 0700). The index, which is never encrypted, holds hashes of prompts and single tokens.
  */
 #ifndef XKV_STORE_H
 #define XKV_STORE_H
@@ -104,6 +105,7 @@ typedef struct xkv_store_options {
     uint32_t access;               /* xkv_store_access; default READ_WRITE */
     uint32_t trust_index;          /* non-zero: leave out the check of every index page on opening (spec, section 7) */
     uint64_t map_size;             /* bytes of address space for the index at first, it grows by itself; 0: 1 GiB */
+    const uint8_t *key;            /* [32] of an encrypted store, copied; NULL: it is not encrypted */
     uint64_t (*clock)(void *user); /* microseconds since 1970; NULL: the system's */
     void *clock_user;
 } xkv_store_options;
@@ -120,6 +122,7 @@ typedef struct xkv_store_properties {
     size_t struct_size;
     uint32_t block_tokens; /* of the native chain, 1 .. 65536; default 256; fixed for ever */
     uint64_t byte_cap;     /* of all blobs; 0: none (default) */
+    const uint8_t *key;    /* [32] random bytes: encrypt all blobs with it; NULL: do not (default); fixed for ever */
 } xkv_store_properties;
 
 static inline xkv_store_properties xkv_store_properties_default(void)
@@ -336,12 +339,12 @@ typedef struct xkv_repair_report {
 } xkv_repair_report;
 
 /* Rebuild the index of the store at `path` from its blobs; with `compact_only` copy a sound index without its free
- * pages instead. The store must not be open anywhere. A failure leaves the old index as it was.
+ * pages instead. The store must not be open anywhere. `key`: as for opening. A failure leaves the old index as it was.
  * Errors: IO (also: in use), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
-XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, int compact_only,
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
                                                    xkv_repair_report *report);
 
-/* Write one entry, with its tokens, keys and namespace id, as a file that any store can import. */
+/* Write one entry, with its tokens, keys and namespace id, as a file that any store can import; it is not encrypted. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                                                    const xkv_output *output);
 

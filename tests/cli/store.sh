@@ -110,7 +110,33 @@ flip_bit e 2000
 run 3 xkv-store import t e
 run 3 xkv-store import t a
 err_has '\[SB1\]$'
-rm -rf t e back back2 d.xkvd dict.xkv
+rm -rf t e back back2
+
+# Encryption: the right key or nothing; exports are plain.
+head -c 32 /dev/urandom >key
+head -c 32 /dev/urandom >key2
+run 0 xkv-store init --key-file key t
+run 0 xkv-store put -q --key-file key t a
+run 0 xkv-store get -q --key-file key -o back t a
+same a back
+run 4 xkv-store match --key-file key2 t a
+err_has 't is encrypted with another key \[SO6\]$'
+run 4 xkv-store match t a
+err_has 't is encrypted: it needs its key \[SO6\]$'
+run 4 xkv-store ls --key-file key s
+err_has 's is not encrypted: it takes no key \[SO6\]$'
+echo short >key2
+run 1 xkv-store ls --key-file key2 t
+err_is 'xkv-store: key2: a key is a file of 32 bytes'
+run 1 grep -q GEOM t/blobs/*
+run 0 xkv-store gc -q --compact --key-file key t
+run 0 xkv-store repair -q --key-file key t
+run 0 xkv-store verify -q --decode --key-file key t
+run 0 xkv-store put -q --key-file key --lora x t d.xkvd dict.xkv
+run 0 xkv-store get -q -f --key-file key --lora x -o back t part
+run 0 xkv-unpack -q -D d.xkvd -o back2 dict.xkv
+same back back2
+rm -rf t back back2 key key2 d.xkvd dict.xkv
 
 # The cap, pins, expiry.
 run 0 xkv-store verify --decode s

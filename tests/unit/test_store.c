@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static test_store t;
@@ -435,9 +436,47 @@ static void a_store_is_opened_once(void **state)
     xkv_store *second = NULL;
     assert_int_equal(xkv_store_open(t.ctx, t.path, NULL, &second), XKV_ERROR_ARGUMENT);
     assert_non_null(strstr(xkv_ctx_error(t.ctx), "already open in this process"));
-    assert_int_equal(xkv_store_repair(t.ctx, t.path, 0, NULL), XKV_ERROR_IO);
+    assert_int_equal(xkv_store_repair(t.ctx, t.path, NULL, 0, NULL), XKV_ERROR_IO);
     assert_non_null(strstr(xkv_ctx_error(t.ctx), "in use"));
     reopen_store(&t);
+}
+
+/* An index that outgrows its map again and again, here and in another process. */
+static void the_map_grows(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_store_options o = xkv_store_options_default();
+    int status;
+    o.map_size = 1 << 16;
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        if (xkv_store_open(t.ctx, t.path, &o, &t.store) != XKV_OK)
+            _exit(1);
+        for (uint64_t i = 0; i < 300; i++) {
+            int32_t tokens[50];
+            make_tokens(1000 + i, 50000, tokens, 50);
+            if (put_rows(t.ctx, t.store, &ns, tokens, 50, NULL, NULL) != XKV_OK)
+                _exit(2);
+        }
+        xkv_store_close(t.ctx, t.store);
+        _exit(0);
+    }
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+    for (uint64_t i = 0; i < 300; i++) {
+        put_numbered(&ns, i, NULL);
+        assert_int_equal(match_numbered(&ns, i / 2), XKV_MATCH_FOUND);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+    for (uint64_t i = 0; i < 300; i++)
+        assert_int_equal(match_numbered(&ns, 1000 + i), XKV_MATCH_FOUND);
+    assert_true(stats().map_bytes > 4 * o.map_size);
+    assert_sound(600);
 }
 
 static void modes_are_private(void **state)
@@ -479,7 +518,7 @@ static void repair_rebuilds_the_index(void **state)
             assert_int_equal(xkv_store_open(t.ctx, t.path, NULL, &t.store), XKV_ERROR_CORRUPT);
             assert_non_null(strstr(xkv_ctx_error(t.ctx), lost == 1 ? "[SI1]" : "[SO4]"));
         }
-        assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, 0, &r));
+        assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, &r));
         assert_int_equal(r.entries, 40);
         assert_int_equal(r.quarantined, 0);
         assert_int_equal(r.kept_uses, !lost);
@@ -508,7 +547,7 @@ static void compaction_keeps_everything(void **state)
     t.store = NULL;
     snprintf(path, sizeof path, "%s/index/data.mdb", t.path);
     assert_int_equal(stat(path, &before), 0);
-    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, 1, &r));
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 1, &r));
     assert_int_equal(stat(path, &after), 0);
     assert_true(after.st_size < before.st_size / 2);
     assert_int_equal(after.st_mode & 0777, 0600);
@@ -572,6 +611,7 @@ int main(void)
         TEST(counters_survive),
         TEST(asking_counts_nothing),
         TEST(a_store_is_opened_once),
+        TEST(the_map_grows),
         TEST(modes_are_private),
         TEST(repair_rebuilds_the_index),
         TEST(compaction_keeps_everything),

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <xxhash.h>
 
@@ -208,7 +209,7 @@ static void assert_repairable(void)
     xkv_repair_report r;
     xkv_verify_report v;
     close_store();
-    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, 0, &r));
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, &r));
     assert_int_equal(r.entries, count_blobs());
     assert_ok(t.ctx, open_store());
     assert_ok(t.ctx, xkv_store_verify(t.ctx, t.store, 1, NULL, NULL, &v));
@@ -423,25 +424,58 @@ static void a_missing_index_is_not_made_anew(void **state)
     assert_repairable();
 }
 
-/* A missing lock file is made anew while nobody has the store open. */
+/* A process that has the store open until it is told to end by the pipe. */
+static pid_t other_user(int *until)
+{
+    int ready[2], end[2];
+    char byte = 0;
+    assert_int_equal(pipe(ready) + pipe(end), 0);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        close(end[1]);
+        byte = open_store() == XKV_OK;
+        bool told = write(ready[1], &byte, 1) == 1 && read(end[0], &byte, 1) == 0;
+        _exit(told ? 0 : 1);
+    }
+    close(ready[1]);
+    close(end[0]);
+    assert_int_equal(read(ready[0], &byte, 1), 1);
+    assert_int_equal(byte, 1);
+    close(ready[0]);
+    *until = end[1];
+    return child;
+}
+
+static void end_other_user(pid_t child, int until)
+{
+    int status;
+    close(until);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
+/* Made anew while nobody has the store open; otherwise there would be two sets of locks. */
 static void a_lost_lock_file(void **state)
 {
     (void)state;
     char path[256];
+    int until;
     restore_files();
     full_path("index/lock.mdb", path);
-    unlink(path);
+    assert_int_equal(unlink(path), 0);
     assert_ok(t.ctx, open_store());
     assert_int_equal(sound_entries(), ENTRIES);
-    pid_t child = fork();
-    if (child == 0) { /* another process, while this one has the store open */
-        xkv_ctx *ctx = NULL;
-        xkv_store *store = NULL;
-        unlink(path);
-        bool right = xkv_ctx_create(NULL, &ctx) == XKV_OK && xkv_store_open(ctx, t.path, NULL, &store) != XKV_OK;
-        _exit(right ? 0 : 1);
-    }
     close_store();
+    pid_t child = other_user(&until);
+    assert_ok(t.ctx, open_store()); /* with the file, both may */
+    close_store();
+    assert_int_equal(xkv_store_repair(t.ctx, t.path, NULL, 0, NULL), XKV_ERROR_IO);
+    assert_int_equal(unlink(path), 0);
+    assert_refused(XKV_ERROR_IO, "index/lock.mdb was removed while the store is in use");
+    end_other_user(child, until);
+    assert_ok(t.ctx, open_store());
+    assert_int_equal(sound_entries(), ENTRIES);
 }
 
 /* --- One bad blob for each rule ----------------------------------------------------------------------------------- */

@@ -222,7 +222,7 @@ static xkv_status repair(int compact)
 {
     xkv_store_close(t.ctx, t.store);
     t.store = NULL;
-    return xkv_store_repair(t.ctx, t.path, compact, NULL);
+    return xkv_store_repair(t.ctx, t.path, NULL, compact, NULL);
 }
 
 static xkv_status run_repair(void)

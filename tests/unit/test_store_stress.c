@@ -255,7 +255,7 @@ static void maintain_until_killed(uint64_t random)
     if (xkv_ctx_create(NULL, &ctx) != XKV_OK)
         _exit(1);
     for (;;) {
-        if (xkv_store_repair(ctx, t.path, test_random(&random) % 2, NULL) != XKV_OK)
+        if (xkv_store_repair(ctx, t.path, NULL, test_random(&random) % 2, NULL) != XKV_OK)
             _exit(3);
     }
 }
@@ -349,11 +349,13 @@ static void killed_writers_lose_nothing(void **state)
     remove_folder(&t);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(processes_and_threads_share_a_store),
         cmocka_unit_test(killed_writers_lose_nothing),
     };
+    if (argc > 1) /* only the test of this name */
+        cmocka_set_test_filter(argv[1]);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
