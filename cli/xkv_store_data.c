@@ -110,7 +110,7 @@ static void print_put(const cli *c, const char *name, const xkv_put_report *r, d
 static cli_exit put_dictionary(cli *c, const char *path)
 {
     const store_tool *tool = c->user;
-    xkv_input input;
+    xkv_input input = {0};
     xkv_status status = xkv_input_open(c->ctx, path, &input);
     if (status != XKV_OK)
         return cli_fail(c, path, status);
@@ -182,7 +182,7 @@ static cli_exit pack_and_put(cli *c, const cli_input *file)
 
 static cli_exit put_opened(cli *c, const cli_input *file)
 {
-    xkv_input input;
+    xkv_input input = {0};
     xkv_status status = xkv_input_open(c->ctx, file->path, &input);
     if (status != XKV_OK)
         return cli_fail(c, file->name, status);
@@ -381,7 +381,7 @@ static cli_exit import_one(cli *c, const char *path)
 {
     const store_tool *tool = c->user;
     cli_input file;
-    xkv_input input;
+    xkv_input input = {0};
     xkv_put_report report;
     double start = cli_seconds();
     cli_exit code = cli_input_open(c, path, &file);

@@ -409,6 +409,14 @@ xkv_status xkv_index_copy(xkv_ctx *ctx, xkv_index *index, const char *folder)
     return error == 0 ? XKV_OK : fail_mdb(ctx, "copy", index->path, error);
 }
 
+void xkv_index_clear_readers(xkv_index *index)
+{
+    pthread_rwlock_rdlock(&index->gate);
+    if (index->env != NULL)
+        (void)mdb_reader_check(index->env, NULL); /* if it fails, the next one to open the store tries again */
+    pthread_rwlock_unlock(&index->gate);
+}
+
 void xkv_index_sizes(xkv_index *index, uint64_t *used, uint64_t *map)
 {
     MDB_envinfo info;

@@ -47,6 +47,9 @@ XKV_MUST_CHECK xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t
 /* Copy to a new environment in `folder`, without free pages. */
 XKV_MUST_CHECK xkv_status xkv_index_copy(xkv_ctx *ctx, xkv_index *index, const char *folder);
 
+/* Give up the reader slots of killed processes, which would keep old pages from being used again. */
+void xkv_index_clear_readers(xkv_index *index);
+
 /* Pages in use and address space, in bytes. */
 void xkv_index_sizes(xkv_index *index, uint64_t *used, uint64_t *map);
 

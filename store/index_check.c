@@ -173,7 +173,7 @@ static xkv_status open_data(xkv_ctx *ctx, const char *path, int *fd, uint64_t *s
 
 xkv_status xkv_index_check_meta(xkv_ctx *ctx, const char *path)
 {
-    meta_page metas[2];
+    meta_page metas[2] = {{0}};
     uint64_t size = 0;
     int fd;
     XKV_TRY(open_data(ctx, path, &fd, &size));
@@ -390,7 +390,7 @@ static xkv_status check_mapped(walk *w)
 /* Find the meta page of the snapshot and walk what it describes. */
 static xkv_status check_snapshot(walk *w, int fd, uint64_t size, uint64_t txn_id)
 {
-    meta_page metas[2];
+    meta_page metas[2] = {{0}};
     XKV_TRY(read_metas(w->ctx, w->path, fd, size, metas));
     if (metas[0].txn_id != txn_id && metas[1].txn_id != txn_id)
         return XKV_ERROR_NOT_FOUND;

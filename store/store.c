@@ -476,6 +476,7 @@ static xkv_status empty_trash(tidy *t)
 xkv_status xkv_store_tidy(xkv_ctx *ctx, xkv_store *store, uint64_t *leftovers)
 {
     tidy t = {.ctx = ctx, .store = store};
+    xkv_index_clear_readers(store->index);
     XKV_TRY(xkv_folder_list(ctx, store->folders.temp, tidy_temp, &t));
     XKV_TRY(empty_trash(&t));
     *leftovers = t.removed;

@@ -72,7 +72,7 @@ xkv_status xkv_trie_find(xkv_txn *txn, uint64_t root, const uint32_t *symbols, u
     xkv_edge edge = {.child = root};
     xkv_status status = XKV_OK;
     for (bool first = true; edge.child != 0 && edge.depth < count; first = false) {
-        xkv_edge next;
+        xkv_edge next = {0};
         status = get_edge(txn, &(place){edge.child, symbols[edge.depth], false}, &next);
         if (status == XKV_ERROR_NOT_FOUND && !first)
             break; /* all entries below the node agree with the prompt as far as any does */
@@ -127,7 +127,7 @@ xkv_status xkv_trie_insert(xkv_txn *txn, xkv_meta *meta, uint64_t root, const ui
     xkv_edge edge = {.child = root};
     while (edge.depth < common) {
         place p = {edge.child, symbols[edge.depth], false};
-        xkv_edge next;
+        xkv_edge next = {0};
         XKV_TRY(must(txn, p.node, get_edge(txn, &p, &next)));
         if (next.depth <= edge.depth)
             return fail_tree(txn, p.node);
@@ -178,7 +178,7 @@ static xkv_status first_edges(xkv_txn *txn, uint64_t node, place places[2], xkv_
 static xkv_status join(xkv_txn *txn, uint64_t node, const place *only, const xkv_edge *edge)
 {
     xkv_key key = xkv_key_id(XKV_TABLE_NODE, node);
-    xkv_node up;
+    xkv_node up = {0};
     XKV_TRY(must(txn, node, get_node(txn, node, &up)));
     XKV_TRY(delete_edge(txn, only));
     XKV_TRY(xkv_txn_delete(txn, &key));
@@ -189,8 +189,8 @@ static xkv_status join(xkv_txn *txn, uint64_t node, const place *only, const xkv
 static xkv_status rename_up(xkv_txn *txn, uint64_t root, uint64_t node, uint64_t gone, uint64_t instead)
 {
     for (uint32_t depth = UINT32_MAX; node != root;) {
-        xkv_node up;
-        xkv_edge edge;
+        xkv_node up = {0};
+        xkv_edge edge = {0};
         XKV_TRY(must(txn, node, get_node(txn, node, &up)));
         place p = {up.parent, up.symbol, false};
         XKV_TRY(must(txn, node, get_edge(txn, &p, &edge)));
@@ -209,7 +209,7 @@ static xkv_status rename_up(xkv_txn *txn, uint64_t root, uint64_t node, uint64_t
 xkv_status xkv_trie_remove(xkv_txn *txn, uint64_t root, const xkv_item *item)
 {
     place p = {item->node, item->symbol, item->at_end != 0}, left[2];
-    xkv_edge edge, edges[2];
+    xkv_edge edge = {0}, edges[2] = {{0}};
     int count = 0;
     uint64_t node = p.node;
     XKV_TRY(must(txn, node, get_edge(txn, &p, &edge)));
@@ -220,7 +220,7 @@ xkv_status xkv_trie_remove(xkv_txn *txn, uint64_t root, const xkv_item *item)
     if (count == 0)
         return node == root ? XKV_OK : fail_tree(txn, node);
     if (count == 1 && node != root) {
-        xkv_node up;
+        xkv_node up = {0};
         XKV_TRY(must(txn, node, get_node(txn, node, &up)));
         XKV_TRY(join(txn, node, &left[0], &edges[0]));
         node = up.parent;

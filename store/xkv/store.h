@@ -155,7 +155,7 @@ typedef struct xkv_put_options {
     size_t struct_size;
     uint64_t ttl;             /* seconds until the entry expires; 0: never (default) */
     uint32_t pin;             /* non-zero: never evicted until unpinned */
-    const xkv_page_key *keys; /* [key_count] names in an engine's scheme, tokens ascending */
+    const xkv_page_key *keys; /* [key_count] names in an engine's scheme: of every page from the first one on */
     uint32_t key_count;
     const xkv_pack_options *pack; /* for xkv_store_put_planes(); NULL: defaults */
 } xkv_put_options;
