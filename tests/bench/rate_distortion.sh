@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE=1
 export OPENBLAS_NUM_THREADS=1 # of numpy, whose matrices are small; the tools bring threads of their own
 
 python=
-for candidate in ${XKV_PYTHON:+"$XKV_PYTHON"} "$cache"/{engine,reference}-venv/bin/python python3; do
+for candidate in ${XKV_PYTHON:+"$XKV_PYTHON"} "$cache"/{engine,reference}-venv/bin/python python3 /usr/bin/python3; do
     if "$candidate" -c 'import numpy' 2>/dev/null; then
         python=$candidate
         break
