@@ -115,6 +115,7 @@ static cli_exit exit_code(xkv_status status)
     case XKV_ERROR_IO:
     case XKV_ERROR_EXISTS:
     case XKV_ERROR_NO_SPACE:
+    case XKV_ERROR_TIMEOUT:
     case XKV_ERROR_BACKEND:
     case XKV_ERROR_INTERNAL:
         break;

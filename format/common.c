@@ -71,6 +71,8 @@ const char *xkv_status_string(xkv_status status)
         return "no space left";
     case XKV_ERROR_CANCELLED:
         return "cancelled";
+    case XKV_ERROR_TIMEOUT:
+        return "not done in time";
     case XKV_ERROR_BACKEND:
         return "compute backend failed";
     case XKV_ERROR_INTERNAL:

@@ -79,6 +79,7 @@ typedef enum xkv_status {
 
     /* 80 and up: the run */
     XKV_ERROR_CANCELLED = 80, /* xkv_ctx_cancel() was called, or a callback asked to stop */
+    XKV_ERROR_TIMEOUT = 82,   /* not done in the time that was given */
     XKV_ERROR_BACKEND = 90,   /* the compute backend failed (LAPACK info != 0, device error) */
     XKV_ERROR_INTERNAL = 100  /* a bug in xkv */
 } xkv_status;
