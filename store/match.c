@@ -208,10 +208,11 @@ static uint64_t raw_share(const xkv_item *item, uint32_t tokens)
     return item->tokens == 0 ? 0 : (uint64_t)((double)item->raw_bytes * tokens / item->tokens);
 }
 
-static void count_outcome(lookup *l, uint64_t now, xkv_ctx *ctx)
+static void count_outcome(xkv_ctx *ctx, const lookup *l)
 {
     xkv_store *store = l->store;
     const xkv_match *m = &l->match;
+    uint64_t now = xkv_store_now(store);
     pthread_mutex_lock(&store->mutex);
     if (m->reason == XKV_MATCH_FOUND) {
         store->pending.hits++;
@@ -275,7 +276,6 @@ static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
     if (l->match.reason != XKV_MATCH_FOUND)
         l->match.tokens = l->match.keys = 0;
     l->match.raw_bytes = raw_share(&l->item, l->match.tokens);
-    count_outcome(l, now, ctx);
     return XKV_OK;
 }
 
@@ -303,6 +303,8 @@ static xkv_status finish(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, xkv_match *ma
 {
     int fd;
     XKV_TRY(search(ctx, l, find, &fd));
+    if (hit_p != NULL) /* who only asks reuses nothing */
+        count_outcome(ctx, l);
     XKV_TRY(make_hit(ctx, l, fd, hit_p));
     *match = l->match;
     return XKV_OK;

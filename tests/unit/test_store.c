@@ -414,6 +414,22 @@ static void counters_survive(void **state)
     assert_int_equal(stats().bytes_reused, 100 * 2 * STORE_WIDTH * 4);
 }
 
+static void asking_counts_nothing(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_match m;
+    int32_t tokens[50];
+    put_numbered(&ns, 0, NULL);
+    for (uint64_t i = 0; i < 2; i++) {
+        make_tokens(i, 50000, tokens, 50);
+        const xkv_prompt prompt = {.tokens = tokens, .token_count = 50};
+        assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, NULL));
+        assert_int_equal(m.reason, i == 0 ? XKV_MATCH_FOUND : XKV_MATCH_NONE);
+    }
+    assert_int_equal(stats().hits + stats().misses + stats().tokens_reused, 0);
+}
+
 static void a_store_is_opened_once(void **state)
 {
     (void)state;
@@ -593,6 +609,7 @@ int main(void)
         TEST(pinned_and_read_entries_stay),
         TEST(expired_entries_are_misses),
         TEST(counters_survive),
+        TEST(asking_counts_nothing),
         TEST(a_store_is_opened_once),
         TEST(the_map_grows),
         TEST(modes_are_private),
