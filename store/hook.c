@@ -1,591 +1,531 @@
-/* hook.c - match, load and save for engines: a queue of copied caches, threads that pack them, a cost model. */
-#include "xkv/hook.h"
-#include "store_internal.h"
+/* hook.c - the hook's life, matching and loading. */
+#include "hook_internal.h"
 
-#include "kernels.h"
-
-#include <stdio.h>
 #include <time.h>
+#include <unistd.h>
 
-#define FIRST_RATE  500e6 /* bytes of raw cache a second, until a load has been measured */
-#define SMOOTHING   0.2   /* weight of the latest load */
-#define MAX_WORKERS 64u
-
-/* A cache that is to be stored: everything copied. */
-typedef struct job {
-    struct job *next;
-    uint64_t number;
-    uint64_t bytes; /* counted against the queue */
-    xkv_prompt prompt;
-    xkv_geometry geometry;
-    xkv_view *views;
-    uint8_t *block; /* all copies lie in it */
-} job;
-
-typedef struct worker {
+struct xkv_hook_hit {
     xkv_hook *hook;
-    pthread_t thread;
-    xkv_ctx *ctx;
-    uint64_t running; /* number of its job; 0: none */
-    bool started;
-} worker;
-
-struct xkv_hook {
-    xkv_hook_options o;
-    xkv_pack_options pack;
-    xkv_ctx *own; /* jobs belong to it; only its account is used, by many threads */
-    pthread_mutex_t mutex;
-    pthread_cond_t changed; /* a job came, or one is done */
-    job *first, *last;
-    uint64_t next_number, waiting_bytes;
-    uint32_t waiting_jobs;
-    bool closing;
-    xkv_hook_counters counters;
-    char failure[256];
-    worker workers[MAX_WORKERS];
+    xkv_ctx *own; /* everything here belongs to it, so that any thread may load and close */
+    uint64_t id, bytes;
+    uint32_t entry_tokens, tokens; /* of the entry; reusable */
+    pthread_mutex_t mutex;         /* of all below */
+    xkv_hit *hit;
+    const xkv_entry *entry; /* NULL until a load asks for it; then read by all threads */
+    bool damaged;
 };
 
-static double seconds(void)
+/* --- Shared ------------------------------------------------------------------------------------------------------- */
+
+xkv_status xkv_hook_begin(xkv_ctx *ctx, const xkv_hook *hook)
+{
+    xkv_ctx_begin(ctx);
+    if (hook->pid != getpid())
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the hook was made before fork(): make one in the child");
+    return XKV_OK;
+}
+
+static uint64_t monotonic_clock(void *user)
 {
     struct timespec t;
+    (void)user;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* --- Workers ------------------------------------------------------------------------------------------------------ */
-
-static void count_outcome(xkv_hook *h, const worker *w, xkv_status status, const xkv_put_report *report)
+uint64_t xkv_hook_now(const xkv_hook *hook)
 {
-    if (status == XKV_OK && report->existed)
-        h->counters.existed++;
-    else if (status == XKV_OK)
-        h->counters.stored++;
-    else if (status == XKV_ERROR_CANCELLED)
-        h->counters.cancelled++;
-    else
-        h->counters.failed++;
-    if (status != XKV_OK && status != XKV_ERROR_CANCELLED)
-        snprintf(h->failure, sizeof h->failure, "%s: %.200s", xkv_status_string(status), xkv_ctx_error(w->ctx));
+    return hook->clock(hook->clock_user);
 }
 
-/* With the mutex held. */
-static void drop_job(xkv_hook *h, job *j)
+double xkv_hook_seconds(const xkv_hook *hook, uint64_t start)
 {
-    h->waiting_bytes -= j->bytes;
-    h->waiting_jobs--;
-    xkv_release(h->own, j->block);
-    xkv_release(h->own, j);
-    pthread_cond_broadcast(&h->changed);
+    return (double)(xkv_hook_now(hook) - start) * 1e-9;
 }
 
-static xkv_status store_job(worker *w, const job *j, xkv_put_report *report)
+xkv_status xkv_hook_context(xkv_ctx *ctx, const xkv_hook *hook, uint32_t threads, xkv_ctx **made_p)
 {
-    const xkv_hook *h = w->hook;
-    xkv_put_options o = xkv_put_options_default();
-    o.ttl = h->o.ttl;
-    o.pack = &h->pack;
-    return xkv_store_put_planes(w->ctx, h->o.store, &h->o.ns, &j->prompt, &j->geometry, j->views, NULL, NULL, 0, &o,
-                                report);
+    xkv_ctx_options o = hook->context;
+    o.threads = threads;
+    xkv_status status = xkv_ctx_create(&o, made_p);
+    return status == XKV_OK ? XKV_OK : xkv_fail(ctx, status, "a context of the hook: %s", xkv_status_string(status));
 }
 
-static void *work(void *user)
-{
-    worker *w = user;
-    xkv_hook *h = w->hook;
-    pthread_mutex_lock(&h->mutex);
-    for (;;) {
-        while (h->first == NULL && !h->closing)
-            pthread_cond_wait(&h->changed, &h->mutex);
-        if (h->closing)
-            break; /* what still waits is dropped by xkv_hook_free() */
-        job *j = h->first;
-        h->first = j->next;
-        if (h->first == NULL)
-            h->last = NULL;
-        w->running = j->number;
-        xkv_ctx_reset(w->ctx);
-        pthread_mutex_unlock(&h->mutex);
-        xkv_put_report report = {0};
-        xkv_status status = store_job(w, j, &report);
-        pthread_mutex_lock(&h->mutex);
-        w->running = 0;
-        count_outcome(h, w, status, &report);
-        drop_job(h, j);
-    }
-    pthread_mutex_unlock(&h->mutex);
-    return NULL;
-}
-
-/* --- Creating ----------------------------------------------------------------------------------------------------- */
+/* --- Life --------------------------------------------------------------------------------------------------------- */
 
 static xkv_status check_options(xkv_ctx *ctx, const xkv_hook_options *o)
 {
-    if (o->store == NULL || o->workers < 1 || o->workers > MAX_WORKERS || o->worker_threads > 1024)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a hook needs a store and 1 to %u workers, not %u", MAX_WORKERS,
-                        o->workers);
-    if (!(o->recompute_rate >= 0) || o->ttl > UINT64_MAX / 4000000u)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a recompute rate of %g, a ttl of %llu s", o->recompute_rate,
-                        (unsigned long long)o->ttl);
+    if (o->save_threads == 0 || o->save_threads > 64 || o->pack_threads == 0 || o->pack_threads > 1024)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "save_threads: 1 to 64, pack_threads: 1 to 1024");
+    if (o->queue_saves == 0 || o->queue_bytes == 0)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a queue without room");
+    if (!(o->load_seconds >= 0 && o->load_seconds_per_byte >= 0 && o->load_seconds_per_token >= 0))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a load takes a negative time, or none that is a number");
     return XKV_OK;
 }
 
-static xkv_status start_worker(xkv_ctx *ctx, xkv_hook *h, worker *w)
+static double or_default(double given, double otherwise)
 {
-    xkv_ctx_options o = xkv_ctx_options_default();
-    w->hook = h;
-    o.threads = h->o.worker_threads;
-    xkv_status status = xkv_ctx_create(&o, &w->ctx);
-    if (status != XKV_OK || pthread_create(&w->thread, NULL, work, w) != 0)
-        return xkv_fail(ctx, XKV_ERROR_MEMORY, "cannot start a thread of the hook");
-    w->started = true;
+    return given > 0 ? given : otherwise;
+}
+
+static xkv_status apply_options(xkv_ctx *ctx, xkv_hook *hook, const xkv_hook_options *o)
+{
+    hook->context = xkv_ctx_options_default();
+    hook->pack = xkv_pack_options_default();
+    XKV_TRY(xkv_copy_options(ctx, o->context, &hook->context, sizeof hook->context));
+    XKV_TRY(xkv_copy_options(ctx, o->pack, &hook->pack, sizeof hook->pack));
+    hook->pack_threads = o->pack_threads;
+    hook->queue_saves = o->queue_saves;
+    hook->queue_bytes = o->queue_bytes;
+    hook->wait_ms = o->wait_ms;
+    hook->clock = o->clock != NULL ? o->clock : monotonic_clock;
+    hook->clock_user = o->clock_user;
+    xkv_cost_init(&hook->cost, or_default(o->load_seconds, 1e-3), or_default(o->load_seconds_per_byte, 1e-9),
+                  or_default(o->load_seconds_per_token, 2e-5));
     return XKV_OK;
 }
 
-xkv_status xkv_hook_create(xkv_ctx *ctx, const xkv_hook_options *options, xkv_hook **hook_p)
+static void init_locks(xkv_hook *hook)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&hook->mutex, NULL);
+    pthread_cond_init(&hook->work, NULL);
+    pthread_cond_init(&hook->room, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
+/* The hook belongs to a context of its own, and that to the hook. */
+static xkv_status make(xkv_ctx *ctx, const xkv_hook *draft, uint32_t savers, xkv_hook **hook_p)
+{
+    xkv_hook *hook = NULL;
+    xkv_ctx *own = NULL;
+    XKV_TRY(xkv_hook_context(ctx, draft, 1, &own));
+    xkv_status status = XKV_NEW(own, 1, &hook);
+    if (status != XKV_OK) {
+        xkv_fail(ctx, status, "%s", xkv_ctx_error(own));
+        xkv_ctx_free(own);
+        return status;
+    }
+    *hook = *draft;
+    hook->own = own;
+    hook->last = &hook->first;
+    init_locks(hook);
+    status = xkv_savers_start(ctx, hook, savers);
+    if (status != XKV_OK) {
+        xkv_hook_close(hook);
+        return status;
+    }
+    *hook_p = hook;
+    return XKV_OK;
+}
+
+xkv_status xkv_hook_create(xkv_ctx *ctx, xkv_store *store, const xkv_hook_options *options, xkv_hook **hook_p)
 {
     xkv_hook_options o = xkv_hook_options_default();
-    xkv_hook *h = NULL;
+    xkv_hook draft = {.store = store, .pid = getpid()};
     xkv_ctx_begin(ctx);
     XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
     XKV_TRY(check_options(ctx, &o));
-    XKV_TRY(XKV_NEW_ZERO(ctx, 1, &h));
-    h->o = o;
-    h->next_number = 1;
-    h->pack = xkv_pack_options_default();
-    h->counters.bytes_per_second = FIRST_RATE;
-    pthread_mutex_init(&h->mutex, NULL);
-    pthread_cond_init(&h->changed, NULL);
-    xkv_status status = xkv_copy_options(ctx, o.pack, &h->pack, sizeof h->pack);
-    h->pack.progress = NULL;
-    if (status == XKV_OK)
-        status = xkv_ctx_create(NULL, &h->own);
-    for (uint32_t i = 0; status == XKV_OK && i < o.workers; i++)
-        status = start_worker(ctx, h, &h->workers[i]);
-    if (status != XKV_OK) {
-        xkv_hook_free(ctx, h);
-        return status;
-    }
-    *hook_p = h;
-    return XKV_OK;
+    XKV_TRY(apply_options(ctx, &draft, &o));
+    return make(ctx, &draft, o.save_threads, hook_p);
 }
 
-void xkv_hook_free(xkv_ctx *ctx, xkv_hook *hook)
+void xkv_hook_close(xkv_hook *hook)
 {
     if (hook == NULL)
         return;
-    pthread_mutex_lock(&hook->mutex);
-    hook->closing = true;
-    pthread_cond_broadcast(&hook->changed);
-    pthread_mutex_unlock(&hook->mutex);
-    for (uint32_t i = 0; i < MAX_WORKERS; i++) {
-        if (hook->workers[i].started)
-            pthread_join(hook->workers[i].thread, NULL);
-        xkv_ctx_free(hook->workers[i].ctx);
-    }
-    while (hook->first != NULL) {
-        job *j = hook->first;
-        hook->first = j->next;
-        drop_job(hook, j);
-    }
-    xkv_ctx_free(hook->own);
-    pthread_cond_destroy(&hook->changed);
+    xkv_ctx *own = hook->own;
+    xkv_savers_end(hook);
+    pthread_cond_destroy(&hook->room);
+    pthread_cond_destroy(&hook->work);
     pthread_mutex_destroy(&hook->mutex);
-    xkv_release(ctx, hook);
+    xkv_release(own, hook);
+    xkv_ctx_free(own);
 }
-
-/* --- Match -------------------------------------------------------------------------------------------------------- */
-
-/* Whether loading beats computing, as far as that is known. */
-static void estimate(xkv_hook *h, uint32_t computed, xkv_hook_match_info *info)
-{
-    const xkv_match *m = &info->match;
-    double gained = m->tokens > computed ? m->tokens - computed : 0;
-    info->load_seconds = m->tokens > 0 ? (double)m->raw_bytes * gained / m->tokens / h->counters.bytes_per_second : 0;
-    info->recompute_seconds = h->o.recompute_rate > 0 ? gained / h->o.recompute_rate : 0;
-    info->worth_it = gained > 0 && (h->o.recompute_rate <= 0 || info->load_seconds < info->recompute_seconds);
-}
-
-xkv_status xkv_hook_match(xkv_ctx *ctx, xkv_hook *hook, const xkv_prompt *prompt, uint32_t computed,
-                          xkv_hook_match_info *info, xkv_hit **hit_p)
-{
-    xkv_hook_match_info i = {.match = {.reason = XKV_MATCH_NONE}};
-    xkv_hit *hit = NULL;
-    xkv_status status = xkv_store_match(ctx, hook->o.store, &hook->o.ns, prompt, hook->o.min_tokens, &i.match, &hit);
-    if (status == XKV_ERROR_ARGUMENT)
-        return status;
-    bool found = status == XKV_OK && i.match.reason == XKV_MATCH_FOUND;
-    pthread_mutex_lock(&hook->mutex);
-    if (found)
-        estimate(hook, computed, &i);
-    hook->counters.matches++;
-    hook->counters.worth_it += i.worth_it;
-    hook->counters.declined += found && !i.worth_it;
-    hook->counters.misses += !found;
-    pthread_mutex_unlock(&hook->mutex);
-    if (!i.worth_it) {
-        xkv_hit_close(ctx, hit);
-        hit = NULL;
-    }
-    *info = i;
-    *hit_p = hit;
-    return XKV_OK;
-}
-
-/* --- Load --------------------------------------------------------------------------------------------------------- */
-
-/* The rotation of two planes: the same, bit for bit, or none. */
-static bool same_rope(const xkv_geometry *a, uint32_t i, const xkv_geometry *b, uint32_t j)
-{
-    if (i == XKV_NO_ROPE || j == XKV_NO_ROPE)
-        return i == j;
-    const xkv_rope *x = &a->ropes[i], *y = &b->ropes[j];
-    return x->n_rot == y->n_rot && x->offset == y->offset && x->style == y->style &&
-           memcmp(&x->scale, &y->scale, sizeof x->scale) == 0 &&
-           memcmp(x->inv_freq, y->inv_freq, x->n_rot / 2 * sizeof *x->inv_freq) == 0;
-}
-
-static xkv_status check_geometry(xkv_ctx *ctx, const xkv_geometry *stored, const xkv_geometry *wanted)
-{
-    if (stored->layer_count != wanted->layer_count || stored->plane_count != wanted->plane_count)
-        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry has %u layers and %u planes, the engine %u and %u",
-                        stored->layer_count, stored->plane_count, wanted->layer_count, wanted->plane_count);
-    for (uint32_t i = 0; i < stored->plane_count; i++) {
-        const xkv_plane *a = &stored->planes[i], *b = &wanted->planes[i];
-        if (a->layer != b->layer || a->kind != b->kind || a->heads != b->heads || a->head_dim != b->head_dim ||
-            !same_rope(stored, a->rope, wanted, b->rope))
-            return xkv_fail(ctx, XKV_ERROR_MISMATCH, "plane %u of the entry is not that of the engine", i);
-    }
-    return XKV_OK;
-}
-
-static xkv_status check_positions(xkv_ctx *ctx, const xkv_geometry *g, const xkv_load_options *o, uint32_t count)
-{
-    bool rotated = false;
-    for (uint32_t i = 0; i < g->plane_count; i++)
-        rotated = rotated || g->planes[i].kind == XKV_PLANE_K || g->planes[i].kind == XKV_PLANE_K_ROPE;
-    for (uint32_t i = 0; o->positions != NULL && rotated && i < count; i++) {
-        if (o->positions[i] != g->positions[o->first_token + i])
-            return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "token %u was stored at position %d, not %d",
-                            o->first_token + i, (int)g->positions[o->first_token + i], (int)o->positions[i]);
-    }
-    return XKV_OK;
-}
-
-static xkv_status load(xkv_ctx *ctx, xkv_hit *hit, const xkv_geometry *geometry, xkv_load_options *o,
-                       const xkv_view *views)
-{
-    xkv_read_options r = xkv_read_options_default();
-    const xkv_entry *entry = NULL;
-    uint32_t matched = xkv_hit_tokens(hit);
-    xkv_status status = xkv_hit_entry(ctx, hit, &entry);
-    if (xkv_is_damage(status))
-        xkv_hit_reject(ctx, hit);
-    XKV_TRY(status);
-    if (o->first_token >= matched || o->token_count > matched - o->first_token)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "tokens %u + %u of %u matched ones", o->first_token, o->token_count,
-                        matched);
-    if (o->token_count == 0)
-        o->token_count = matched - o->first_token;
-    XKV_TRY(check_geometry(ctx, xkv_entry_geometry(entry), geometry));
-    XKV_TRY(check_positions(ctx, xkv_entry_geometry(entry), o, o->token_count));
-    r.first_token = o->first_token;
-    r.token_count = o->token_count;
-    r.group_ready = o->group_ready;
-    r.group_ready_user = o->group_ready_user;
-    return xkv_hit_read(ctx, hit, &r, views);
-}
-
-/* Raw bytes of `tokens` tokens. */
-static double raw_bytes(const xkv_geometry *g, uint32_t tokens)
-{
-    return (double)xkv_geometry_raw_bytes(g) / (g->token_count > 0 ? g->token_count : 1) * tokens;
-}
-
-xkv_status xkv_hook_load(xkv_ctx *ctx, xkv_hook *hook, xkv_hit *hit, const xkv_geometry *geometry,
-                         const xkv_load_options *options, const xkv_view *views)
-{
-    xkv_load_options o = xkv_load_options_default();
-    const xkv_entry *entry = NULL;
-    double start = seconds();
-    xkv_ctx_begin(ctx);
-    XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
-    xkv_status status = load(ctx, hit, geometry, &o, views);
-    double taken = seconds() - start;
-    if (status == XKV_OK)
-        status = xkv_hit_entry(ctx, hit, &entry); /* open already */
-    pthread_mutex_lock(&hook->mutex);
-    hook->counters.loads++;
-    hook->counters.load_failures += status != XKV_OK;
-    if (status == XKV_OK) {
-        double *rate = &hook->counters.bytes_per_second;
-        double now = raw_bytes(xkv_entry_geometry(entry), o.token_count) / (taken > 1e-6 ? taken : 1e-6);
-        bool first = hook->counters.tokens_loaded == 0;
-        *rate = first ? now : *rate + SMOOTHING * (now - *rate);
-        hook->counters.tokens_loaded += o.token_count;
-    }
-    pthread_mutex_unlock(&hook->mutex);
-    return status;
-}
-
-/* --- Save --------------------------------------------------------------------------------------------------------- */
-
-/* Sizes of the pieces that one block holds. */
-typedef struct sizes {
-    uint64_t planes, ropes, positions, tokens, views, media, names, rows, total;
-} sizes;
-
-static bool add_size(uint64_t *total, uint64_t count, uint64_t size, uint64_t *part)
-{
-    return xkv_mul64(count, size, part) && *part < UINT64_MAX / 64 && xkv_add64(*total, xkv_align64(*part, 64), total);
-}
-
-static xkv_status measure(xkv_ctx *ctx, const xkv_prompt *p, const xkv_geometry *g, sizes *s)
-{
-    uint64_t row = 0;
-    memset(s, 0, sizeof *s);
-    for (uint32_t i = 0; i < g->plane_count; i++)
-        row += (uint64_t)g->planes[i].heads * g->planes[i].head_dim * xkv_dtype_size(g->planes[i].dtype);
-    for (uint32_t i = 0; i < p->media_count; i++)
-        s->names += p->media[i].id_size;
-    uint64_t names = s->names;
-    if (!add_size(&s->total, g->plane_count, sizeof *g->planes, &s->planes) ||
-        !add_size(&s->total, g->rope_count, sizeof *g->ropes, &s->ropes) ||
-        !add_size(&s->total, p->token_count, sizeof *g->positions, &s->positions) ||
-        !add_size(&s->total, p->token_count, sizeof *p->tokens, &s->tokens) ||
-        !add_size(&s->total, g->plane_count, sizeof(xkv_view), &s->views) ||
-        !add_size(&s->total, p->media_count, sizeof *p->media, &s->media) ||
-        !add_size(&s->total, names, 1, &s->names) || !add_size(&s->total, p->token_count, row, &s->rows) ||
-        s->total > SIZE_MAX)
-        return xkv_fail(ctx, XKV_ERROR_LIMIT, "the cache does not fit into memory twice");
-    return XKV_OK;
-}
-
-/* What is copied, checked as far as the copying needs it; packing checks the rest. */
-static xkv_status check_save(xkv_ctx *ctx, const xkv_prompt *p, const xkv_geometry *g, const xkv_view *views)
-{
-    if (p->token_count == 0 || p->token_count > g->token_count || g->plane_count > XKV_MAX_PLANES ||
-        g->rope_count > XKV_MAX_ROPES)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a prompt of %u tokens, a cache of %u rows and %u planes",
-                        p->token_count, g->token_count, g->plane_count);
-    for (uint32_t i = 0; i < g->plane_count; i++) {
-        const xkv_plane *plane = &g->planes[i];
-        if (views[i].dtype != plane->dtype || xkv_dtype_size(plane->dtype) == 0 || plane->heads == 0 ||
-            plane->heads > XKV_MAX_WIDTH || plane->head_dim == 0 || plane->head_dim > XKV_MAX_WIDTH)
-            return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: its view must have its dtype, and a width", i);
-    }
-    return XKV_OK;
-}
-
-/* The next piece of the block, with a copy of `from` unless that is NULL. */
-static void *take(uint8_t **at, const void *from, uint64_t size)
-{
-    uint8_t *piece = *at;
-    if (from != NULL && size > 0)
-        memcpy(piece, from, (size_t)size);
-    *at += xkv_align64(size, 64);
-    return piece;
-}
-
-static void copy_media(const xkv_prompt *p, xkv_media *media, uint8_t *names)
-{
-    for (uint32_t i = 0; i < p->media_count; i++) {
-        memcpy(names, p->media[i].id, p->media[i].id_size);
-        media[i] = p->media[i];
-        media[i].id = names;
-        names += p->media[i].id_size;
-    }
-}
-
-static void copy_rows(const xkv_geometry *g, uint32_t tokens, const xkv_view *from, xkv_view *to, uint8_t *rows)
-{
-    for (uint32_t i = 0; i < g->plane_count; i++) {
-        const xkv_plane *plane = &g->planes[i];
-        size_t element = xkv_dtype_size(plane->dtype), head = plane->head_dim * element, row = plane->heads * head;
-        xkv_view_gather_bytes(&from[i], plane, 0, tokens, rows, row);
-        to[i] = (xkv_view){rows, (int64_t)row, (int64_t)head, (int64_t)element, NULL, plane->dtype};
-        rows += row * tokens;
-    }
-}
-
-static void fill_job(job *j, const sizes *s, const xkv_prompt *p, const xkv_geometry *g, const xkv_view *views)
-{
-    uint8_t *at = j->block;
-    j->geometry = *g;
-    j->geometry.token_count = p->token_count;
-    j->geometry.planes = take(&at, g->planes, s->planes);
-    j->geometry.ropes = take(&at, g->ropes, s->ropes);
-    j->geometry.positions = take(&at, g->positions, s->positions);
-    j->prompt = *p;
-    j->prompt.tokens = take(&at, p->tokens, s->tokens);
-    j->geometry.token_ids = j->prompt.tokens;
-    j->geometry.token_id_count = p->token_count;
-    j->views = take(&at, NULL, s->views);
-    xkv_media *media = take(&at, NULL, s->media);
-    copy_media(p, media, take(&at, NULL, s->names));
-    j->prompt.media = media;
-    copy_rows(g, p->token_count, views, j->views, at);
-}
-
-/* Room for the bytes, taken at once; a job larger than the whole queue is taken when nothing else waits. */
-static bool take_room(xkv_hook *h, uint64_t bytes)
-{
-    pthread_mutex_lock(&h->mutex);
-    h->counters.saves++;
-    while (h->waiting_jobs > 0 && (bytes > h->o.queue_bytes || h->waiting_bytes > h->o.queue_bytes - bytes)) {
-        if (!h->o.wait) {
-            h->counters.refused++;
-            pthread_mutex_unlock(&h->mutex);
-            return false;
-        }
-        pthread_cond_wait(&h->changed, &h->mutex);
-    }
-    h->waiting_bytes += bytes;
-    h->waiting_jobs++;
-    pthread_mutex_unlock(&h->mutex);
-    return true;
-}
-
-static void leave_room(xkv_hook *h, uint64_t bytes)
-{
-    pthread_mutex_lock(&h->mutex);
-    h->waiting_bytes -= bytes;
-    h->waiting_jobs--;
-    h->counters.refused++;
-    pthread_cond_broadcast(&h->changed);
-    pthread_mutex_unlock(&h->mutex);
-}
-
-static xkv_status make_job(xkv_ctx *ctx, xkv_hook *h, uint64_t bytes, job **job_p)
-{
-    job *j = NULL;
-    xkv_status status = XKV_NEW_ZERO(h->own, 1, &j);
-    if (status == XKV_OK)
-        status = XKV_NEW(h->own, (size_t)bytes, &j->block);
-    if (status != XKV_OK) {
-        xkv_release(h->own, j);
-        return xkv_fail(ctx, XKV_ERROR_MEMORY, "no memory for a copy of the cache: %llu bytes",
-                        (unsigned long long)bytes);
-    }
-    j->bytes = bytes;
-    *job_p = j;
-    return XKV_OK;
-}
-
-static uint64_t enqueue(xkv_hook *h, job *j)
-{
-    pthread_mutex_lock(&h->mutex);
-    uint64_t number = j->number = h->next_number++;
-    if (h->last != NULL)
-        h->last->next = j;
-    else
-        h->first = j;
-    h->last = j;
-    h->counters.queued++;
-    pthread_cond_broadcast(&h->changed);
-    pthread_mutex_unlock(&h->mutex);
-    return number;
-}
-
-xkv_status xkv_hook_save(xkv_ctx *ctx, xkv_hook *hook, const xkv_prompt *prompt, const xkv_geometry *geometry,
-                         const xkv_view *views, uint64_t *job_number)
-{
-    sizes s;
-    job *j = NULL;
-    xkv_ctx_begin(ctx);
-    XKV_TRY(check_save(ctx, prompt, geometry, views));
-    if (prompt->token_count < hook->o.min_tokens) {
-        pthread_mutex_lock(&hook->mutex);
-        hook->counters.saves++;
-        hook->counters.too_short++;
-        pthread_mutex_unlock(&hook->mutex);
-        if (job_number != NULL)
-            *job_number = 0;
-        return XKV_OK;
-    }
-    XKV_TRY(measure(ctx, prompt, geometry, &s));
-    if (!take_room(hook, s.total))
-        return xkv_fail(ctx, XKV_ERROR_LIMIT, "%llu bytes more do not fit into the queue of %llu",
-                        (unsigned long long)s.total, (unsigned long long)hook->o.queue_bytes);
-    xkv_status status = make_job(ctx, hook, s.total, &j);
-    if (status != XKV_OK) {
-        leave_room(hook, s.total);
-        return status;
-    }
-    fill_job(j, &s, prompt, geometry, views);
-    uint64_t number = enqueue(hook, j);
-    if (job_number != NULL)
-        *job_number = number;
-    return XKV_OK;
-}
-
-/* Take a waiting job out of the queue; NULL when it does not wait. With the mutex held. */
-static job *unqueue(xkv_hook *h, uint64_t number)
-{
-    job *before = NULL, *j = h->first;
-    for (; j != NULL && j->number != number; j = j->next)
-        before = j;
-    if (j == NULL)
-        return NULL;
-    if (before != NULL)
-        before->next = j->next;
-    else
-        h->first = j->next;
-    if (h->last == j)
-        h->last = before;
-    return j;
-}
-
-void xkv_hook_cancel(xkv_hook *hook, uint64_t number)
-{
-    if (number == 0)
-        return;
-    pthread_mutex_lock(&hook->mutex);
-    job *j = unqueue(hook, number);
-    if (j != NULL) {
-        hook->counters.cancelled++;
-        drop_job(hook, j);
-    }
-    for (uint32_t i = 0; j == NULL && i < hook->o.workers; i++) {
-        if (hook->workers[i].running == number)
-            xkv_ctx_cancel(hook->workers[i].ctx);
-    }
-    pthread_mutex_unlock(&hook->mutex);
-}
-
-/* Whether a job with a number below `end` waits or is being packed. With the mutex held. */
-static bool is_busy(const xkv_hook *h, uint64_t end)
-{
-    if (h->first != NULL && h->first->number < end) /* numbers ascend in the queue */
-        return true;
-    for (uint32_t i = 0; i < h->o.workers; i++) {
-        if (h->workers[i].running != 0 && h->workers[i].running < end)
-            return true;
-    }
-    return false;
-}
-
-void xkv_hook_flush(xkv_hook *hook)
-{
-    pthread_mutex_lock(&hook->mutex);
-    for (uint64_t end = hook->next_number; is_busy(hook, end);)
-        pthread_cond_wait(&hook->changed, &hook->mutex);
-    pthread_mutex_unlock(&hook->mutex);
-}
-
-/* --- Counters ----------------------------------------------------------------------------------------------------- */
 
 void xkv_hook_get_counters(xkv_hook *hook, xkv_hook_counters *counters)
 {
     pthread_mutex_lock(&hook->mutex);
     *counters = hook->counters;
-    counters->waiting_jobs = hook->waiting_jobs;
-    counters->waiting_bytes = hook->waiting_bytes;
+    counters->seconds_per_load = hook->cost.now[XKV_COST_LOAD];
+    counters->seconds_per_byte = hook->cost.now[XKV_COST_BYTE];
+    counters->seconds_per_token = hook->cost.now[XKV_COST_TOKEN];
     pthread_mutex_unlock(&hook->mutex);
 }
 
-void xkv_hook_last_failure(xkv_hook *hook, char *text, size_t size)
+/* --- Matching ----------------------------------------------------------------------------------------------------- */
+
+static uint32_t whole_pages(uint32_t tokens, uint32_t page_tokens)
 {
+    return tokens - tokens % page_tokens;
+}
+
+/* The fewest and the most tokens that a match may have, both whole pages. */
+static void bounds(const xkv_prompt *prompt, const xkv_hook_match_options *o, uint64_t *least, uint32_t *most)
+{
+    uint64_t wanted = xkv_max64(o->min_tokens, (uint64_t)o->have_tokens + 1);
+    *least = xkv_ceil_div(wanted, o->page_tokens) * o->page_tokens;
+    *most = prompt->token_count > o->compute_tokens
+                ? whole_pages(prompt->token_count - o->compute_tokens, o->page_tokens)
+                : 0;
+}
+
+/* What `tokens` of the entry's share of its blob are. */
+static double share_of(uint64_t bytes, uint32_t tokens, uint32_t entry_tokens)
+{
+    return (double)bytes * tokens / entry_tokens;
+}
+
+static bool is_known_damaged(const xkv_hook *hook, uint64_t id)
+{
+    uint64_t count = xkv_min64(hook->damaged_count, XKV_HOOK_DAMAGED);
+    for (uint64_t i = 0; i < count; i++) {
+        if (hook->damaged[i] == id)
+            return true;
+    }
+    return false;
+}
+
+/* Fill in what was found and decide whether it pays. With the mutex held. */
+static void judge(xkv_hook *hook, const xkv_match *m, const xkv_hook_match_options *o, uint32_t most, xkv_hook_found *f)
+{
+    f->reason = m->reason;
+    f->id = m->id;
+    f->bytes = m->bytes;
+    f->entry_tokens = m->entry_tokens;
+    if (m->reason != XKV_MATCH_FOUND)
+        return;
+    if (is_known_damaged(hook, m->id)) {
+        f->reason = XKV_MATCH_CORRUPT;
+        return;
+    }
+    f->offered_tokens = whole_pages((uint32_t)xkv_min64(m->tokens, most), o->page_tokens);
+    uint32_t load = f->offered_tokens - o->have_tokens;
+    f->load_seconds = xkv_cost_expect(&hook->cost, share_of(m->bytes, load, m->entry_tokens), load);
+    f->recompute_seconds = o->seconds_per_token * load;
+    if (o->seconds_per_token > 0 && f->load_seconds >= f->recompute_seconds) {
+        f->reason = XKV_HOOK_DECLINED;
+        xkv_cost_fade(&hook->cost);
+        return;
+    }
+    f->tokens = f->offered_tokens;
+}
+
+static uint64_t *match_counter(xkv_hook_counters *c, uint32_t reason)
+{
+    switch (reason) {
+    case XKV_MATCH_FOUND:
+        return &c->matches_found;
+    case XKV_MATCH_NONE:
+        return &c->misses_none;
+    case XKV_MATCH_SHORT:
+        return &c->misses_short;
+    case XKV_MATCH_EXPIRED:
+        return &c->misses_expired;
+    case XKV_MATCH_NO_DICTIONARY:
+        return &c->misses_no_dictionary;
+    case XKV_MATCH_CORRUPT:
+        return &c->misses_corrupt;
+    case XKV_MATCH_GONE:
+        return &c->misses_gone;
+    case XKV_HOOK_DECLINED:
+        return &c->matches_declined;
+    default:
+        return &c->matches_failed;
+    }
+}
+
+static xkv_status make_hit(xkv_ctx *ctx, xkv_hook *hook, xkv_hook_hit **hit_p)
+{
+    xkv_ctx *own = NULL;
+    xkv_hook_hit *hit = NULL;
+    XKV_TRY(xkv_hook_context(ctx, hook, 1, &own));
+    xkv_status status = XKV_NEW_ZERO(own, 1, &hit);
+    if (status != XKV_OK) {
+        xkv_fail(ctx, status, "%s", xkv_ctx_error(own));
+        xkv_ctx_free(own);
+        return status;
+    }
+    hit->hook = hook;
+    hit->own = own;
+    pthread_mutex_init(&hit->mutex, NULL);
+    *hit_p = hit;
+    return XKV_OK;
+}
+
+void xkv_hook_hit_close(xkv_hook_hit *hit)
+{
+    if (hit == NULL)
+        return;
+    xkv_ctx *own = hit->own;
+    xkv_hit_close(own, hit->hit);
+    pthread_mutex_destroy(&hit->mutex);
+    xkv_release(own, hit);
+    xkv_ctx_free(own);
+}
+
+/* Ask the store, in the context of `hit`. */
+static xkv_status look_up(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_namespace *ns, const xkv_prompt *prompt,
+                          const xkv_hook_match_options *o, xkv_hook_found *f)
+{
+    xkv_hook *hook = hit->hook;
+    xkv_match m = {.reason = XKV_MATCH_SHORT};
+    uint64_t least;
+    uint32_t most;
+    bounds(prompt, o, &least, &most);
+    if (least <= most) {
+        xkv_status status = xkv_store_match(hit->own, hook->store, ns, prompt, (uint32_t)least, &m, &hit->hit);
+        if (status != XKV_OK)
+            return xkv_fail(ctx, status, "%s", xkv_ctx_error(hit->own));
+    }
     pthread_mutex_lock(&hook->mutex);
-    snprintf(text, size, "%s", hook->failure);
+    judge(hook, &m, o, most, f);
     pthread_mutex_unlock(&hook->mutex);
+    hit->id = f->id;
+    hit->bytes = f->bytes;
+    hit->entry_tokens = f->entry_tokens;
+    hit->tokens = f->tokens;
+    return XKV_OK;
+}
+
+static xkv_status match(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns, const xkv_prompt *prompt,
+                        const xkv_hook_match_options *options, xkv_hook_found *f, xkv_hook_hit **hit_p)
+{
+    xkv_hook_match_options o = xkv_hook_match_options_default();
+    xkv_hook_hit *hit = NULL;
+    XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
+    if (o.page_tokens == 0 || !(o.seconds_per_token >= 0))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "pages of 0 tokens, or a negative time per token");
+    XKV_TRY(make_hit(ctx, hook, &hit));
+    xkv_status status = look_up(ctx, hit, ns, prompt, &o, f);
+    if (status != XKV_OK || f->reason != XKV_MATCH_FOUND) {
+        xkv_hook_hit_close(hit);
+        hit = NULL;
+    }
+    if (status == XKV_OK)
+        *hit_p = hit;
+    return status;
+}
+
+xkv_status xkv_hook_match(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns, const xkv_prompt *prompt,
+                          const xkv_hook_match_options *options, xkv_hook_found *found, xkv_hook_hit **hit_p)
+{
+    xkv_hook_found f = {0};
+    XKV_TRY(xkv_hook_begin(ctx, hook));
+    uint64_t start = xkv_hook_now(hook);
+    xkv_status status = match(ctx, hook, ns, prompt, options, &f, hit_p);
+    double seconds = xkv_hook_seconds(hook, start);
+    pthread_mutex_lock(&hook->mutex);
+    ++*(status == XKV_OK ? match_counter(&hook->counters, f.reason) : &hook->counters.matches_failed);
+    hook->counters.found_tokens += status == XKV_OK ? f.tokens : 0;
+    hook->counters.match_seconds += seconds;
+    pthread_mutex_unlock(&hook->mutex);
+    if (status == XKV_OK)
+        *found = f;
+    return status;
+}
+
+/* --- Loading: checks ---------------------------------------------------------------------------------------------- */
+
+static bool same_rope(const xkv_rope *a, const xkv_rope *b)
+{
+    return a->n_rot == b->n_rot && a->offset == b->offset && a->style == b->style && a->scale == b->scale &&
+           memcmp(a->inv_freq, b->inv_freq, a->n_rot / 2 * sizeof *a->inv_freq) == 0;
+}
+
+static xkv_status check_plane(xkv_ctx *ctx, const xkv_geometry *theirs, const xkv_geometry *ours, uint32_t i)
+{
+    const xkv_plane *a = &theirs->planes[i], *b = &ours->planes[i];
+    if (a->layer != b->layer || a->kind != b->kind || a->heads != b->heads || a->head_dim != b->head_dim)
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH,
+                        "plane %u: layer %u %s %u x %u in the entry, layer %u %s %u x %u asked", i, a->layer,
+                        xkv_plane_kind_name(a->kind), a->heads, a->head_dim, b->layer, xkv_plane_kind_name(b->kind),
+                        b->heads, b->head_dim);
+    if (b->rope != XKV_NO_ROPE && b->rope >= ours->rope_count)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: there is no rope %u", i, b->rope);
+    if (a->rope != XKV_NO_ROPE && b->rope != XKV_NO_ROPE && !same_rope(&theirs->ropes[a->rope], &ours->ropes[b->rope]))
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "plane %u: the entry's keys are rotated in another way", i);
+    return XKV_OK;
+}
+
+/* The engine's cache is laid out as it says, never as the entry would like it. */
+static xkv_status check_geometry(xkv_ctx *ctx, const xkv_geometry *theirs, const xkv_geometry *ours,
+                                 const xkv_view *views)
+{
+    if (ours == NULL || views == NULL || ours->planes == NULL)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a load needs the engine's geometry and views");
+    if (theirs->layer_count != ours->layer_count || theirs->plane_count != ours->plane_count)
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "%u layers and %u planes in the entry, %u and %u asked",
+                        theirs->layer_count, theirs->plane_count, ours->layer_count, ours->plane_count);
+    for (uint32_t i = 0; i < ours->plane_count; i++) {
+        XKV_TRY(check_plane(ctx, theirs, ours, i));
+        if (views[i].data == NULL || xkv_dtype_size(views[i].dtype) == 0)
+            return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: its view has no data or an unknown dtype", i);
+    }
+    return XKV_OK;
+}
+
+/* Fill in what 0 stands for, and check range and positions. */
+static xkv_status resolve(xkv_ctx *ctx, const xkv_hook_hit *hit, const xkv_geometry *theirs, xkv_hook_load_options *o)
+{
+    if (o->first_token >= hit->tokens || o->token_count > hit->tokens - o->first_token)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "tokens %u + %u of %u reusable ones", o->first_token, o->token_count,
+                        hit->tokens);
+    if (o->token_count == 0)
+        o->token_count = hit->tokens - o->first_token;
+    for (uint32_t i = 0; o->positions != NULL && i < o->token_count; i++) {
+        int32_t theirs_at = theirs->positions[o->first_token + i];
+        if (o->positions[i] != theirs_at)
+            return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "token %u: at position %d in the entry, asked at %d",
+                            o->first_token + i, (int)theirs_at, (int)o->positions[i]);
+    }
+    return XKV_OK;
+}
+
+/* --- Loading ------------------------------------------------------------------------------------------------------ */
+
+/* One load. */
+typedef struct load {
+    xkv_ctx *ctx;
+    xkv_hook_hit *hit;
+    const xkv_entry *entry;
+    xkv_hook_load_options o;
+    uint32_t group_count;
+    double callback_seconds;
+    bool began; /* views may have been touched */
+} load;
+
+static bool is_damage(xkv_status status)
+{
+    return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED;
+}
+
+/* Open the entry once for all loads of the hit. */
+static xkv_status open_entry(load *l)
+{
+    xkv_hook_hit *hit = l->hit;
+    xkv_status status = XKV_OK;
+    pthread_mutex_lock(&hit->mutex);
+    if (hit->damaged)
+        status = xkv_fail(l->ctx, XKV_ERROR_CORRUPT, "an earlier load found entry %llu damaged",
+                          (unsigned long long)hit->id);
+    else if (hit->entry == NULL && (status = xkv_hit_entry(hit->own, hit->hit, &hit->entry)) != XKV_OK)
+        xkv_fail(l->ctx, status, "%s", xkv_ctx_error(hit->own));
+    l->entry = hit->entry;
+    pthread_mutex_unlock(&hit->mutex);
+    return status;
+}
+
+/* Layers below are complete when groups up to `group` are: groups are in order of their lowest planes. */
+static uint32_t complete_layers(const load *l, uint32_t group)
+{
+    const xkv_geometry *g = xkv_entry_geometry(l->entry);
+    xkv_group_info info;
+    for (uint32_t i = group + 1; i < l->group_count; i++) {
+        xkv_entry_get_group(l->entry, i, &info);
+        if (info.plane_count > 0)
+            return g->planes[info.planes[0]].layer;
+    }
+    return g->layer_count;
+}
+
+static int announce(void *user, uint32_t group)
+{
+    load *l = user;
+    uint64_t start = xkv_hook_now(l->hit->hook);
+    int stop = l->o.group_ready(l->o.group_ready_user, group, complete_layers(l, group));
+    l->callback_seconds += xkv_hook_seconds(l->hit->hook, start);
+    return stop;
+}
+
+static xkv_status read_rows(load *l, const xkv_view *views)
+{
+    xkv_read_options o = xkv_read_options_default();
+    xkv_entry_info info;
+    xkv_entry_get_info(l->entry, &info);
+    l->group_count = info.group_count;
+    o.first_token = l->o.first_token;
+    o.token_count = l->o.token_count;
+    if (l->o.group_ready != NULL) {
+        o.group_ready = announce;
+        o.group_ready_user = l;
+    }
+    l->began = true;
+    return xkv_entry_read(l->ctx, l->entry, &o, views);
+}
+
+static xkv_status run_load(load *l, const xkv_geometry *geometry, const xkv_view *views,
+                           const xkv_hook_load_options *options)
+{
+    XKV_TRY(xkv_copy_options(l->ctx, options, &l->o, sizeof l->o));
+    XKV_TRY(open_entry(l));
+    XKV_TRY(check_geometry(l->ctx, xkv_entry_geometry(l->entry), geometry, views));
+    XKV_TRY(resolve(l->ctx, l->hit, xkv_entry_geometry(l->entry), &l->o));
+    return read_rows(l, views);
+}
+
+/* The first load that finds the damage puts the entry into quarantine. */
+static void reject(load *l)
+{
+    xkv_hook_hit *hit = l->hit;
+    xkv_hook *hook = hit->hook;
+    pthread_mutex_lock(&hit->mutex);
+    if (!hit->damaged) {
+        hit->damaged = true;
+        xkv_hit_reject(l->ctx, hit->hit);
+    }
+    pthread_mutex_unlock(&hit->mutex);
+    pthread_mutex_lock(&hook->mutex);
+    if (!is_known_damaged(hook, hit->id))
+        hook->damaged[hook->damaged_count++ % XKV_HOOK_DAMAGED] = hit->id;
+    pthread_mutex_unlock(&hook->mutex);
+}
+
+/* With the mutex held. */
+static void count_loaded(xkv_hook *hook, const load *l, double seconds)
+{
+    const xkv_geometry *g = xkv_entry_geometry(l->entry);
+    uint32_t tokens = l->o.token_count;
+    double packed = share_of(l->hit->bytes, tokens, l->hit->entry_tokens);
+    hook->counters.loads_ok++;
+    hook->counters.loaded_tokens += tokens;
+    hook->counters.loaded_bytes += xkv_geometry_raw_bytes(g) / g->token_count * tokens;
+    hook->counters.loaded_packed_bytes += (uint64_t)packed;
+    hook->counters.load_seconds += seconds;
+    xkv_cost_learn(&hook->cost, packed, tokens, seconds);
+}
+
+static void count_load(const load *l, xkv_status status, double seconds)
+{
+    xkv_hook *hook = l->hit->hook;
+    pthread_mutex_lock(&hook->mutex);
+    if (status == XKV_OK)
+        count_loaded(hook, l, seconds);
+    else if (is_damage(status))
+        hook->counters.loads_damaged++;
+    else if (status == XKV_ERROR_CANCELLED)
+        hook->counters.loads_cancelled++;
+    else if (!l->began &&
+             (status == XKV_ERROR_ARGUMENT || status == XKV_ERROR_UNSUPPORTED || status == XKV_ERROR_MISMATCH))
+        hook->counters.loads_refused++;
+    else
+        hook->counters.loads_failed++;
+    pthread_mutex_unlock(&hook->mutex);
+}
+
+xkv_status xkv_hook_load(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_geometry *geometry, const xkv_view *views,
+                         const xkv_hook_load_options *options)
+{
+    load l = {.ctx = ctx, .hit = hit, .o = xkv_hook_load_options_default()};
+    XKV_TRY(xkv_hook_begin(ctx, hit->hook));
+    uint64_t start = xkv_hook_now(hit->hook);
+    xkv_status status = run_load(&l, geometry, views, options);
+    double seconds = xkv_hook_seconds(hit->hook, start) - l.callback_seconds;
+    if (is_damage(status))
+        reject(&l);
+    count_load(&l, status, seconds);
+    return status;
 }

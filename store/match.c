@@ -501,11 +501,6 @@ static xkv_status open_entry(xkv_ctx *ctx, xkv_hit *hit)
     return xkv_entry_attach(ctx, hit->entry, hit->dict->dict);
 }
 
-uint32_t xkv_hit_tokens(const xkv_hit *hit)
-{
-    return hit->tokens;
-}
-
 xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
 {
     XKV_TRY(xkv_store_begin(ctx, hit->store));

@@ -242,9 +242,6 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                                                 xkv_match *match, xkv_hit **hit_p);
 
-/* The matched tokens. */
-XKV_API uint32_t xkv_hit_tokens(const xkv_hit *hit);
-
 /* The packed entry, opened with its dictionary attached; it lives until xkv_hit_close(). Not for two threads at once.
  * When it fails, or decoding does, call xkv_hit_reject(). Errors: those of xkv_entry_open() and xkv_dict_open(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p);
