@@ -5,6 +5,9 @@
  * This program defines the system calls itself, so that also those of LMDB come by here. */
 #include "store_support.h"
 
+#include "base.h"
+#include "xkv/hook.h"
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -232,6 +235,86 @@ static xkv_status run_compact(void)
     return repair(1);
 }
 
+/* --- Through the hook --------------------------------------------------------------------------------------------- */
+
+static char last_log[256];
+
+static void keep_log(void *user, xkv_log_level level, const char *message)
+{
+    (void)user;
+    (void)level;
+    snprintf(last_log, sizeof last_log, "%s", message);
+}
+
+static xkv_status make_hook(xkv_hook **hook)
+{
+    xkv_ctx_options context = xkv_ctx_options_default();
+    xkv_hook_options o = xkv_hook_options_default();
+    context.log = keep_log;
+    o.context = &context;
+    return xkv_hook_create(t.ctx, t.store, &o, hook);
+}
+
+/* The put runs in the background, where its failure is logged and counted. */
+static xkv_status save_and_wait(xkv_hook *hook)
+{
+    int32_t tokens[SIZE];
+    xkv_hook_counters c;
+    make_tokens(ENTRIES / 2, 50000, tokens, SIZE);
+    rows *r = make_rows(tokens, SIZE);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
+    xkv_status status = xkv_hook_save(t.ctx, hook, &ns, &prompt, &r->geometry, r->views, NULL, NULL);
+    free(r);
+    if (status == XKV_OK)
+        status = xkv_hook_flush(t.ctx, hook, XKV_HOOK_FOREVER);
+    xkv_hook_get_counters(hook, &c);
+    if (status == XKV_OK && c.saves_failed > 0)
+        status = xkv_fail(t.ctx, XKV_ERROR_IO, "%s", last_log);
+    return status;
+}
+
+static xkv_status run_save(void)
+{
+    xkv_hook *hook = NULL;
+    last_log[0] = '\0';
+    xkv_status status = make_hook(&hook);
+    if (status == XKV_OK)
+        status = save_and_wait(hook);
+    xkv_hook_close(hook);
+    return status;
+}
+
+/* A load that says it went well has all rows. */
+static xkv_status match_and_load(xkv_hook *hook)
+{
+    int32_t tokens[SIZE];
+    xkv_hook_found f;
+    xkv_hook_hit *hit = NULL;
+    make_tokens(1, 50000, tokens, SIZE);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
+    xkv_status status = xkv_hook_match(t.ctx, hook, &ns, &prompt, NULL, &f, &hit);
+    if (status != XKV_OK || hit == NULL)
+        return status;
+    rows *expected = make_rows(tokens, f.tokens), *got = make_rows(NULL, f.tokens);
+    status = xkv_hook_load(t.ctx, hit, &got->geometry, got->views, NULL);
+    if (status == XKV_OK)
+        assert_memory_equal(got->data, expected->data, sizeof got->data);
+    free(expected);
+    free(got);
+    xkv_hook_hit_close(hit);
+    return status;
+}
+
+static xkv_status run_load(void)
+{
+    xkv_hook *hook = NULL;
+    xkv_status status = make_hook(&hook);
+    if (status == XKV_OK)
+        status = match_and_load(hook);
+    xkv_hook_close(hook);
+    return status;
+}
+
 typedef struct change {
     const char *name;
     xkv_status (*run)(void);
@@ -244,6 +327,7 @@ static const change changes[] = {
     {"remove", run_remove, 1, 1, 5},  {"collect", run_collect, 1, 0, 8},
     {"pin", run_pin, 1, 0, 4},        {"reopen", run_reopen, 1, 0, 15},
     {"repair", run_repair, 1, 0, 40}, {"compact", run_compact, 1, 0, 20},
+    {"save", run_save, 1, 0, 20},     {"load", run_load, 1, 0, 4},
 };
 
 /* --- One attempt -------------------------------------------------------------------------------------------------- */
