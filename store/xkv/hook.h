@@ -170,8 +170,8 @@ static inline xkv_hook_load_options xkv_hook_load_options_default(void)
  *   - the rows of all other groups are undefined: untouched, old and new ones mixed;
  *   - hence the asked tokens as a whole are not in the cache. With ARGUMENT, UNSUPPORTED and MISMATCH no view was
  *     touched.
- * An entry that turns out damaged (FORMAT .. TRUNCATED) goes into quarantine: no match finds it again, and other loads
- * of its hits fail as well, or give right rows. Other failures leave it in the store.
+ * An entry that turns out damaged (FORMAT .. TRUNCATED) goes into quarantine: no match finds it again; loads of it that
+ * run at the same time fail as well, or give right rows. Other failures leave it in the store.
  *
  * Errors: ARGUMENT (range, views), UNSUPPORTED (other positions than the entry's), MISMATCH (geometry; the entry's
  * dictionary is gone), CORRUPT (also: an earlier load of this hit found it damaged), CHECKSUM, TRUNCATED, CANCELLED,

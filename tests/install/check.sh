@@ -31,12 +31,18 @@ for header in common format kernels codec store hook; do
         -I"$prefix/include" -
 done
 
+say "the README's example is the one that is built here"
+diff -u <(sed -n '/^#include <stdio.h>/,/^\/\* -----/p' "$here/consumer/engine.c" | head -n -2) \
+    <(sed -n '/^#include <stdio.h>/,/^```/p' "$here/../../README.md" | head -n -1)
+
 say "find_package, shared and static"
 "$cmake" -S "$here/consumer" -B "$work/consumer" -G "$generator" -DCMAKE_MAKE_PROGRAM="$make" \
     -DCMAKE_C_COMPILER="$cc" -DCMAKE_PREFIX_PATH="$prefix" >"$work/configure.log" || { cat "$work/configure.log"; exit 1; }
 "$cmake" --build "$work/consumer"
 "$work/consumer/consumer_shared"
 "$work/consumer/consumer_static"
+"$work/consumer/engine_shared" "$work/store-of-shared"
+"$work/consumer/engine_static" "$work/store-of-static"
 
 say "pkg-config"
 export PKG_CONFIG_PATH=$prefix/$libdir/pkgconfig
