@@ -348,6 +348,13 @@ typedef struct engine {
     bool wrong;
 } engine;
 
+static xkv_status save_engine(const engine *e)
+{
+    const xkv_prompt prompt = {.tokens = e->tokens, .token_count = TOKENS};
+    xkv_status status = xkv_hook_save(t.ctx, hook, &ns, &prompt, &e->source.geometry, e->source.views, NULL, NULL);
+    return status == XKV_OK ? xkv_hook_flush(t.ctx, hook, XKV_HOOK_FOREVER) : status;
+}
+
 static engine *make_engine(const xkv_pack_options *pack)
 {
     engine *e = calloc(1, sizeof *e);
@@ -361,9 +368,7 @@ static engine *make_engine(const xkv_pack_options *pack)
     e->stop_at = UINT32_MAX;
     xkv_hook_close(hook);
     open_hook(pack);
-    const xkv_prompt prompt = {.tokens = e->tokens, .token_count = TOKENS};
-    assert_ok(t.ctx, xkv_hook_save(t.ctx, hook, &ns, &prompt, &e->source.geometry, e->source.views, NULL, NULL));
-    assert_ok(t.ctx, xkv_hook_flush(t.ctx, hook, XKV_HOOK_FOREVER));
+    assert_ok(t.ctx, save_engine(e));
     e->id = match(e->tokens, TOKENS + 1, NULL, &e->hit).id;
     assert_non_null(e->hit);
     return e;
@@ -551,6 +556,46 @@ static void element_types_may_differ(void **state)
     free_engine(e);
 }
 
+/* What is loaded is what the codec alone makes of the same cache with the same dictionary. */
+static void dictionaries_must_be_in_the_store(void **state)
+{
+    (void)state;
+    engine *e = make_engine(NULL);
+    const synthetic *list = &e->source;
+    xkv_pack_options pack = xkv_pack_options_default();
+    xkv_dict *dict = NULL;
+    memory m = {0};
+    assert_ok(t.ctx, train_on(t.ctx, &list, 1, NULL, &m));
+    const xkv_input input = xkv_input_from_memory(m.data, m.size);
+    assert_ok(t.ctx, xkv_dict_open(t.ctx, &input, 1, &dict));
+    pack.dict = dict;
+    pack.quality = 50;
+    xkv_hook_hit_close(e->hit);
+    xkv_hook_close(hook);
+    open_hook(&pack);
+    ns = make_namespace("packed with a dictionary");
+
+    assert_ok(t.ctx, save_engine(e)); /* the dictionary is missing */
+    assert_int_equal(counters().saves_failed, 1);
+    assert_ok(t.ctx, xkv_store_put_dict(t.ctx, t.store, &input, NULL));
+    assert_ok(t.ctx, save_engine(e));
+    assert_int_equal(counters().saves_stored, 1);
+    match(e->tokens, TOKENS + 1, NULL, &e->hit);
+    assert_ok(t.ctx, xkv_hook_load(t.ctx, e->hit, &e->source.geometry, e->views, NULL));
+
+    packed p = pack_planes(t.ctx, &e->source, &pack);
+    uint8_t *expected = restore(t.ctx, &e->source, p.entry);
+    assert_memory_equal(e->cache, expected, e->source.size);
+    assert_memory_not_equal(e->cache, e->source.data, e->source.size);
+    free(expected);
+    free_packed(t.ctx, &p);
+    free_engine(e);
+    xkv_hook_close(hook);
+    hook = NULL;
+    xkv_dict_close(t.ctx, dict);
+    memory_free(&m);
+}
+
 static void loads_can_be_stopped(void **state)
 {
     (void)state;
@@ -699,6 +744,7 @@ int main(void)
         TEST(shifted_positions_are_refused),
         TEST(other_geometries_are_refused),
         TEST(element_types_may_differ),
+        TEST(dictionaries_must_be_in_the_store),
         TEST(loads_can_be_stopped),
         TEST(damaged_entries_are_never_data),
         TEST(damage_in_a_read_only_store_is_remembered),
