@@ -299,10 +299,10 @@ static void slow_loads_are_declined(void **state)
     xkv_hook_hit_close(hit);
     o.seconds_per_token = 1e-3;
     int declined = 1;
-    while ((f = match(tokens, 501, &o, &hit)).reason == XKV_HOOK_DECLINED)
+    while (declined < 400 && (f = match(tokens, 501, &o, &hit)).reason == XKV_HOOK_DECLINED)
         declined++;
     assert_int_equal(f.reason, XKV_MATCH_FOUND); /* tried again */
-    assert_true(declined > 20 && declined < 400);
+    assert_true(declined > 20);
     assert_int_equal(counters().matches_declined, declined);
     test_step = 2000000000;
     load_rows(hit, tokens, 0, 500);
@@ -501,8 +501,7 @@ static void other_geometries_are_refused(void **state)
             g.plane_count--;
             break;
         case 2:
-            planes[9].heads = 4;
-            planes[9].head_dim = 4;
+            planes[9].heads = 1;
             break;
         case 3:
             planes[3].head_dim = 4;
