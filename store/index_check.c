@@ -96,22 +96,40 @@ static xkv_status load_meta(xkv_ctx *ctx, const char *path, const uint8_t *p, ui
     return XKV_OK;
 }
 
-static xkv_status read_meta(xkv_ctx *ctx, const char *path, int fd, uint64_t number, uint32_t page_size, meta_page *m)
+static xkv_status read_meta(xkv_ctx *ctx, const char *path, int fd, uint64_t number, uint32_t page_size, uint8_t *bytes)
 {
-    uint8_t bytes[META_BYTES];
-    ssize_t n = pread(fd, bytes, sizeof bytes, (off_t)(number * page_size));
-    if (n != (ssize_t)sizeof bytes)
+    ssize_t n = pread(fd, bytes, META_BYTES, (off_t)(number * page_size));
+    if (n != (ssize_t)META_BYTES)
         return xkv_fail(ctx, n < 0 ? XKV_ERROR_IO : XKV_ERROR_CORRUPT,
                         "cannot read meta page %llu of the index %s [SI1]", (unsigned long long)number, path);
-    return load_meta(ctx, path, bytes, number, m);
+    return XKV_OK;
+}
+
+/* The bytes of both meta pages at one moment: other processes commit meanwhile, and a page may be read while it is
+ * written, so that they are read until nothing has moved. */
+static xkv_status read_both(xkv_ctx *ctx, const char *path, int fd, uint32_t page_size, uint8_t both[2][META_BYTES])
+{
+    uint8_t before[2][META_BYTES] = {{0}};
+    for (int attempt = 0; attempt < 1000; attempt++) {
+        XKV_TRY(read_meta(ctx, path, fd, 0, page_size, both[0]));
+        XKV_TRY(read_meta(ctx, path, fd, 1, page_size, both[1]));
+        if (memcmp(before, both, sizeof before) == 0)
+            break;
+        memcpy(before, both, sizeof before);
+    }
+    return XKV_OK;
 }
 
 /* Both meta pages. */
 static xkv_status read_metas(xkv_ctx *ctx, const char *path, int fd, uint64_t file_size, meta_page metas[2])
 {
     const walk w = {.ctx = ctx, .path = path};
-    XKV_TRY(read_meta(ctx, path, fd, 0, 0, &metas[0]));
-    XKV_TRY(read_meta(ctx, path, fd, 1, metas[0].page_size, &metas[1]));
+    uint8_t both[2][META_BYTES];
+    XKV_TRY(read_meta(ctx, path, fd, 0, 0, both[0]));
+    XKV_TRY(load_meta(ctx, path, both[0], 0, &metas[0])); /* the size of pages, which never changes */
+    XKV_TRY(read_both(ctx, path, fd, metas[0].page_size, both));
+    XKV_TRY(load_meta(ctx, path, both[0], 0, &metas[0]));
+    XKV_TRY(load_meta(ctx, path, both[1], 1, &metas[1]));
     for (uint64_t i = 0; i < 2; i++) {
         if (metas[i].page_size != metas[0].page_size)
             return fail_page(&w, i, "the meta pages differ in their page size");
