@@ -255,6 +255,21 @@ static void expectations_find_the_truth(void **state)
     }
 }
 
+/* Half of the way (in logarithms), whatever the parts are. */
+static void one_load_moves_the_expectation(void **state)
+{
+    (void)state;
+    static const double loads[][2] = {{1, 1}, {1e6, 1}, {1, 1000}, {1e6, 50}, {2e7, 1000}};
+    for (size_t i = 0; i < sizeof loads / sizeof *loads; i++) {
+        xkv_cost c;
+        xkv_cost_init(&c, 1e-3, 1e-9, 2e-5);
+        double before = xkv_cost_expect(&c, loads[i][0], loads[i][1]);
+        xkv_cost_learn(&c, loads[i][0], loads[i][1], before * 1.1);
+        double after = xkv_cost_expect(&c, loads[i][0], loads[i][1]);
+        assert_true(fabs(log(after / before) / log(1.1) - 0.5) < 0.02);
+    }
+}
+
 static void one_slow_load_is_not_believed(void **state)
 {
     (void)state;
@@ -735,6 +750,7 @@ int main(void)
         TEST(offers_agree_with_a_plain_search),
         TEST(wrong_arguments_are_refused),
         cmocka_unit_test(expectations_find_the_truth),
+        cmocka_unit_test(one_load_moves_the_expectation),
         cmocka_unit_test(one_slow_load_is_not_believed),
         TEST(slow_loads_are_declined),
         TEST(only_what_must_be_loaded_costs),
