@@ -151,8 +151,11 @@ const xkv_coder *xkv_coder_cpu_generic(void)
 
 const xkv_coder *xkv_coder_cpu(void)
 {
-    const xkv_coder *avx2 = xkv_coder_cpu_avx2();
-    return avx2 != NULL && strcmp(xkv_kernels_cpu()->name, avx2->name) == 0 ? avx2 : &generic;
+    const xkv_coder *coders[] = {xkv_coder_cpu_avx2(), xkv_coder_cpu_neon()};
+    for (size_t i = 0; i < sizeof coders / sizeof *coders; i++)
+        if (coders[i] != NULL && strcmp(xkv_kernels_cpu()->name, coders[i]->name) == 0)
+            return coders[i];
+    return &generic;
 }
 
 /* --- Chunks ------------------------------------------------------------------------------------------------------- */

@@ -8,7 +8,7 @@
 #define XKV_RANS_LANES 32u
 #define XKV_RANS_LOW   (1u << 16) /* states are at least this; the encoder starts, and the decoder ends, with it */
 
-/* The inner loops, in plain C and for AVX2: same integers, same bytes. */
+/* The inner loops, in plain C, for AVX2 and for NEON: same integers, same bytes. */
 typedef struct xkv_coder xkv_coder;
 const xkv_coder *xkv_coder_cpu(void); /* follows the choice of xkv_kernels_cpu() */
 const xkv_coder *xkv_coder_cpu_generic(void);

@@ -4,40 +4,11 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #include <immintrin.h>
-#include <pthread.h>
 
 /* Only these functions may use the extension: the rest of the library runs on any x86-64. */
 #define AVX2    __attribute__((target("avx2")))
 #define INLINE  AVX2 __attribute__((always_inline)) static inline
 #define VECTORS 4
-
-/* Byte shuffles of eight words, by the mask of the lanes that read or write one. */
-static struct {
-    uint8_t spread[256][16]; /* the first words to the lanes of the mask */
-    uint8_t gather[256][16]; /* the words of these lanes to the end, in order */
-} shuffles;
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-static void set_word(uint8_t *shuffle, int to, int from)
-{
-    shuffle[2 * to] = (uint8_t)(2 * from);
-    shuffle[2 * to + 1] = (uint8_t)(2 * from + 1);
-}
-
-static void make_shuffles(void)
-{
-    memset(&shuffles, 0x80, sizeof shuffles); /* a zero byte */
-    for (unsigned mask = 0; mask < 256; mask++) {
-        int rank = 0, count = __builtin_popcount(mask);
-        for (int lane = 0; lane < 8; lane++) {
-            if (mask >> lane & 1) {
-                set_word(shuffles.spread[mask], lane, rank);
-                set_word(shuffles.gather[mask], 8 - count + rank, lane);
-                rank++;
-            }
-        }
-    }
-}
 
 INLINE __m128i load_shuffle(const uint8_t *p)
 {
@@ -70,7 +41,7 @@ INLINE __m256i refill(__m256i x, __m256i allowed, const uint8_t **next)
 {
     __m256i low = _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), _mm256_setzero_si256()), allowed);
     unsigned mask = lane_mask(low);
-    __m128i words = _mm_shuffle_epi8(load_shuffle(*next), load_shuffle(shuffles.spread[mask]));
+    __m128i words = _mm_shuffle_epi8(load_shuffle(*next), load_shuffle(xkv_rans_shuffles.spread[mask]));
     *next += 2 * __builtin_popcount(mask);
     __m256i filled = _mm256_or_si256(_mm256_slli_epi32(x, 16), _mm256_cvtepu16_epi32(words));
     return _mm256_blendv_epi8(x, filled, low);
@@ -149,7 +120,7 @@ INLINE __m256i shrink(__m256i x, __m256i full, uint8_t **next)
     unsigned mask = lane_mask(full);
     __m256i low = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
     __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-    _mm_storeu_si128((__m128i *)(*next - 16), _mm_shuffle_epi8(words, load_shuffle(shuffles.gather[mask])));
+    _mm_storeu_si128((__m128i *)(*next - 16), _mm_shuffle_epi8(words, load_shuffle(xkv_rans_shuffles.gather[mask])));
     *next -= 2 * __builtin_popcount(mask);
     return _mm256_blendv_epi8(x, _mm256_srli_epi32(x, 16), full);
 }
@@ -270,7 +241,7 @@ static const xkv_coder avx2 = {"avx2", avx2_quantize, avx2_dequantize, avx2_enco
 
 const xkv_coder *xkv_coder_cpu_avx2(void)
 {
-    pthread_once(&once, make_shuffles);
+    xkv_rans_make_shuffles();
     return &avx2;
 }
 

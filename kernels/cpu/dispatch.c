@@ -9,11 +9,17 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static const xkv_kernels *chosen;
 static bool choice_ignored;
 
+const xkv_kernels *xkv_kernels_cpu_vector(void)
+{
+    const xkv_kernels *avx2 = xkv_kernels_cpu_avx2();
+    return avx2 != NULL ? avx2 : xkv_kernels_cpu_neon();
+}
+
 static void choose(void)
 {
-    const xkv_kernels *generic = xkv_kernels_cpu_generic(), *avx2 = xkv_kernels_cpu_avx2();
+    const xkv_kernels *generic = xkv_kernels_cpu_generic(), *vector = xkv_kernels_cpu_vector();
     const char *wanted = getenv("XKV_CPU");
-    chosen = avx2 != NULL ? avx2 : generic;
+    chosen = vector != NULL ? vector : generic;
     if (wanted != NULL && strcmp(wanted, generic->name) == 0)
         chosen = generic;
     choice_ignored = wanted != NULL && strcmp(wanted, chosen->name) != 0;

@@ -7,6 +7,10 @@
 
 /* The AVX2 + FMA + F16C table; NULL where it is not built in or the processor lacks them. */
 const xkv_kernels *xkv_kernels_cpu_avx2(void);
+/* The AArch64 NEON table; NULL where it is not built in. */
+const xkv_kernels *xkv_kernels_cpu_neon(void);
+/* The one of these that runs here, or NULL. */
+const xkv_kernels *xkv_kernels_cpu_vector(void);
 
 /* True when XKV_CPU asked for something that cannot be had; the pool says so in the log. */
 bool xkv_kernels_cpu_choice_ignored(void);

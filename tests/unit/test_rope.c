@@ -148,7 +148,7 @@ static void check_rotation(const xkv_kernels *k, const shape *sh, uint32_t style
 static void test_rotation(void **state)
 {
     (void)state;
-    const xkv_kernels *tables[] = {xkv_kernels_cpu_generic(), xkv_kernels_cpu_avx2()};
+    const xkv_kernels *tables[] = {xkv_kernels_cpu_generic(), xkv_kernels_cpu_vector()};
     for (size_t t = 0; t < 2 && tables[t] != NULL; t++) {
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
             for (uint32_t style = 0; style < 2; style++) {

@@ -157,7 +157,7 @@ static const uint32_t shapes[][2] = {{1, 64}, {3, 40}, {2, 33}, {5, 1}, {1, 1}};
 static void test_gather_and_scatter(void **state)
 {
     (void)state;
-    const xkv_kernels *tables[] = {xkv_kernels_cpu_generic(), xkv_kernels_cpu_avx2()};
+    const xkv_kernels *tables[] = {xkv_kernels_cpu_generic(), xkv_kernels_cpu_vector()};
     for (size_t k = 0; k < 2 && tables[k] != NULL; k++)
         for (size_t s = 0; s < 5; s++)
             for (uint32_t dtype = 0; dtype < 3; dtype++)
