@@ -338,8 +338,9 @@ typedef struct xkv_repair_report {
     uint32_t kept_uses;             /* non-zero: pins, times of use and counters of the old index could be read */
 } xkv_repair_report;
 
-/* Rebuild the index of the store at `path` from its blobs; with `compact_only` copy a sound index without its free
- * pages instead. The store must not be open anywhere. `key`: as for opening. A failure leaves the old index as it was.
+/* Rebuild the index of the store at `path` from its blobs; entries whose dictionary is damaged or missing are kept, and
+ * are found again once it is put. With `compact_only` copy a sound index without its free pages instead. The store must not
+ * be open anywhere. `key`: as for opening. A failure leaves the old index as it was.
  * Errors: IO (also: in use), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
                                                    xkv_repair_report *report);
