@@ -558,6 +558,33 @@ static xkv_status take_out(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     return xkv_entry_remove(txn, meta, &item, &change->quarantine, -1);
 }
 
+typedef struct bad_dict {
+    const uint8_t *dict_id;
+    uint64_t id;
+} bad_dict;
+
+/* Unless it was replaced meanwhile. */
+static xkv_status take_out_dict(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    const bad_dict *bad = change->user;
+    xkv_dict_record dict;
+    xkv_status status = xkv_txn_get_dict(txn, bad->dict_id, &dict);
+    if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && dict.id != bad->id))
+        return XKV_OK;
+    XKV_TRY(status);
+    meta->corrupt++;
+    return xkv_dict_remove(txn, meta, bad->dict_id, &dict, &change->quarantine);
+}
+
+void xkv_store_quarantine_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t dict_id[16], uint64_t id, const char *why)
+{
+    bad_dict bad = {dict_id, id};
+    xkv_change change = {.store = store, .body = take_out_dict, .user = &bad};
+    xkv_status status = store->read_only ? XKV_ERROR_UNSUPPORTED : xkv_store_change(ctx, &change);
+    xkv_logf(ctx, XKV_LOG_WARNING, "%s: dictionary %llu %s: %s", store->path, (unsigned long long)id,
+             status == XKV_OK ? "was put into quarantine" : "could not be put into quarantine", why);
+}
+
 void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why)
 {
     xkv_change change = {.store = store, .body = take_out, .user = &id};

@@ -3,6 +3,7 @@
 #include "store_support.h"
 
 #include "store_internal.h"
+#include "xkv/hook.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -139,6 +140,13 @@ static void assert_reasons(uint32_t expected)
     }
 }
 
+static xkv_store_stats stats(void)
+{
+    xkv_store_stats s;
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+    return s;
+}
+
 /* The dictionary's blob: that with the lowest id. */
 static void dict_path(char path[512])
 {
@@ -231,6 +239,102 @@ static void repair_keeps_entries_without_their_dictionary(void **state)
     }
 }
 
+/* Nothing of the entries is lost, and the dictionary is not there any more. */
+static void assert_only_dict_gone(bool damaged)
+{
+    assert_int_equal(stats().entries, ENTRIES);
+    assert_int_equal(stats().dictionaries, 0);
+    assert_int_equal(stats().quarantined, damaged);
+    assert_int_equal(stats().corrupt, 1);
+    assert_reasons(XKV_MATCH_NO_DICTIONARY);
+    assert_int_equal(put_number(7, NULL), XKV_ERROR_MISMATCH);
+}
+
+static void a_bad_dictionary_is_no_damage_of_entries(void **state)
+{
+    for (size_t i = 0; i < FAULTS; i++) {
+        uint32_t reason;
+        xkv_hit *hit;
+        if (i > 0) {
+            teardown(state);
+            setup(state);
+        }
+        faults[i]();
+        assert_int_equal(match(0, &hit).reason, XKV_MATCH_FOUND);
+        assert_int_equal(read_hit(hit), XKV_ERROR_MISMATCH);
+        assert_non_null(strstr(xkv_ctx_error(t.ctx), i == 0 ? "SHA-256" : "its blob is missing"));
+        xkv_hit_reject(t.ctx, hit); /* as a caller may do when anything fails */
+        xkv_hit_close(t.ctx, hit);
+        assert_only_dict_gone(i == 0);
+        put_dictionary();
+        assert_ok(t.ctx, look_up(0, &reason));
+        reopen_store(&t);
+        assert_sound();
+    }
+}
+
+static void a_bad_dictionary_is_put_again(void **state)
+{
+    for (size_t i = 0; i < FAULTS; i++) {
+        if (i > 0) {
+            teardown(state);
+            setup(state);
+        }
+        put_dictionary();
+        assert_int_equal(stats().corrupt, 0); /* it was there */
+        faults[i]();
+        put_dictionary();
+        assert_int_equal(stats().corrupt, 1);
+        assert_int_equal(stats().quarantined, i == 0);
+        assert_sound();
+    }
+}
+
+static void verifying_changes_nothing(void **state)
+{
+    (void)state;
+    xkv_verify_report v;
+    damage_dict_blob();
+    assert_ok(t.ctx, xkv_store_verify(t.ctx, t.store, 1, NULL, NULL, &v));
+    assert_true(v.damaged > 0);
+    assert_int_equal(stats().entries, ENTRIES);
+    assert_int_equal(stats().dictionaries, 1);
+    assert_int_equal(stats().corrupt + stats().quarantined, 0);
+}
+
+static void loads_of_the_hook_do_not_blame_the_entry(void **state)
+{
+    (void)state;
+    xkv_hook *hook = NULL;
+    xkv_hook_hit *hit = NULL;
+    xkv_hook_found f;
+    xkv_hook_counters c;
+    int32_t tokens[TOKENS];
+    synthetic s = sample(1);
+    make_tokens(0, 50000, tokens, TOKENS);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = TOKENS};
+    damage_dict_blob();
+    assert_ok(t.ctx, xkv_hook_create(t.ctx, t.store, NULL, &hook));
+    assert_ok(t.ctx, xkv_hook_match(t.ctx, hook, &ns, &prompt, NULL, &f, &hit));
+    assert_int_equal(f.reason, XKV_MATCH_FOUND);
+    assert_int_equal(xkv_hook_load(t.ctx, hit, &s.geometry, s.views, NULL), XKV_ERROR_MISMATCH);
+    xkv_hook_hit_close(hit);
+    assert_only_dict_gone(true);
+    assert_ok(t.ctx, xkv_hook_match(t.ctx, hook, &ns, &prompt, NULL, &f, &hit));
+    assert_int_equal(f.reason, XKV_MATCH_NO_DICTIONARY);
+    put_dictionary();
+    assert_ok(t.ctx, xkv_hook_match(t.ctx, hook, &ns, &prompt, NULL, &f, &hit));
+    assert_int_equal(f.reason, XKV_MATCH_FOUND);
+    assert_ok(t.ctx, xkv_hook_load(t.ctx, hit, &s.geometry, s.views, NULL));
+    xkv_hook_hit_close(hit);
+    xkv_hook_get_counters(hook, &c);
+    assert_int_equal(c.loads_refused, 1);
+    assert_int_equal(c.loads_damaged, 0);
+    assert_int_equal(c.misses_no_dictionary, 1);
+    xkv_hook_close(hook);
+    free_synthetic(&s);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -238,6 +342,10 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(entries_come_back_with_their_dictionary),
         TEST(repair_keeps_entries_without_their_dictionary),
+        TEST(a_bad_dictionary_is_no_damage_of_entries),
+        TEST(a_bad_dictionary_is_put_again),
+        TEST(verifying_changes_nothing),
+        TEST(loads_of_the_hook_do_not_blame_the_entry),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
