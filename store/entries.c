@@ -117,7 +117,8 @@ static bool needs_dict(const xkv_item *item)
     return memcmp(item->dict, none, sizeof none) != 0;
 }
 
-/* Count one user of the entry's dictionary more or less. */
+/* Count one user of the entry's dictionary more or less. One that is not there, after a repair that did not find it,
+ * counts its users when it is put. */
 static xkv_status count_user(xkv_txn *txn, const xkv_item *item, int change)
 {
     xkv_dict_record dict;
@@ -125,7 +126,7 @@ static xkv_status count_user(xkv_txn *txn, const xkv_item *item, int change)
         return XKV_OK;
     xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
     if (status == XKV_ERROR_NOT_FOUND)
-        return change < 0 ? XKV_OK : status;
+        return XKV_OK;
     XKV_TRY(status);
     dict.users = change > 0 ? dict.users + 1 : dict.users - (dict.users > 0);
     return xkv_txn_put_dict(txn, item->dict, &dict);
@@ -240,11 +241,35 @@ xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, cons
     return xkv_entry_insert_known(txn, meta, symbols, names, &c, item);
 }
 
+/* Entries that need a dictionary: they may be there before it is. Damaged records count for nothing. */
+static xkv_status find_users(xkv_txn *txn, const uint8_t dict_id[16], uint64_t *users)
+{
+    xkv_key from = xkv_key_bytes(XKV_TABLE_ITEM, NULL, 0);
+    uint8_t value[XKV_VALUE_MAX];
+    for (*users = 0;;) {
+        xkv_key key = {.size = 0};
+        xkv_item item;
+        size_t size = 0;
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        if (status == XKV_ERROR_NOT_FOUND)
+            return XKV_OK;
+        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0 || key.size >= XKV_KEY_MAX))
+            return status;
+        from = key;
+        from.bytes[from.size++] = 0;
+        if (status != XKV_OK || size != XKV_ITEM_SIZE)
+            continue;
+        xkv_item_decode(value, &item);
+        *users += memcmp(item.dict, dict_id, sizeof item.dict) == 0;
+    }
+}
+
 xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], uint64_t id, const uint8_t hash[32],
                            uint64_t file_size)
 {
     xkv_dict_record dict = {.id = id, .file_size = file_size};
     memcpy(dict.blob, hash, 32);
+    XKV_TRY(find_users(txn, dict_id, &dict.users));
     meta->dictionaries++;
     meta->bytes += file_size;
     return xkv_txn_put_dict(txn, dict_id, &dict);
@@ -531,6 +556,33 @@ static xkv_status take_out(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     XKV_TRY(status);
     meta->corrupt++;
     return xkv_entry_remove(txn, meta, &item, &change->quarantine, -1);
+}
+
+typedef struct bad_dict {
+    const uint8_t *dict_id;
+    uint64_t id;
+} bad_dict;
+
+/* Unless it was replaced meanwhile. */
+static xkv_status take_out_dict(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    const bad_dict *bad = change->user;
+    xkv_dict_record dict;
+    xkv_status status = xkv_txn_get_dict(txn, bad->dict_id, &dict);
+    if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && dict.id != bad->id))
+        return XKV_OK;
+    XKV_TRY(status);
+    meta->corrupt++;
+    return xkv_dict_remove(txn, meta, bad->dict_id, &dict, &change->quarantine);
+}
+
+void xkv_store_quarantine_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t dict_id[16], uint64_t id, const char *why)
+{
+    bad_dict bad = {dict_id, id};
+    xkv_change change = {.store = store, .body = take_out_dict, .user = &bad};
+    xkv_status status = store->read_only ? XKV_ERROR_UNSUPPORTED : xkv_store_change(ctx, &change);
+    xkv_logf(ctx, XKV_LOG_WARNING, "%s: dictionary %llu %s: %s", store->path, (unsigned long long)id,
+             status == XKV_OK ? "was put into quarantine" : "could not be put into quarantine", why);
 }
 
 void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why)

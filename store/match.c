@@ -1,6 +1,8 @@
 /* match.c - finding the entry that serves the longest prefix, and handing it out. */
 #include "store_internal.h"
 
+#include <fcntl.h>
+#include <stdio.h>
 #include <unistd.h>
 
 #define ATTEMPTS 8 /* damaged or vanished entries that one lookup steps over */
@@ -10,7 +12,9 @@ struct xkv_hit {
     xkv_item item;
     uint32_t tokens; /* matched */
     int fd;          /* of the blob; its lock keeps it from eviction */
+    bool look_only;  /* nothing goes into quarantine */
     bool rejected;
+    bool lacks_dict;              /* it could not be opened because of its dictionary, not because of itself */
     xkv_input raw, file, payload; /* the blob as it lies there, decrypted, the entry in it */
     xkv_sealed sealed;
     xkv_window window;
@@ -373,6 +377,17 @@ xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns
     return XKV_OK;
 }
 
+xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p)
+{
+    const lookup l = {.store = store, .item = *item, .match.tokens = item->tokens};
+    xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
+    int fd = -1;
+    XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, true, &fd));
+    XKV_TRY(make_hit(ctx, &l, fd, hit_p));
+    (*hit_p)->look_only = true;
+    return XKV_OK;
+}
+
 /* --- Dictionaries in memory --------------------------------------------------------------------------------------- */
 
 typedef struct dict_lookup {
@@ -397,8 +412,13 @@ static xkv_status decode_dict(xkv_store *store, const xkv_dict_record *record, x
     xkv_blob_head head;
     uint8_t hash[32];
     int fd = -1;
-    XKV_TRY(xkv_blob_open(own, &store->folders, &name, true, &fd));
-    xkv_status status = xkv_blob_file(own, &fd, &raw);
+    xkv_status status = xkv_blob_open(own, &store->folders, &name, true, &fd);
+    if (status == XKV_ERROR_NOT_FOUND && faccessat(store->folders.blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
+        return xkv_fail(own, XKV_ERROR_MISMATCH, "it is just being removed");
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(own, status, "its blob is missing");
+    XKV_TRY(status);
+    status = xkv_blob_file(own, &fd, &raw);
     if (status == XKV_OK)
         status = xkv_blob_hash(own, &raw, hash);
     if (status == XKV_OK && memcmp(hash, record->blob, 32) != 0)
@@ -455,8 +475,10 @@ static xkv_status load_dict(xkv_store *store, const uint8_t id[16], const xkv_di
     return XKV_OK;
 }
 
-xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], xkv_cached_dict **slot_p)
+xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], bool look_only,
+                              xkv_cached_dict **slot_p)
 {
+    char why[256] = "";
     dict_lookup l = {.id = id};
     xkv_status status = xkv_index_read(ctx, store->index, find_dict, &l);
     if (status == XKV_ERROR_NOT_FOUND)
@@ -466,9 +488,14 @@ xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[1
     xkv_ctx_begin(store->own);
     status = load_dict(store, id, &l.record, slot_p);
     if (status != XKV_OK)
-        status = xkv_fail(ctx, status, "dictionary: %s", xkv_ctx_error(store->own));
+        snprintf(why, sizeof why, "%s", xkv_ctx_error(store->own));
     pthread_mutex_unlock(&store->mutex);
-    return status;
+    if (status == XKV_ERROR_NOT_FOUND || xkv_is_damage(status)) {
+        if (!look_only)
+            xkv_store_quarantine_dict(ctx, store, id, l.record.id, why);
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the dictionary of the entry is of no use: %s", why);
+    }
+    return status == XKV_OK ? XKV_OK : xkv_fail(ctx, status, "dictionary: %s", why);
 }
 
 void xkv_store_leave_dict(xkv_store *store, xkv_cached_dict *slot)
@@ -497,7 +524,9 @@ static xkv_status open_entry(xkv_ctx *ctx, xkv_hit *hit)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
     if (!info.needs_dict)
         return XKV_OK;
-    XKV_TRY(xkv_store_use_dict(ctx, hit->store, info.dictionary_id, &hit->dict));
+    xkv_status status = xkv_store_use_dict(ctx, hit->store, info.dictionary_id, hit->look_only, &hit->dict);
+    hit->lacks_dict = status != XKV_OK;
+    XKV_TRY(status);
     return xkv_entry_attach(ctx, hit->entry, hit->dict->dict);
 }
 
@@ -543,7 +572,7 @@ xkv_status xkv_hit_read(xkv_ctx *ctx, xkv_hit *hit, const xkv_read_options *opti
 
 void xkv_hit_reject(xkv_ctx *ctx, xkv_hit *hit)
 {
-    if (hit->rejected)
+    if (hit->rejected || hit->lacks_dict || hit->look_only)
         return;
     hit->rejected = true;
     xkv_store_quarantine(ctx, hit->store, hit->item.id, xkv_ctx_error(ctx));

@@ -355,7 +355,7 @@ static xkv_status verify_foreign(xkv_ctx *ctx, xkv_store *store, xkv_entry *entr
     xkv_status status = XKV_OK;
     xkv_entry_get_info(entry, &info);
     if (info.needs_dict) {
-        XKV_TRY(xkv_store_use_dict(ctx, store, info.dictionary_id, &dict));
+        XKV_TRY(xkv_store_use_dict(ctx, store, info.dictionary_id, false, &dict));
         status = xkv_entry_attach(ctx, entry, dict->dict);
     }
     if (status == XKV_OK)
@@ -418,13 +418,14 @@ typedef struct put_dict {
     uint8_t id[16];
     uint64_t file_size;
     bool existed;
+    xkv_dict_record record; /* if so */
+    uint64_t bad;           /* the record of this blob is as good as none; 0: none */
 } put_dict;
 
 static xkv_status find_dict(xkv_txn *txn, void *user)
 {
     put_dict *p = user;
-    xkv_dict_record dict;
-    xkv_status status = xkv_txn_get_dict(txn, p->id, &dict);
+    xkv_status status = xkv_txn_get_dict(txn, p->id, &p->record);
     p->existed = status == XKV_OK;
     return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
 }
@@ -433,12 +434,37 @@ static xkv_status dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
     put_dict *p = change->user;
     XKV_TRY(find_dict(txn, p));
-    if (p->existed)
+    if (p->existed && p->record.id != p->bad)
         return XKV_OK;
+    if (p->existed)
+        XKV_TRY(xkv_dict_remove(txn, meta, p->id, &p->record, &change->quarantine));
+    meta->corrupt += p->existed;
+    p->existed = false;
     XKV_TRY(xkv_evict(txn, meta, p->store, p->file_size, &change->removed));
     uint64_t id = meta->next_id++;
     XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, id));
     return xkv_dict_insert(txn, meta, p->id, id, p->writer.hash, p->file_size);
+}
+
+/* One whose blob is missing or damaged is put anew. */
+static xkv_status check_stored(xkv_ctx *ctx, put_dict *p)
+{
+    xkv_blob_name name = xkv_blob_name_of(p->record.blob, p->record.id);
+    xkv_input file;
+    uint8_t hash[32];
+    int fd = -1;
+    xkv_status status = xkv_blob_open(ctx, &p->store->folders, &name, true, &fd);
+    if (status == XKV_OK) {
+        status = xkv_blob_file(ctx, &fd, &file);
+        if (status == XKV_OK)
+            status = xkv_blob_hash(ctx, &file, hash);
+        close(fd);
+    }
+    if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && !xkv_is_damage(status))
+        return status;
+    p->existed = status == XKV_OK && memcmp(hash, p->record.blob, 32) == 0;
+    p->bad = p->existed ? 0 : p->record.id;
+    return XKV_OK;
 }
 
 static xkv_status write_dict(xkv_ctx *ctx, put_dict *p, const xkv_input *dictionary)
@@ -473,6 +499,8 @@ xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *d
         return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
     XKV_TRY(check_dictionary(ctx, dictionary, p.id));
     XKV_TRY(xkv_index_read(ctx, store->index, find_dict, &p));
+    if (p.existed)
+        XKV_TRY(check_stored(ctx, &p));
     if (!p.existed) {
         XKV_TRY(xkv_blob_begin(ctx, &store->folders, store->key, 0, 0, &p.writer));
         xkv_status status = write_dict(ctx, &p, dictionary);

@@ -162,11 +162,19 @@ bool xkv_is_damage(xkv_status status);
 /* Put entry `id` into quarantine, count and log it. Failures are logged. */
 void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why);
 
-/* A dictionary of the store, decoded; others may use it at the same time. Errors: MISMATCH (it is not there), LIMIT
- * (too many in use), those of xkv_dict_open(). */
-XKV_MUST_CHECK xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16],
+/* The same for a dictionary, whose blob `id` is damaged or missing: its record goes, the entries that need it stay. */
+void xkv_store_quarantine_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t dict_id[16], uint64_t id, const char *why);
+
+/* A dictionary of the store, decoded; others may use it at the same time. One that is damaged or missing goes into
+ * quarantine unless `look_only`. Errors: MISMATCH (it is not there, damaged or missing: no entry is to blame), LIMIT
+ * (too many in use), MEMORY, IO. */
+XKV_MUST_CHECK xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], bool look_only,
                                              xkv_cached_dict **slot_p);
 void xkv_store_leave_dict(xkv_store *store, xkv_cached_dict *slot); /* accepts NULL */
+
+/* A hit of an entry to look at it, whatever its age: nothing goes into quarantine because of it. NOT_FOUND without a
+ * message: its blob is not there. */
+XKV_MUST_CHECK xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p);
 
 /* --- Tidying (store.c) --- */
 

@@ -106,12 +106,9 @@ static xkv_status is_there(xkv_txn *txn, void *user)
 
 static xkv_status decode_all(verify *v)
 {
-    xkv_namespace ns;
-    xkv_match match;
     xkv_hit *hit = NULL;
     const xkv_entry *entry = NULL;
-    memcpy(ns.id, v->item->space, 32);
-    XKV_TRY(xkv_store_get(v->ctx, v->store, &ns, v->item->id, &match, &hit));
+    XKV_TRY(xkv_store_look(v->ctx, v->store, v->item, &hit));
     xkv_status status = xkv_hit_entry(v->ctx, hit, &entry);
     if (status == XKV_OK)
         status = xkv_entry_verify(v->ctx, entry, NULL, NULL);

@@ -174,8 +174,8 @@ static inline xkv_hook_load_options xkv_hook_load_options_default(void)
  * run at the same time fail as well, or give right rows. Other failures leave it in the store.
  *
  * Errors: ARGUMENT (range, views), UNSUPPORTED (other positions than the entry's), MISMATCH (geometry; the entry's
- * dictionary is gone), CORRUPT (also: an earlier load of this hit found it damaged), CHECKSUM, TRUNCATED, CANCELLED,
- * LIMIT, MEMORY, IO, BACKEND. */
+ * dictionary is gone, missing or damaged: then no match finds the entry until it is put again), CORRUPT (also: an
+ * earlier load of this hit found it damaged), CHECKSUM, TRUNCATED, CANCELLED, LIMIT, MEMORY, IO, BACKEND. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hook_load(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_geometry *geometry,
                                                 const xkv_view *views, const xkv_hook_load_options *options);
 

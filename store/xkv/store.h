@@ -196,7 +196,8 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_put_planes(xkv_ctx *ctx, xkv_store *
                                                        const void *source, uint64_t source_size,
                                                        const xkv_put_options *options, xkv_put_report *report);
 
-/* Store a dictionary (.xkvd), once for each id. `id` (may be NULL) gets it. Errors: as xkv_store_put(). */
+/* Store a dictionary (.xkvd), once for each id; one whose blob is damaged or missing is replaced. `id` (may be NULL)
+ * gets it. Errors: as xkv_store_put(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary,
                                                      uint8_t id[16]);
 
@@ -243,7 +244,8 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, 
                                                 xkv_match *match, xkv_hit **hit_p);
 
 /* The packed entry, opened with its dictionary attached; it lives until xkv_hit_close(). Not for two threads at once.
- * When it fails, or decoding does, call xkv_hit_reject(). Errors: those of xkv_entry_open() and xkv_dict_open(). */
+ * When it fails, or decoding does, call xkv_hit_reject(). Errors: those of xkv_entry_open(), LIMIT, MISMATCH (the
+ * dictionary is gone, missing or damaged: then that goes into quarantine, and the entry stays). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p);
 
 /* Restore planes, as xkv_entry_read(), of at most the matched tokens: options->token_count 0 means up to there. An
@@ -251,7 +253,8 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, cons
 XKV_API XKV_MUST_CHECK xkv_status xkv_hit_read(xkv_ctx *ctx, xkv_hit *hit, const xkv_read_options *options,
                                                const xkv_view *views);
 
-/* Put the hit's entry into quarantine: it will not be found again. For data that could not be decoded. */
+/* Put the hit's entry into quarantine: it will not be found again. For data that could not be decoded; without effect
+ * when it was for want of its dictionary. */
 XKV_API void xkv_hit_reject(xkv_ctx *ctx, xkv_hit *hit);
 
 /* With the context that it was made with, before the store is closed. Accepts NULL. */
@@ -338,9 +341,10 @@ typedef struct xkv_repair_report {
     uint32_t kept_uses;             /* non-zero: pins, times of use and counters of the old index could be read */
 } xkv_repair_report;
 
-/* Rebuild the index of the store at `path` from its blobs; with `compact_only` copy a sound index without its free
- * pages instead. The store must not be open anywhere. `key`: as for opening. A failure leaves the old index as it was.
- * Errors: IO (also: in use), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
+/* Rebuild the index of the store at `path` from its blobs; entries whose dictionary is damaged or missing are kept, and
+ * are found again once it is put. With `compact_only` copy a sound index without its free pages instead. The store must
+ * not be open anywhere. `key`: as for opening. A failure leaves the old index as it was. Errors: IO (also: in use),
+ * FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
                                                    xkv_repair_report *report);
 
