@@ -425,7 +425,9 @@ xkv_status xkv_store_is_orphan(xkv_ctx *ctx, xkv_store *store, const char *name,
     if (!is_name || k.found)
         return XKV_OK;
     xkv_blob_name blob = xkv_blob_name_of(k.hash, k.id);
-    if (!xkv_blob_try_lock(&store->folders, &blob, &fd) || fd < 0)
+    bool locked = false;
+    XKV_TRY(xkv_blob_try_lock(ctx, &store->folders, &blob, &locked, &fd));
+    if (fd < 0)
         return XKV_OK;
     xkv_status status = is_known(&t, name, true, &k, &is_name);
     *orphan = status == XKV_OK && !k.found;

@@ -92,9 +92,12 @@ XKV_MUST_CHECK xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_st
 
 /* --- entries.c: inside a write transaction --- */
 
+struct xkv_change;
+
 /* Entries and dictionaries that were removed from the index in a transaction, and whose blobs go after its commit. */
 typedef struct xkv_removed {
     uint64_t count, bytes, capacity;
+    uint64_t evicted, evicted_bytes; /* of them, by xkv_evict() */
     struct xkv_removed_blob {
         uint64_t id;
         int fd; /* locked against readers; -1: not */
@@ -123,9 +126,10 @@ XKV_MUST_CHECK xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const ui
                                           const uint8_t hash[32], uint64_t file_size);
 XKV_MUST_CHECK xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16],
                                           const xkv_dict_record *dict, xkv_removed *r);
-/* Evict, oldest first, until `bytes` more fit under the cap. When too much is pinned or being read: LIMIT, and for 0
- * bytes as far as it goes. */
-XKV_MUST_CHECK xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t bytes, xkv_removed *r);
+/* Evict, oldest first, until `bytes` more fit under the cap, or a batch has gone: then change->again is set, and the
+ * body has nothing more to do in this transaction. When too much is pinned or being read: LIMIT, and for 0 bytes as far
+ * as it goes. */
+XKV_MUST_CHECK xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, struct xkv_change *change, uint64_t bytes);
 /* Remove what expired before `now`, up to `most` entries. */
 XKV_MUST_CHECK xkv_status xkv_expire(xkv_txn *txn, xkv_meta *meta, uint64_t now, uint64_t most, xkv_removed *r);
 /* Change an entry's time of use, pin or expiry, with the records that follow from them. */
@@ -145,14 +149,16 @@ bool xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time);
 XKV_MUST_CHECK xkv_status xkv_store_flush(xkv_ctx *ctx, xkv_store *store);
 
 /* A change of the index: `body` gets the META record, which is written back after it. Pending uses go along, blobs of
- * what was removed are deleted after the commit. */
+ * what was removed are deleted after the commit. A body that sets `again` runs once more, in another transaction. */
 typedef struct xkv_change {
     xkv_store *store;
     xkv_status (*body)(xkv_txn *txn, xkv_meta *meta, struct xkv_change *change);
     void *user;
     xkv_removed removed;                   /* deleted after the commit */
     xkv_removed quarantine;                /* moved to the quarantine after it */
-    uint64_t removed_count, removed_bytes; /* of `removed`, set by the commit */
+    bool again;                            /* false whenever the body begins */
+    uint64_t removed_count, removed_bytes; /* of `removed`, added up by the commits */
+    uint64_t evicted_count, evicted_bytes; /* the same */
 } xkv_change;
 XKV_MUST_CHECK xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change);
 

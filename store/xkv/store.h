@@ -173,7 +173,7 @@ typedef struct xkv_put_report {
     uint32_t existed; /* non-zero: the very prompt was stored already; its use, pin and ttl were renewed, no more */
     uint32_t tokens;
     uint64_t bytes;           /* of the blob */
-    uint32_t evicted_entries; /* to make room */
+    uint32_t evicted_entries; /* to make room; a put that fails may have evicted some, too */
     uint64_t evicted_bytes;   /* of them */
     xkv_pack_report pack;     /* xkv_store_put_planes() that packed; else zero */
 } xkv_put_report;

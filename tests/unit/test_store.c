@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -371,6 +372,50 @@ static void pinned_and_read_entries_stay(void **state)
     assert_sound(2);
 }
 
+/* This process may have so many descriptors more than it has; those it could have before. */
+static struct rlimit allow_descriptors(uint32_t more)
+{
+    struct rlimit before, limit;
+    int next = dup(STDERR_FILENO);
+    assert_true(next >= 0);
+    close(next);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    limit = before;
+    limit.rlim_cur = (rlim_t)next + more;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    return before;
+}
+
+/* Every evicted blob is held until the commit, and there are more of them than a process has descriptors. */
+static void many_are_evicted_with_few_descriptors(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_put_report report;
+    int32_t tokens[2000];
+    for (int32_t i = 0; i < 300; i++)
+        put(&ns, &i, 1);
+    const uint64_t each = stats().bytes / 300;
+    struct rlimit before = allow_descriptors(0);
+    assert_int_equal(xkv_store_set_cap(t.ctx, t.store, 10 * each), XKV_ERROR_IO);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_int_equal(stats().byte_cap, 0);
+    assert_int_equal(stats().entries, 300);
+    allow_descriptors(100);
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 150 * each));
+    assert_true(stats().bytes <= 150 * each);
+    make_tokens(300, 50000, tokens, 2000);
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, stats().bytes));
+    uint64_t left = stats().entries, evictions = stats().evictions;
+    assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, 2000, NULL, &report));
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_true(report.evicted_entries > 64); /* so that it took several transactions */
+    assert_int_equal(report.evicted_entries, left + 1 - stats().entries);
+    assert_int_equal(report.evicted_entries, stats().evictions - evictions);
+    assert_true(stats().bytes <= stats().byte_cap);
+    assert_sound(stats().entries);
+}
+
 static void expired_entries_are_misses(void **state)
 {
     (void)state;
@@ -607,6 +652,7 @@ int main(void)
         TEST(many_of_a_namespace_go),
         TEST(least_recently_used_goes_first),
         TEST(pinned_and_read_entries_stay),
+        TEST(many_are_evicted_with_few_descriptors),
         TEST(expired_entries_are_misses),
         TEST(counters_survive),
         TEST(asking_counts_nothing),
