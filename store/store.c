@@ -487,13 +487,14 @@ xkv_status xkv_store_tidy(xkv_ctx *ctx, xkv_store *store, uint64_t *leftovers)
 
 /* --- Opening ------------------------------------------------------------------------------------------------------ */
 
-/* True, with the store in the list, unless its folder is in the list already. */
+/* True, with the store in the list, unless its folder is in the list already. Stores that were open before fork() do not
+ * count: the child has none of their locks, and cannot use them. */
 static bool register_store(xkv_store *store)
 {
     bool fresh = true;
     pthread_mutex_lock(&open_mutex);
     for (const xkv_store *s = open_stores; s != NULL; s = s->next)
-        fresh = fresh && (s->device != store->device || s->inode != store->inode);
+        fresh = fresh && (s->pid != store->pid || s->device != store->device || s->inode != store->inode);
     if (fresh) {
         store->next = open_stores;
         open_stores = store;

@@ -486,6 +486,40 @@ static void a_store_is_opened_once(void **state)
     reopen_store(&t);
 }
 
+/* Put the prompt in a child that opens the store for itself. */
+static void put_in_child(const xkv_namespace *ns, uint64_t number, const xkv_store_options *o)
+{
+    int32_t tokens[50];
+    xkv_ctx *ctx = NULL;
+    xkv_store *store = NULL;
+    int status;
+    make_tokens(number, 50000, tokens, 50);
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        bool done = xkv_ctx_create(NULL, &ctx) == XKV_OK && xkv_store_open(ctx, t.path, o, &store) == XKV_OK &&
+                    put_rows(ctx, store, ns, tokens, 50, NULL, NULL) == XKV_OK;
+        if (!done)
+            fprintf(stderr, "%s\n", xkv_ctx_error(ctx));
+        xkv_store_close(ctx, store);
+        _exit(done ? 0 : 1);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
+static void a_child_opens_it_for_itself(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    put_numbered(&ns, 0, NULL);
+    put_in_child(&ns, 1, NULL);
+    assert_int_equal(match_numbered(&ns, 0), XKV_MATCH_FOUND);
+    assert_int_equal(match_numbered(&ns, 1), XKV_MATCH_FOUND);
+    assert_sound(2);
+}
+
 /* An index that outgrows its map again and again, here and in another process. */
 static void the_map_grows(void **state)
 {
@@ -657,6 +691,7 @@ int main(void)
         TEST(counters_survive),
         TEST(asking_counts_nothing),
         TEST(a_store_is_opened_once),
+        TEST(a_child_opens_it_for_itself),
         TEST(the_map_grows),
         TEST(modes_are_private),
         TEST(repair_rebuilds_the_index),
