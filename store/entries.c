@@ -417,7 +417,9 @@ static void add_use(xkv_pending *p, uint64_t id, uint64_t time)
 
 void xkv_pending_take(xkv_store *store, xkv_pending *p)
 {
+    uint64_t now = xkv_store_now(store);
     pthread_mutex_lock(&store->mutex);
+    store->flushed = now;
     *p = store->pending;
     drop_pending(&store->pending);
     pthread_mutex_unlock(&store->mutex);
@@ -441,12 +443,20 @@ void xkv_pending_return(xkv_store *store, const xkv_pending *p)
     pthread_mutex_unlock(&store->mutex);
 }
 
-bool xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time)
+void xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time)
+{
+    pthread_mutex_lock(&store->mutex);
+    add_use(&store->pending, id, time);
+    pthread_mutex_unlock(&store->mutex);
+}
+
+/* Other processes evict by what is written, so that it is not kept for long; nor is every lookup to cost a commit. A
+ * clock that was set back does not stop it. */
+bool xkv_pending_due(xkv_store *store, uint64_t time)
 {
     const uint64_t pause = 5 * 1000 * 1000;
     pthread_mutex_lock(&store->mutex);
-    add_use(&store->pending, id, time);
-    bool due = store->pending.use_count == XKV_USES && (time < store->flushed || time - store->flushed >= pause);
+    bool due = time < store->flushed || time - store->flushed >= pause;
     if (due)
         store->flushed = time;
     pthread_mutex_unlock(&store->mutex);

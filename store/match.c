@@ -224,8 +224,9 @@ static void count_outcome(xkv_ctx *ctx, const lookup *l)
         store->pending.misses++;
     }
     pthread_mutex_unlock(&store->mutex);
-    if (m->reason == XKV_MATCH_FOUND && !store->read_only && xkv_pending_use(store, m->id, now) &&
-        xkv_store_flush(ctx, store) != XKV_OK)
+    if (m->reason == XKV_MATCH_FOUND)
+        xkv_pending_use(store, m->id, now);
+    if (!store->read_only && xkv_pending_due(store, now) && xkv_store_flush(ctx, store) != XKV_OK)
         xkv_logf(ctx, XKV_LOG_WARNING, "%s: uses were not recorded: %s", store->path, xkv_ctx_error(ctx));
 }
 

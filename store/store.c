@@ -487,8 +487,8 @@ xkv_status xkv_store_tidy(xkv_ctx *ctx, xkv_store *store, uint64_t *leftovers)
 
 /* --- Opening ------------------------------------------------------------------------------------------------------ */
 
-/* True, with the store in the list, unless its folder is in the list already. Stores that were open before fork() do not
- * count: the child has none of their locks, and cannot use them. */
+/* True, with the store in the list, unless its folder is in the list already. Stores that were open before fork() do
+ * not count: the child has none of their locks, and cannot use them. */
 static bool register_store(xkv_store *store)
 {
     bool fresh = true;
@@ -595,6 +595,7 @@ xkv_status xkv_store_open(xkv_ctx *ctx, const char *path, const xkv_store_option
         store->clock = o.clock;
         store->clock_user = o.clock_user;
     }
+    store->flushed = xkv_store_now(store);
     store->read_only =
         o.access == XKV_STORE_READ_ONLY || (o.access == XKV_STORE_AUTO && on_read_only_file_system(path));
     xkv_status status = pthread_mutex_init(&store->mutex, NULL) == 0 ? XKV_OK : XKV_ERROR_MEMORY;

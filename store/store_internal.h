@@ -60,7 +60,7 @@ struct xkv_store {
 
     pthread_mutex_t mutex; /* of all below */
     xkv_pending pending;
-    uint64_t flushed; /* when uses were last written because there were too many */
+    uint64_t flushed; /* when what was pending was last written */
     xkv_ctx *own;     /* dictionaries belong to it */
     xkv_cached_dict dicts[XKV_DICT_CACHE];
     uint64_t dict_clock;
@@ -143,8 +143,10 @@ void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash
 void xkv_pending_take(xkv_store *store, xkv_pending *p);
 void xkv_pending_return(xkv_store *store, const xkv_pending *p);
 XKV_MUST_CHECK xkv_status xkv_pending_write(xkv_txn *txn, xkv_meta *meta, const xkv_pending *p);
-/* Note a use; true when it is time to write: there are many, and it is a while since the last time. */
-bool xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time);
+/* Note a use. */
+void xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time);
+/* True, once, when it is time to write what is pending: it is a while since the last time. */
+bool xkv_pending_due(xkv_store *store, uint64_t time);
 /* Write what is pending in a transaction of its own. */
 XKV_MUST_CHECK xkv_status xkv_store_flush(xkv_ctx *ctx, xkv_store *store);
 

@@ -520,6 +520,29 @@ static void a_child_opens_it_for_itself(void **state)
     assert_sound(2);
 }
 
+/* Uses and counters are written while the store stays open, for the eviction of others. */
+static void uses_reach_other_processes(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_store_options o = xkv_store_options_default();
+    o.clock = test_clock;
+    open_at(1);
+    put_numbered(&ns, 0, NULL);
+    uint64_t each = stats().bytes;
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 2 * each + each / 2));
+    test_time += 1000;
+    put_numbered(&ns, 1, NULL);
+    test_time += 1000;
+    assert_int_equal(match_numbered(&ns, 0), XKV_MATCH_FOUND);
+    test_time += 5000000;
+    assert_int_equal(match_numbered(&ns, 5), XKV_MATCH_NONE); /* a miss writes it, too */
+    put_in_child(&ns, 2, &o);
+    assert_int_equal(match_numbered(&ns, 0), XKV_MATCH_FOUND);
+    assert_int_equal(match_numbered(&ns, 1), XKV_MATCH_NONE);
+    assert_int_equal(stats().evictions, 1);
+}
+
 /* An index that outgrows its map again and again, here and in another process. */
 static void the_map_grows(void **state)
 {
@@ -692,6 +715,7 @@ int main(void)
         TEST(asking_counts_nothing),
         TEST(a_store_is_opened_once),
         TEST(a_child_opens_it_for_itself),
+        TEST(uses_reach_other_processes),
         TEST(the_map_grows),
         TEST(modes_are_private),
         TEST(repair_rebuilds_the_index),
