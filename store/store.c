@@ -241,22 +241,33 @@ static xkv_status open_folder(xkv_ctx *ctx, int at, const char *name, int *fd)
     return XKV_OK;
 }
 
-/* LMDB opens its files by name; they must not be links to somewhere else. */
-static xkv_status check_index_folder(xkv_ctx *ctx, int root, bool *lock_there)
+/* Whether the folder of the index has this file, and that it is a file. */
+static xkv_status check_index_file(xkv_ctx *ctx, int folder, const char *name, bool *there, uint64_t *size)
 {
-    static const char *const names[] = {"data.mdb", "lock.mdb"};
     struct stat st;
+    *there = fstatat(folder, name, &st, AT_SYMLINK_NOFOLLOW) == 0;
+    if (*there && !S_ISREG(st.st_mode))
+        return xkv_fail(ctx, XKV_ERROR_IO, "index/%s is not a regular file [SO5]", name);
+    *size = *there ? (uint64_t)st.st_size : 0;
+    return XKV_OK;
+}
+
+xkv_status xkv_store_check_index(xkv_ctx *ctx, int root, bool *lock_there)
+{
+    struct stat st;
+    uint64_t size = 0, lock_size;
+    bool there;
     int folder = -1;
-    xkv_status status = open_folder(ctx, root, "index", &folder);
-    for (size_t i = 0; status == XKV_OK && i < 2; i++) {
-        bool there = fstatat(folder, names[i], &st, AT_SYMLINK_NOFOLLOW) == 0;
-        if (there && !S_ISREG(st.st_mode))
-            status = xkv_fail(ctx, XKV_ERROR_IO, "index/%s is not a regular file [SO5]", names[i]);
-        else if (i == 0 && (!there || st.st_size == 0))
-            status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "the index is missing: repair rebuilds it from the blobs [SO4]");
-        if (i == 1)
-            *lock_there = there;
-    }
+    *lock_there = false;
+    xkv_status status = XKV_OK;
+    if (fstatat(root, "index", &st, AT_SYMLINK_NOFOLLOW) == 0 || errno != ENOENT)
+        status = open_folder(ctx, root, "index", &folder);
+    if (status == XKV_OK && folder >= 0)
+        status = check_index_file(ctx, folder, "data.mdb", &there, &size);
+    if (status == XKV_OK && folder >= 0)
+        status = check_index_file(ctx, folder, "lock.mdb", lock_there, &lock_size);
+    if (status == XKV_OK && size == 0)
+        status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "the index is missing: repair rebuilds it from the blobs [SO4]");
     if (folder >= 0)
         close(folder);
     return status;
@@ -528,7 +539,7 @@ static xkv_status open_index(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
     bool lock_there = false;
     char *path = NULL;
     xkv_meta meta;
-    XKV_TRY(check_index_folder(ctx, store->folders.root, &lock_there));
+    XKV_TRY(xkv_store_check_index(ctx, store->folders.root, &lock_there));
     if (!lock_there && !alone && !store->read_only)
         return xkv_fail(ctx, XKV_ERROR_IO, "index/lock.mdb was removed while the store is in use: close it everywhere");
     XKV_TRY(join_path(ctx, store->path, "index", &path));

@@ -88,6 +88,9 @@ void xkv_store_forget_key(xkv_store *store);
 XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only, bool exclusive,
                                                  xkv_store *store, bool *alone);
 void xkv_store_close_folders(xkv_store *store);
+/* LMDB opens its files by name: the folder "index" and the files in it must not be links to somewhere else. Errors: IO
+ * [SO5]; CORRUPT [SO4]: there is no index. */
+XKV_MUST_CHECK xkv_status xkv_store_check_index(xkv_ctx *ctx, int root, bool *lock_there);
 XKV_MUST_CHECK xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_store **store_p);
 
 /* --- entries.c: inside a write transaction --- */

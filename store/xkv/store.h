@@ -340,7 +340,7 @@ typedef struct xkv_repair_report {
 
 /* Rebuild the index of the store at `path` from its blobs; with `compact_only` copy a sound index without its free
  * pages instead. The store must not be open anywhere. `key`: as for opening. A failure leaves the old index as it was.
- * Errors: IO (also: in use), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
+ * Errors: IO (also: in use; symbolic links, which are removed by hand), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
                                                    xkv_repair_report *report);
 

@@ -396,6 +396,62 @@ static void links_are_refused(void **state)
     assert_int_equal(sound_entries(), ENTRIES - 1);
 }
 
+/* A folder beside the store with files that LMDB would take for its own. */
+static void check_link(const char *name, const char *target)
+{
+    static const char *const others[] = {"data.mdb", "lock.mdb"};
+    char folder[256], path[300], link[256];
+    struct stat st;
+    snprintf(folder, sizeof folder, "%s/other", t.folder);
+    assert_int_equal(mkdir(folder, 0700), 0);
+    for (size_t i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, others[i]);
+        int fd = open(path, O_WRONLY | O_CREAT, 0600);
+        assert_true(fd >= 0);
+        assert_int_equal(pwrite(fd, "precious", 8, 0), 8);
+        close(fd);
+    }
+    snprintf(path, sizeof path, "%s/%s", folder, target);
+    full_path(name, link);
+    assert_int_equal(symlink(path, link), 0);
+    bool is_new = strcmp(name, "index.new") == 0; /* what nobody needs goes */
+    for (int compact = 0; compact < 2; compact++) {
+        xkv_status status = xkv_store_repair(t.ctx, t.path, NULL, compact, NULL);
+        assert_int_equal(status, is_new ? XKV_OK : XKV_ERROR_IO);
+    }
+    assert_int_equal(open_store(), is_new ? XKV_OK : XKV_ERROR_IO);
+    close_store();
+    for (size_t i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, others[i]);
+        assert_int_equal(lstat(path, &st), 0);
+        assert_int_equal(st.st_size, 8);
+        assert_int_equal(unlink(path), 0);
+    }
+    assert_int_equal(rmdir(folder), 0);
+    if (!is_new)
+        assert_int_equal(unlink(link), 0);
+}
+
+static void repair_follows_no_links(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"index/data.mdb", "index/lock.mdb", "index"};
+    char path[256], away[256];
+    restore_files();
+    assert_ok(t.ctx, open_store()); /* with a lock file */
+    close_store();
+    check_link("index.new", ".");
+    snprintf(away, sizeof away, "%s/away", t.folder);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        full_path(names[i], path);
+        assert_int_equal(rename(path, away), 0);
+        check_link(names[i], i < 2 ? names[i] + 6 : ".");
+        assert_int_equal(rename(away, path), 0);
+    }
+    assert_ok(t.ctx, open_store());
+    assert_int_equal(sound_entries(), ENTRIES);
+}
+
 static void folders_of_others_are_refused(void **state)
 {
     (void)state;
@@ -577,6 +633,7 @@ int main(void)
         TEST(a_wrong_bit_in_the_index),
         TEST(bad_properties),
         TEST(links_are_refused),
+        TEST(repair_follows_no_links),
         TEST(folders_of_others_are_refused),
         TEST(a_missing_index_is_not_made_anew),
         TEST(a_lost_lock_file),
