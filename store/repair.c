@@ -297,7 +297,7 @@ static xkv_status run(repair *r, const char *path, const uint8_t *key, int compa
 {
     uint64_t byte_cap = 0;
     bool alone = false;
-    XKV_TRY(xkv_store_open_folders(r->ctx, path, false, true, r->store, &alone));
+    XKV_TRY(xkv_store_open_folders(r->ctx, path, true, r->store, &alone));
     byte_cap = r->store->properties.byte_cap;
     XKV_TRY(xkv_store_take_key(r->ctx, r->store, key));
     xkv_status status = compact_only ? compact(r) : rebuild(r, byte_cap);

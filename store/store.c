@@ -274,33 +274,26 @@ xkv_status xkv_store_check_index(xkv_ctx *ctx, int root, bool *lock_there)
 }
 
 /* Whoever is alone may make LMDB's lock file anew, or replace the index; so a store is first locked alone, if that is
- * possible, and then with the others. */
-static xkv_status take_lock(xkv_ctx *ctx, xkv_store *store, bool read_only, bool exclusive, bool *alone)
+ * possible, and then with the others. The folder itself is locked: a file in it could get lost. */
+static xkv_status take_lock(xkv_ctx *ctx, xkv_store *store, bool exclusive, bool *alone)
 {
     const struct timespec wait = {0, LOCK_WAIT};
-    int flags = read_only ? O_RDONLY : O_RDWR | O_CREAT;
-    store->lock = openat(store->folders.root, "lock", flags | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600);
     *alone = false;
-    if (store->lock < 0 && read_only && errno == ENOENT)
-        return XKV_OK;
-    if (store->lock < 0)
-        return xkv_fail_errno(ctx, "open the lock file of", store->path, errno);
     for (int attempt = 0; attempt < LOCK_ATTEMPTS; attempt++) {
-        if (flock(store->lock, LOCK_EX | LOCK_NB) == 0) {
+        if (flock(store->folders.root, LOCK_EX | LOCK_NB) == 0) {
             *alone = true;
             return XKV_OK;
         }
         if (exclusive)
             return xkv_fail(ctx, XKV_ERROR_IO, "%s is in use", store->path);
-        if (flock(store->lock, LOCK_SH | LOCK_NB) == 0)
+        if (flock(store->folders.root, LOCK_SH | LOCK_NB) == 0)
             return XKV_OK;
         nanosleep(&wait, NULL); /* somebody is opening or repairing it */
     }
     return xkv_fail(ctx, XKV_ERROR_IO, "%s is locked, perhaps for a repair", store->path);
 }
 
-xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only, bool exclusive, xkv_store *store,
-                                  bool *alone)
+xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, xkv_store *store, bool *alone)
 {
     struct stat st;
     xkv_folders *f = &store->folders;
@@ -313,7 +306,7 @@ xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only
     XKV_TRY(open_folder(ctx, f->root, "blobs", &f->blobs));
     XKV_TRY(open_folder(ctx, f->root, "tmp", &f->temp));
     XKV_TRY(open_folder(ctx, f->root, "quarantine", &f->quarantine));
-    return take_lock(ctx, store, read_only, exclusive, alone);
+    return take_lock(ctx, store, exclusive, alone);
 }
 
 static void close_fd(int *fd)
@@ -329,7 +322,6 @@ void xkv_store_close_folders(xkv_store *store)
     close_fd(&store->folders.temp);
     close_fd(&store->folders.blobs);
     close_fd(&store->folders.root);
-    close_fd(&store->lock);
 }
 
 xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_store **store_p)
@@ -339,7 +331,6 @@ xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_store **store_p)
     XKV_TRY(xkv_alloc_zero(ctx, 1, sizeof *store + size, (void **)&store));
     memcpy(store->path, path, size);
     store->folders = (xkv_folders){-1, -1, -1, -1};
-    store->lock = -1;
     store->pid = getpid();
     store->clock = system_clock;
     *store_p = store;
@@ -557,12 +548,12 @@ static xkv_status open_store(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
 {
     bool alone = false;
     uint64_t leftovers = 0;
-    XKV_TRY(xkv_store_open_folders(ctx, store->path, store->read_only, false, store, &alone));
+    XKV_TRY(xkv_store_open_folders(ctx, store->path, false, store, &alone));
     XKV_TRY(xkv_store_take_key(ctx, store, o->key));
     if (!register_store(store))
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "%s is already open in this process", store->path);
     XKV_TRY(open_index(ctx, store, o, alone));
-    if (alone && flock(store->lock, LOCK_SH | LOCK_NB) != 0)
+    if (alone && flock(store->folders.root, LOCK_SH | LOCK_NB) != 0)
         return xkv_fail_errno(ctx, "lock", store->path, errno);
     XKV_TRY(xkv_ctx_create(NULL, &store->own));
     if (store->read_only)

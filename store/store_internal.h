@@ -45,8 +45,7 @@ typedef struct xkv_properties {
 
 struct xkv_store {
     xkv_properties properties;
-    xkv_folders folders;
-    int lock; /* descriptor of the lock file, locked as long as the store is open */
+    xkv_folders folders; /* the root is locked as long as the store is open */
     xkv_index *index;
     bool read_only;
     const uint8_t *key; /* NULL: not encrypted; else key_bytes */
@@ -85,8 +84,8 @@ void xkv_store_forget_key(xkv_store *store);
 
 /* Open the folders of a store and lock it: alone when nobody else has it open (*alone), else with the others.
  * `exclusive`: fail unless alone, and stay so. What failed is closed again. */
-XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only, bool exclusive,
-                                                 xkv_store *store, bool *alone);
+XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, xkv_store *store,
+                                                 bool *alone);
 void xkv_store_close_folders(xkv_store *store);
 /* LMDB opens its files by name: the folder "index" and the files in it must not be links to somewhere else. Errors: IO
  * [SO5]; CORRUPT [SO4]: there is no index. */

@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -380,7 +381,7 @@ static void link_back(const char *name)
 static void links_are_refused(void **state)
 {
     (void)state;
-    static const char *const names[] = {"store", "lock", "blobs", "tmp", "quarantine", "index", "index/data.mdb"};
+    static const char *const names[] = {"store", "blobs", "tmp", "quarantine", "index", "index/data.mdb"};
     char link[256];
     restore_files();
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
@@ -534,6 +535,32 @@ static void a_lost_lock_file(void **state)
     assert_int_equal(sound_entries(), ENTRIES);
 }
 
+static int remove_file(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)st;
+    (void)ftw;
+    const char *name = strrchr(path, '/') + 1;
+    bool lock =
+        type == FTW_F && strstr(path, "/blobs/") == NULL && strcmp(name, "data.mdb") != 0 && strcmp(name, "store") != 0;
+    return lock ? unlink(path) : 0;
+}
+
+/* Whoever has the store open keeps others from replacing the index, whatever files are deleted. */
+static void locks_survive_their_files(void **state)
+{
+    (void)state;
+    int until;
+    restore_files();
+    pid_t child = other_user(&until);
+    assert_int_equal(nftw(t.path, remove_file, 16, FTW_PHYS), 0);
+    assert_int_equal(xkv_store_repair(t.ctx, t.path, NULL, 0, NULL), XKV_ERROR_IO);
+    assert_non_null(strstr(xkv_ctx_error(t.ctx), "in use"));
+    end_other_user(child, until);
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
+    assert_ok(t.ctx, open_store());
+    assert_int_equal(sound_entries(), ENTRIES);
+}
+
 /* --- One bad blob for each rule ----------------------------------------------------------------------------------- */
 
 typedef struct bad_blob {
@@ -637,6 +664,7 @@ int main(void)
         TEST(folders_of_others_are_refused),
         TEST(a_missing_index_is_not_made_anew),
         TEST(a_lost_lock_file),
+        TEST(locks_survive_their_files),
         TEST(blobs_that_break_a_rule),
         TEST(read_only_stores_are_left_alone),
     };
