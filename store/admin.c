@@ -232,7 +232,7 @@ xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *
 static xkv_status cap_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
     meta->byte_cap = *(const uint64_t *)change->user;
-    return xkv_evict(txn, meta, change->store, 0, &change->removed);
+    return xkv_evict(txn, meta, change, 0);
 }
 
 xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap)
@@ -263,7 +263,7 @@ static xkv_status expire_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 
 static xkv_status evict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
-    return xkv_evict(txn, meta, change->store, 0, &change->removed);
+    return xkv_evict(txn, meta, change, 0);
 }
 
 /* Dictionaries without users; they are few. */

@@ -619,16 +619,17 @@ xkv_status xkv_blob_copy_plain(xkv_ctx *ctx, const xkv_input *plain, const xkv_o
 
 /* --- Removing ----------------------------------------------------------------------------------------------------- */
 
-bool xkv_blob_try_lock(const xkv_folders *folders, const xkv_blob_name *name, int *fd)
+xkv_status xkv_blob_try_lock(xkv_ctx *ctx, const xkv_folders *folders, const xkv_blob_name *name, bool *locked, int *fd)
 {
     *fd = openat(folders->blobs, name->text, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
-    if (*fd < 0)
-        return errno == ENOENT;
-    if (flock(*fd, LOCK_EX | LOCK_NB) == 0)
-        return true;
-    close(*fd);
-    *fd = -1;
-    return false;
+    *locked = *fd < 0 ? errno == ENOENT : flock(*fd, LOCK_EX | LOCK_NB) == 0;
+    if (*fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM)) /* that says nothing about the blob */
+        return xkv_fail_errno(ctx, "open the blob", name->text, errno);
+    if (*fd >= 0 && !*locked) {
+        close(*fd);
+        *fd = -1;
+    }
+    return XKV_OK;
 }
 
 void xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name)

@@ -98,8 +98,10 @@ XKV_MUST_CHECK xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uin
 
 /* --- Removing --- */
 
-/* Lock a blob against readers; false while somebody reads it. *fd is -1 when it is not there. */
-bool xkv_blob_try_lock(const xkv_folders *folders, const xkv_blob_name *name, int *fd);
+/* Lock a blob against readers; *locked is false while somebody reads it, or when it cannot be opened. *fd is -1 when it
+ * is not there. Errors: IO (no descriptor is left). */
+XKV_MUST_CHECK xkv_status xkv_blob_try_lock(xkv_ctx *ctx, const xkv_folders *folders, const xkv_blob_name *name,
+                                            bool *locked, int *fd);
 void xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name);
 /* Move it to the quarantine, which keeps the last eight. */
 void xkv_blob_quarantine(const xkv_folders *folders, const xkv_blob_name *name);

@@ -352,22 +352,38 @@ static xkv_status fail_full(xkv_txn *txn, const xkv_meta *meta, uint64_t bytes)
                     (unsigned long long)bytes, (unsigned long long)meta->byte_cap, (unsigned long long)meta->bytes);
 }
 
-xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t bytes, xkv_removed *r)
+/* Evict one entry unless somebody reads it. */
+static xkv_status evict_one(xkv_txn *txn, xkv_meta *meta, xkv_change *change, const xkv_item *item)
+{
+    const xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
+    xkv_removed *r = &change->removed;
+    bool locked = false;
+    int fd = -1;
+    XKV_TRY(xkv_blob_try_lock(xkv_txn_ctx(txn), &change->store->folders, &name, &locked, &fd));
+    if (!locked)
+        return XKV_OK;
+    XKV_TRY(xkv_entry_remove(txn, meta, item, r, fd));
+    r->evicted++;
+    r->evicted_bytes += item->file_size;
+    meta->evictions++;
+    return XKV_OK;
+}
+
+/* A batch for each transaction, since every evicted blob keeps a descriptor until the commit. */
+xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_change *change, uint64_t bytes)
 {
     xkv_key from = xkv_key_bytes(XKV_TABLE_USED, NULL, 0);
     while (meta->byte_cap > 0 && (bytes > meta->byte_cap || meta->bytes > meta->byte_cap - bytes)) {
         uint64_t used = 0;
         xkv_item item;
-        int fd = -1;
+        change->again = change->removed.evicted == XKV_BATCH;
+        if (change->again)
+            return XKV_OK;
         xkv_status status = bytes > meta->byte_cap ? XKV_ERROR_NOT_FOUND : next_item(txn, &from, &used, &item);
         if (status == XKV_ERROR_NOT_FOUND)
             return bytes > 0 ? fail_full(txn, meta, bytes) : XKV_OK;
         XKV_TRY(status);
-        xkv_blob_name name = xkv_blob_name_of(item.blob, item.id);
-        if (!xkv_blob_try_lock(&store->folders, &name, &fd))
-            continue; /* somebody reads it */
-        XKV_TRY(xkv_entry_remove(txn, meta, &item, r, fd));
-        meta->evictions++;
+        XKV_TRY(evict_one(txn, meta, change, &item));
     }
     return XKV_OK;
 }
@@ -426,7 +442,9 @@ static void add_use(xkv_pending *p, uint64_t id, uint64_t time)
 
 void xkv_pending_take(xkv_store *store, xkv_pending *p)
 {
+    uint64_t now = xkv_store_now(store);
     pthread_mutex_lock(&store->mutex);
+    store->flushed = now;
     *p = store->pending;
     drop_pending(&store->pending);
     pthread_mutex_unlock(&store->mutex);
@@ -450,12 +468,20 @@ void xkv_pending_return(xkv_store *store, const xkv_pending *p)
     pthread_mutex_unlock(&store->mutex);
 }
 
-bool xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time)
+void xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time)
+{
+    pthread_mutex_lock(&store->mutex);
+    add_use(&store->pending, id, time);
+    pthread_mutex_unlock(&store->mutex);
+}
+
+/* Other processes evict by what is written, so that it is not kept for long; nor is every lookup to cost a commit. A
+ * clock that was set back does not stop it. */
+bool xkv_pending_due(xkv_store *store, uint64_t time)
 {
     const uint64_t pause = 5 * 1000 * 1000;
     pthread_mutex_lock(&store->mutex);
-    add_use(&store->pending, id, time);
-    bool due = store->pending.use_count == XKV_USES && (time < store->flushed || time - store->flushed >= pause);
+    bool due = time < store->flushed || time - store->flushed >= pause;
     if (due)
         store->flushed = time;
     pthread_mutex_unlock(&store->mutex);
@@ -506,6 +532,7 @@ static xkv_status run_change(xkv_txn *txn, void *user)
     xkv_meta meta;
     xkv_removed_clear(ctx, &a->change->removed);
     xkv_removed_clear(ctx, &a->change->quarantine);
+    a->change->again = false;
     XKV_TRY(xkv_txn_get_meta(txn, &meta));
     XKV_TRY(xkv_pending_write(txn, &meta, a->pending));
     if (a->change->body != NULL)
@@ -513,11 +540,9 @@ static xkv_status run_change(xkv_txn *txn, void *user)
     return xkv_txn_put_meta(txn, &meta);
 }
 
-xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change)
+static xkv_status change_once(xkv_ctx *ctx, xkv_change *change, xkv_pending *pending)
 {
     xkv_store *store = change->store;
-    xkv_pending *pending = NULL;
-    XKV_TRY(XKV_NEW(ctx, 1, &pending));
     xkv_pending_take(store, pending);
     attempt a = {change, pending};
     xkv_status status = xkv_index_write(ctx, store->index, run_change, &a);
@@ -525,12 +550,24 @@ xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change)
         xkv_pending_return(store, pending);
         xkv_removed_clear(ctx, &change->removed);
         xkv_removed_clear(ctx, &change->quarantine);
-    } else {
-        change->removed_count = change->removed.count;
-        change->removed_bytes = change->removed.bytes;
-        xkv_removed_finish(ctx, store, &change->removed, false);
-        xkv_removed_finish(ctx, store, &change->quarantine, true);
+        return status;
     }
+    change->removed_count += change->removed.count;
+    change->removed_bytes += change->removed.bytes;
+    change->evicted_count += change->removed.evicted;
+    change->evicted_bytes += change->removed.evicted_bytes;
+    xkv_removed_finish(ctx, store, &change->removed, false);
+    xkv_removed_finish(ctx, store, &change->quarantine, true);
+    return XKV_OK;
+}
+
+xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change)
+{
+    xkv_pending *pending = NULL;
+    XKV_TRY(XKV_NEW(ctx, 1, &pending));
+    xkv_status status = change_once(ctx, change, pending);
+    while (status == XKV_OK && change->again)
+        status = change_once(ctx, change, pending);
     xkv_release(ctx, pending);
     return status;
 }

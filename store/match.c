@@ -160,11 +160,13 @@ static xkv_status drop_expired(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 }
 
 /* The blob is gone and the record still there: a removal is under way, or somebody has deleted the file. */
-static bool is_missing(const lookup *l)
+static bool is_missing(xkv_ctx *ctx, const lookup *l)
 {
     xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);
+    bool locked = false;
     int fd = -1;
-    bool locked = xkv_blob_try_lock(&l->store->folders, &name, &fd);
+    if (xkv_blob_try_lock(ctx, &l->store->folders, &name, &locked, &fd) != XKV_OK)
+        return false;
     if (fd >= 0)
         close(fd);
     return locked && fd < 0;
@@ -185,7 +187,7 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
         *again = !l->store->read_only && l->match.id != 0;
         return XKV_OK;
     case XKV_MATCH_GONE:
-        if (is_missing(l))
+        if (is_missing(ctx, l))
             xkv_store_quarantine(ctx, l->store, l->match.id, "its blob is missing");
         *again = true;
         return XKV_OK;
@@ -226,8 +228,9 @@ static void count_outcome(xkv_ctx *ctx, const lookup *l)
         store->pending.misses++;
     }
     pthread_mutex_unlock(&store->mutex);
-    if (m->reason == XKV_MATCH_FOUND && !store->read_only && xkv_pending_use(store, m->id, now) &&
-        xkv_store_flush(ctx, store) != XKV_OK)
+    if (m->reason == XKV_MATCH_FOUND)
+        xkv_pending_use(store, m->id, now);
+    if (!store->read_only && xkv_pending_due(store, now) && xkv_store_flush(ctx, store) != XKV_OK)
         xkv_logf(ctx, XKV_LOG_WARNING, "%s: uses were not recorded: %s", store->path, xkv_ctx_error(ctx));
 }
 

@@ -144,10 +144,11 @@ static xkv_status commit_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
         return XKV_OK;
     XKV_TRY(check_dict(txn, &p->item));
     XKV_TRY(xkv_expire(txn, meta, p->item.created, XKV_BATCH, &change->removed));
-    uint64_t before = change->removed.count, before_bytes = change->removed.bytes;
-    XKV_TRY(xkv_evict(txn, meta, p->store, p->item.file_size, &change->removed));
-    p->report.evicted_entries = (uint32_t)(change->removed.count - before);
-    p->report.evicted_bytes = change->removed.bytes - before_bytes;
+    XKV_TRY(xkv_evict(txn, meta, change, p->item.file_size));
+    if (change->again)
+        return XKV_OK;
+    p->report.evicted_entries = (uint32_t)(change->evicted_count + change->removed.evicted);
+    p->report.evicted_bytes = change->evicted_bytes + change->removed.evicted_bytes;
     p->item.id = meta->next_id++;
     memcpy(p->item.blob, p->writer.hash, 32);
     XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, p->item.id));
@@ -436,11 +437,13 @@ static xkv_status dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     XKV_TRY(find_dict(txn, p));
     if (p->existed && p->record.id != p->bad)
         return XKV_OK;
+    XKV_TRY(xkv_evict(txn, meta, change, p->file_size));
+    if (change->again)
+        return XKV_OK;
     if (p->existed)
         XKV_TRY(xkv_dict_remove(txn, meta, p->id, &p->record, &change->quarantine));
     meta->corrupt += p->existed;
     p->existed = false;
-    XKV_TRY(xkv_evict(txn, meta, p->store, p->file_size, &change->removed));
     uint64_t id = meta->next_id++;
     XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, id));
     return xkv_dict_insert(txn, meta, p->id, id, p->writer.hash, p->file_size);

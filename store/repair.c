@@ -18,12 +18,16 @@ typedef struct repair {
 
 /* --- Folders ------------------------------------------------------------------------------------------------------ */
 
+/* Whatever has the name: if it is a link, only that goes. */
 static void remove_new(int root)
 {
-    static const char *const names[] = {"index.new/data.mdb", "index.new/lock.mdb"};
-    for (size_t i = 0; i < 2; i++)
-        (void)unlinkat(root, names[i], 0);
-    (void)unlinkat(root, "index.new", AT_REMOVEDIR);
+    static const char *const names[] = {"data.mdb", "lock.mdb"};
+    int folder = openat(root, "index.new", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    for (size_t i = 0; folder >= 0 && i < 2; i++)
+        (void)unlinkat(folder, names[i], 0);
+    if (folder >= 0)
+        close(folder);
+    (void)unlinkat(root, "index.new", folder >= 0 ? AT_REMOVEDIR : 0);
 }
 
 static xkv_status make_new(xkv_ctx *ctx, int root)
@@ -227,7 +231,11 @@ static xkv_status put_meta(xkv_txn *txn, void *user)
 static xkv_status begin_new(repair *r, uint64_t byte_cap)
 {
     xkv_meta meta = {0}, fresh = {.next_id = 1, .next_node = 1, .byte_cap = byte_cap};
-    if (open_path(r->ctx, r->store, "index", true, &r->old) != XKV_OK ||
+    bool lock_there;
+    xkv_status status = xkv_store_check_index(r->ctx, r->store->folders.root, &lock_there);
+    if (status == XKV_ERROR_IO)
+        return status;
+    if (status != XKV_OK || open_path(r->ctx, r->store, "index", true, &r->old) != XKV_OK ||
         xkv_index_read(r->ctx, r->old, get_meta, &meta) != XKV_OK) {
         xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: the old index cannot be read: %s", r->store->path,
                  xkv_ctx_error(r->ctx));
@@ -272,6 +280,8 @@ static xkv_status compact(repair *r)
     xkv_meta meta;
     size_t size = strlen(r->store->path) + 32;
     char *path = NULL;
+    bool lock_there;
+    XKV_TRY(xkv_store_check_index(r->ctx, r->store->folders.root, &lock_there));
     XKV_TRY(open_path(r->ctx, r->store, "index", true, &r->old));
     XKV_TRY(xkv_index_read(r->ctx, r->old, get_meta, &meta));
     XKV_TRY(make_new(r->ctx, r->store->folders.root));
@@ -287,7 +297,7 @@ static xkv_status run(repair *r, const char *path, const uint8_t *key, int compa
 {
     uint64_t byte_cap = 0;
     bool alone = false;
-    XKV_TRY(xkv_store_open_folders(r->ctx, path, false, true, r->store, &alone));
+    XKV_TRY(xkv_store_open_folders(r->ctx, path, true, r->store, &alone));
     byte_cap = r->store->properties.byte_cap;
     XKV_TRY(xkv_store_take_key(r->ctx, r->store, key));
     xkv_status status = compact_only ? compact(r) : rebuild(r, byte_cap);

@@ -241,55 +241,59 @@ static xkv_status open_folder(xkv_ctx *ctx, int at, const char *name, int *fd)
     return XKV_OK;
 }
 
-/* LMDB opens its files by name; they must not be links to somewhere else. */
-static xkv_status check_index_folder(xkv_ctx *ctx, int root, bool *lock_there)
+/* Whether the folder of the index has this file, and that it is a file. */
+static xkv_status check_index_file(xkv_ctx *ctx, int folder, const char *name, bool *there, uint64_t *size)
 {
-    static const char *const names[] = {"data.mdb", "lock.mdb"};
     struct stat st;
+    *there = fstatat(folder, name, &st, AT_SYMLINK_NOFOLLOW) == 0;
+    if (*there && !S_ISREG(st.st_mode))
+        return xkv_fail(ctx, XKV_ERROR_IO, "index/%s is not a regular file [SO5]", name);
+    *size = *there ? (uint64_t)st.st_size : 0;
+    return XKV_OK;
+}
+
+xkv_status xkv_store_check_index(xkv_ctx *ctx, int root, bool *lock_there)
+{
+    struct stat st;
+    uint64_t size = 0, lock_size;
+    bool there;
     int folder = -1;
-    xkv_status status = open_folder(ctx, root, "index", &folder);
-    for (size_t i = 0; status == XKV_OK && i < 2; i++) {
-        bool there = fstatat(folder, names[i], &st, AT_SYMLINK_NOFOLLOW) == 0;
-        if (there && !S_ISREG(st.st_mode))
-            status = xkv_fail(ctx, XKV_ERROR_IO, "index/%s is not a regular file [SO5]", names[i]);
-        else if (i == 0 && (!there || st.st_size == 0))
-            status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "the index is missing: repair rebuilds it from the blobs [SO4]");
-        if (i == 1)
-            *lock_there = there;
-    }
+    *lock_there = false;
+    xkv_status status = XKV_OK;
+    if (fstatat(root, "index", &st, AT_SYMLINK_NOFOLLOW) == 0 || errno != ENOENT)
+        status = open_folder(ctx, root, "index", &folder);
+    if (status == XKV_OK && folder >= 0)
+        status = check_index_file(ctx, folder, "data.mdb", &there, &size);
+    if (status == XKV_OK && folder >= 0)
+        status = check_index_file(ctx, folder, "lock.mdb", lock_there, &lock_size);
+    if (status == XKV_OK && size == 0)
+        status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "the index is missing: repair rebuilds it from the blobs [SO4]");
     if (folder >= 0)
         close(folder);
     return status;
 }
 
 /* Whoever is alone may make LMDB's lock file anew, or replace the index; so a store is first locked alone, if that is
- * possible, and then with the others. */
-static xkv_status take_lock(xkv_ctx *ctx, xkv_store *store, bool read_only, bool exclusive, bool *alone)
+ * possible, and then with the others. The folder itself is locked: a file in it could get lost. */
+static xkv_status take_lock(xkv_ctx *ctx, xkv_store *store, bool exclusive, bool *alone)
 {
     const struct timespec wait = {0, LOCK_WAIT};
-    int flags = read_only ? O_RDONLY : O_RDWR | O_CREAT;
-    store->lock = openat(store->folders.root, "lock", flags | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600);
     *alone = false;
-    if (store->lock < 0 && read_only && errno == ENOENT)
-        return XKV_OK;
-    if (store->lock < 0)
-        return xkv_fail_errno(ctx, "open the lock file of", store->path, errno);
     for (int attempt = 0; attempt < LOCK_ATTEMPTS; attempt++) {
-        if (flock(store->lock, LOCK_EX | LOCK_NB) == 0) {
+        if (flock(store->folders.root, LOCK_EX | LOCK_NB) == 0) {
             *alone = true;
             return XKV_OK;
         }
         if (exclusive)
             return xkv_fail(ctx, XKV_ERROR_IO, "%s is in use", store->path);
-        if (flock(store->lock, LOCK_SH | LOCK_NB) == 0)
+        if (flock(store->folders.root, LOCK_SH | LOCK_NB) == 0)
             return XKV_OK;
         nanosleep(&wait, NULL); /* somebody is opening or repairing it */
     }
     return xkv_fail(ctx, XKV_ERROR_IO, "%s is locked, perhaps for a repair", store->path);
 }
 
-xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only, bool exclusive, xkv_store *store,
-                                  bool *alone)
+xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, xkv_store *store, bool *alone)
 {
     struct stat st;
     xkv_folders *f = &store->folders;
@@ -302,7 +306,7 @@ xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only
     XKV_TRY(open_folder(ctx, f->root, "blobs", &f->blobs));
     XKV_TRY(open_folder(ctx, f->root, "tmp", &f->temp));
     XKV_TRY(open_folder(ctx, f->root, "quarantine", &f->quarantine));
-    return take_lock(ctx, store, read_only, exclusive, alone);
+    return take_lock(ctx, store, exclusive, alone);
 }
 
 static void close_fd(int *fd)
@@ -318,7 +322,6 @@ void xkv_store_close_folders(xkv_store *store)
     close_fd(&store->folders.temp);
     close_fd(&store->folders.blobs);
     close_fd(&store->folders.root);
-    close_fd(&store->lock);
 }
 
 xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_store **store_p)
@@ -328,7 +331,6 @@ xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_store **store_p)
     XKV_TRY(xkv_alloc_zero(ctx, 1, sizeof *store + size, (void **)&store));
     memcpy(store->path, path, size);
     store->folders = (xkv_folders){-1, -1, -1, -1};
-    store->lock = -1;
     store->pid = getpid();
     store->clock = system_clock;
     *store_p = store;
@@ -425,7 +427,9 @@ xkv_status xkv_store_is_orphan(xkv_ctx *ctx, xkv_store *store, const char *name,
     if (!is_name || k.found)
         return XKV_OK;
     xkv_blob_name blob = xkv_blob_name_of(k.hash, k.id);
-    if (!xkv_blob_try_lock(&store->folders, &blob, &fd) || fd < 0)
+    bool locked = false;
+    XKV_TRY(xkv_blob_try_lock(ctx, &store->folders, &blob, &locked, &fd));
+    if (fd < 0)
         return XKV_OK;
     xkv_status status = is_known(&t, name, true, &k, &is_name);
     *orphan = status == XKV_OK && !k.found;
@@ -485,13 +489,14 @@ xkv_status xkv_store_tidy(xkv_ctx *ctx, xkv_store *store, uint64_t *leftovers)
 
 /* --- Opening ------------------------------------------------------------------------------------------------------ */
 
-/* True, with the store in the list, unless its folder is in the list already. */
+/* True, with the store in the list, unless its folder is in the list already. Stores that were open before fork() do
+ * not count: the child has none of their locks, and cannot use them. */
 static bool register_store(xkv_store *store)
 {
     bool fresh = true;
     pthread_mutex_lock(&open_mutex);
     for (const xkv_store *s = open_stores; s != NULL; s = s->next)
-        fresh = fresh && (s->device != store->device || s->inode != store->inode);
+        fresh = fresh && (s->pid != store->pid || s->device != store->device || s->inode != store->inode);
     if (fresh) {
         store->next = open_stores;
         open_stores = store;
@@ -525,7 +530,7 @@ static xkv_status open_index(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
     bool lock_there = false;
     char *path = NULL;
     xkv_meta meta;
-    XKV_TRY(check_index_folder(ctx, store->folders.root, &lock_there));
+    XKV_TRY(xkv_store_check_index(ctx, store->folders.root, &lock_there));
     if (!lock_there && !alone && !store->read_only)
         return xkv_fail(ctx, XKV_ERROR_IO, "index/lock.mdb was removed while the store is in use: close it everywhere");
     XKV_TRY(join_path(ctx, store->path, "index", &path));
@@ -543,12 +548,12 @@ static xkv_status open_store(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
 {
     bool alone = false;
     uint64_t leftovers = 0;
-    XKV_TRY(xkv_store_open_folders(ctx, store->path, store->read_only, false, store, &alone));
+    XKV_TRY(xkv_store_open_folders(ctx, store->path, false, store, &alone));
     XKV_TRY(xkv_store_take_key(ctx, store, o->key));
     if (!register_store(store))
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "%s is already open in this process", store->path);
     XKV_TRY(open_index(ctx, store, o, alone));
-    if (alone && flock(store->lock, LOCK_SH | LOCK_NB) != 0)
+    if (alone && flock(store->folders.root, LOCK_SH | LOCK_NB) != 0)
         return xkv_fail_errno(ctx, "lock", store->path, errno);
     XKV_TRY(xkv_ctx_create(NULL, &store->own));
     if (store->read_only)
@@ -592,6 +597,7 @@ xkv_status xkv_store_open(xkv_ctx *ctx, const char *path, const xkv_store_option
         store->clock = o.clock;
         store->clock_user = o.clock_user;
     }
+    store->flushed = xkv_store_now(store);
     store->read_only =
         o.access == XKV_STORE_READ_ONLY || (o.access == XKV_STORE_AUTO && on_read_only_file_system(path));
     xkv_status status = pthread_mutex_init(&store->mutex, NULL) == 0 ? XKV_OK : XKV_ERROR_MEMORY;

@@ -45,8 +45,7 @@ typedef struct xkv_properties {
 
 struct xkv_store {
     xkv_properties properties;
-    xkv_folders folders;
-    int lock; /* descriptor of the lock file, locked as long as the store is open */
+    xkv_folders folders; /* the root is locked as long as the store is open */
     xkv_index *index;
     bool read_only;
     const uint8_t *key; /* NULL: not encrypted; else key_bytes */
@@ -60,7 +59,7 @@ struct xkv_store {
 
     pthread_mutex_t mutex; /* of all below */
     xkv_pending pending;
-    uint64_t flushed; /* when uses were last written because there were too many */
+    uint64_t flushed; /* when what was pending was last written */
     xkv_ctx *own;     /* dictionaries belong to it */
     xkv_cached_dict dicts[XKV_DICT_CACHE];
     uint64_t dict_clock;
@@ -85,16 +84,22 @@ void xkv_store_forget_key(xkv_store *store);
 
 /* Open the folders of a store and lock it: alone when nobody else has it open (*alone), else with the others.
  * `exclusive`: fail unless alone, and stay so. What failed is closed again. */
-XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool read_only, bool exclusive,
-                                                 xkv_store *store, bool *alone);
+XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, xkv_store *store,
+                                                 bool *alone);
 void xkv_store_close_folders(xkv_store *store);
+/* LMDB opens its files by name: the folder "index" and the files in it must not be links to somewhere else. Errors: IO
+ * [SO5]; CORRUPT [SO4]: there is no index. */
+XKV_MUST_CHECK xkv_status xkv_store_check_index(xkv_ctx *ctx, int root, bool *lock_there);
 XKV_MUST_CHECK xkv_status xkv_store_alloc(xkv_ctx *ctx, const char *path, xkv_store **store_p);
 
 /* --- entries.c: inside a write transaction --- */
 
+struct xkv_change;
+
 /* Entries and dictionaries that were removed from the index in a transaction, and whose blobs go after its commit. */
 typedef struct xkv_removed {
     uint64_t count, bytes, capacity;
+    uint64_t evicted, evicted_bytes; /* of them, by xkv_evict() */
     struct xkv_removed_blob {
         uint64_t id;
         int fd; /* locked against readers; -1: not */
@@ -123,9 +128,10 @@ XKV_MUST_CHECK xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const ui
                                           const uint8_t hash[32], uint64_t file_size);
 XKV_MUST_CHECK xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16],
                                           const xkv_dict_record *dict, xkv_removed *r);
-/* Evict, oldest first, until `bytes` more fit under the cap. When too much is pinned or being read: LIMIT, and for 0
- * bytes as far as it goes. */
-XKV_MUST_CHECK xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_store *store, uint64_t bytes, xkv_removed *r);
+/* Evict, oldest first, until `bytes` more fit under the cap, or a batch has gone: then change->again is set, and the
+ * body has nothing more to do in this transaction. When too much is pinned or being read: LIMIT, and for 0 bytes as far
+ * as it goes. */
+XKV_MUST_CHECK xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, struct xkv_change *change, uint64_t bytes);
 /* Remove what expired before `now`, up to `most` entries. */
 XKV_MUST_CHECK xkv_status xkv_expire(xkv_txn *txn, xkv_meta *meta, uint64_t now, uint64_t most, xkv_removed *r);
 /* Change an entry's time of use, pin or expiry, with the records that follow from them. */
@@ -139,20 +145,24 @@ void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash
 void xkv_pending_take(xkv_store *store, xkv_pending *p);
 void xkv_pending_return(xkv_store *store, const xkv_pending *p);
 XKV_MUST_CHECK xkv_status xkv_pending_write(xkv_txn *txn, xkv_meta *meta, const xkv_pending *p);
-/* Note a use; true when it is time to write: there are many, and it is a while since the last time. */
-bool xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time);
+/* Note a use. */
+void xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time);
+/* True, once, when it is time to write what is pending: it is a while since the last time. */
+bool xkv_pending_due(xkv_store *store, uint64_t time);
 /* Write what is pending in a transaction of its own. */
 XKV_MUST_CHECK xkv_status xkv_store_flush(xkv_ctx *ctx, xkv_store *store);
 
 /* A change of the index: `body` gets the META record, which is written back after it. Pending uses go along, blobs of
- * what was removed are deleted after the commit. */
+ * what was removed are deleted after the commit. A body that sets `again` runs once more, in another transaction. */
 typedef struct xkv_change {
     xkv_store *store;
     xkv_status (*body)(xkv_txn *txn, xkv_meta *meta, struct xkv_change *change);
     void *user;
     xkv_removed removed;                   /* deleted after the commit */
     xkv_removed quarantine;                /* moved to the quarantine after it */
-    uint64_t removed_count, removed_bytes; /* of `removed`, set by the commit */
+    bool again;                            /* false whenever the body begins */
+    uint64_t removed_count, removed_bytes; /* of `removed`, added up by the commits */
+    uint64_t evicted_count, evicted_bytes; /* the same */
 } xkv_change;
 XKV_MUST_CHECK xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change);
 

@@ -173,7 +173,7 @@ typedef struct xkv_put_report {
     uint32_t existed; /* non-zero: the very prompt was stored already; its use, pin and ttl were renewed, no more */
     uint32_t tokens;
     uint64_t bytes;           /* of the blob */
-    uint32_t evicted_entries; /* to make room */
+    uint32_t evicted_entries; /* to make room; a put that fails may have evicted some, too */
     uint64_t evicted_bytes;   /* of them */
     xkv_pack_report pack;     /* xkv_store_put_planes() that packed; else zero */
 } xkv_put_report;
@@ -343,8 +343,8 @@ typedef struct xkv_repair_report {
 
 /* Rebuild the index of the store at `path` from its blobs; entries whose dictionary is damaged or missing are kept, and
  * are found again once it is put. With `compact_only` copy a sound index without its free pages instead. The store must
- * not be open anywhere. `key`: as for opening. A failure leaves the old index as it was. Errors: IO (also: in use),
- * FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
+ * not be open anywhere. `key`: as for opening. A failure leaves the old index as it was. Errors: IO (also: in use;
+ * symbolic links, which are removed by hand), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
                                                    xkv_repair_report *report);
 

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -371,6 +372,50 @@ static void pinned_and_read_entries_stay(void **state)
     assert_sound(2);
 }
 
+/* This process may have so many descriptors more than it has; those it could have before. */
+static struct rlimit allow_descriptors(uint32_t more)
+{
+    struct rlimit before, limit;
+    int next = dup(STDERR_FILENO);
+    assert_true(next >= 0);
+    close(next);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    limit = before;
+    limit.rlim_cur = (rlim_t)next + more;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    return before;
+}
+
+/* Every evicted blob is held until the commit, and there are more of them than a process has descriptors. */
+static void many_are_evicted_with_few_descriptors(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_put_report report;
+    int32_t tokens[2000];
+    for (int32_t i = 0; i < 300; i++)
+        put(&ns, &i, 1);
+    const uint64_t each = stats().bytes / 300;
+    struct rlimit before = allow_descriptors(0);
+    assert_int_equal(xkv_store_set_cap(t.ctx, t.store, 10 * each), XKV_ERROR_IO);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_int_equal(stats().byte_cap, 0);
+    assert_int_equal(stats().entries, 300);
+    allow_descriptors(100);
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 150 * each));
+    assert_true(stats().bytes <= 150 * each);
+    make_tokens(300, 50000, tokens, 2000);
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, stats().bytes));
+    uint64_t left = stats().entries, evictions = stats().evictions;
+    assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, 2000, NULL, &report));
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_true(report.evicted_entries > 64); /* so that it took several transactions */
+    assert_int_equal(report.evicted_entries, left + 1 - stats().entries);
+    assert_int_equal(report.evicted_entries, stats().evictions - evictions);
+    assert_true(stats().bytes <= stats().byte_cap);
+    assert_sound(stats().entries);
+}
+
 static void expired_entries_are_misses(void **state)
 {
     (void)state;
@@ -441,6 +486,63 @@ static void a_store_is_opened_once(void **state)
     reopen_store(&t);
 }
 
+/* Put the prompt in a child that opens the store for itself. */
+static void put_in_child(const xkv_namespace *ns, uint64_t number, const xkv_store_options *o)
+{
+    int32_t tokens[50];
+    xkv_ctx *ctx = NULL;
+    xkv_store *store = NULL;
+    int status;
+    make_tokens(number, 50000, tokens, 50);
+    fflush(NULL);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        bool done = xkv_ctx_create(NULL, &ctx) == XKV_OK && xkv_store_open(ctx, t.path, o, &store) == XKV_OK &&
+                    put_rows(ctx, store, ns, tokens, 50, NULL, NULL) == XKV_OK;
+        if (!done)
+            fprintf(stderr, "%s\n", xkv_ctx_error(ctx));
+        xkv_store_close(ctx, store);
+        _exit(done ? 0 : 1);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
+static void a_child_opens_it_for_itself(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    put_numbered(&ns, 0, NULL);
+    put_in_child(&ns, 1, NULL);
+    assert_int_equal(match_numbered(&ns, 0), XKV_MATCH_FOUND);
+    assert_int_equal(match_numbered(&ns, 1), XKV_MATCH_FOUND);
+    assert_sound(2);
+}
+
+/* Uses and counters are written while the store stays open, for the eviction of others. */
+static void uses_reach_other_processes(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_store_options o = xkv_store_options_default();
+    o.clock = test_clock;
+    open_at(1);
+    put_numbered(&ns, 0, NULL);
+    uint64_t each = stats().bytes;
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 2 * each + each / 2));
+    test_time += 1000;
+    put_numbered(&ns, 1, NULL);
+    test_time += 1000;
+    assert_int_equal(match_numbered(&ns, 0), XKV_MATCH_FOUND);
+    test_time += 5000000;
+    assert_int_equal(match_numbered(&ns, 5), XKV_MATCH_NONE); /* a miss writes it, too */
+    put_in_child(&ns, 2, &o);
+    assert_int_equal(match_numbered(&ns, 0), XKV_MATCH_FOUND);
+    assert_int_equal(match_numbered(&ns, 1), XKV_MATCH_NONE);
+    assert_int_equal(stats().evictions, 1);
+}
+
 /* An index that outgrows its map again and again, here and in another process. */
 static void the_map_grows(void **state)
 {
@@ -483,11 +585,11 @@ static void modes_are_private(void **state)
 {
     (void)state;
     const xkv_namespace ns = make_namespace(NULL);
-    static const char *const names[] = {"store", "index/data.mdb", "index/lock.mdb", "lock"};
+    static const char *const names[] = {"store", "index/data.mdb", "index/lock.mdb"};
     char path[128];
     struct stat st;
     put_numbered(&ns, 0, NULL);
-    for (size_t i = 0; i < 4; i++) {
+    for (size_t i = 0; i < 3; i++) {
         snprintf(path, sizeof path, "%s/%s", t.path, names[i]);
         assert_int_equal(stat(path, &st), 0);
         assert_int_equal(st.st_mode & 0777, 0600);
@@ -607,10 +709,13 @@ int main(void)
         TEST(many_of_a_namespace_go),
         TEST(least_recently_used_goes_first),
         TEST(pinned_and_read_entries_stay),
+        TEST(many_are_evicted_with_few_descriptors),
         TEST(expired_entries_are_misses),
         TEST(counters_survive),
         TEST(asking_counts_nothing),
         TEST(a_store_is_opened_once),
+        TEST(a_child_opens_it_for_itself),
+        TEST(uses_reach_other_processes),
         TEST(the_map_grows),
         TEST(modes_are_private),
         TEST(repair_rebuilds_the_index),

@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -380,7 +381,7 @@ static void link_back(const char *name)
 static void links_are_refused(void **state)
 {
     (void)state;
-    static const char *const names[] = {"store", "lock", "blobs", "tmp", "quarantine", "index", "index/data.mdb"};
+    static const char *const names[] = {"store", "blobs", "tmp", "quarantine", "index", "index/data.mdb"};
     char link[256];
     restore_files();
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
@@ -394,6 +395,62 @@ static void links_are_refused(void **state)
     link_away(saved[2].name); /* a blob */
     assert_ok(t.ctx, open_store());
     assert_int_equal(sound_entries(), ENTRIES - 1);
+}
+
+/* A folder beside the store with files that LMDB would take for its own. */
+static void check_link(const char *name, const char *target)
+{
+    static const char *const others[] = {"data.mdb", "lock.mdb"};
+    char folder[256], path[300], link[256];
+    struct stat st;
+    snprintf(folder, sizeof folder, "%s/other", t.folder);
+    assert_int_equal(mkdir(folder, 0700), 0);
+    for (size_t i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, others[i]);
+        int fd = open(path, O_WRONLY | O_CREAT, 0600);
+        assert_true(fd >= 0);
+        assert_int_equal(pwrite(fd, "precious", 8, 0), 8);
+        close(fd);
+    }
+    snprintf(path, sizeof path, "%s/%s", folder, target);
+    full_path(name, link);
+    assert_int_equal(symlink(path, link), 0);
+    bool is_new = strcmp(name, "index.new") == 0; /* what nobody needs goes */
+    for (int compact = 0; compact < 2; compact++) {
+        xkv_status status = xkv_store_repair(t.ctx, t.path, NULL, compact, NULL);
+        assert_int_equal(status, is_new ? XKV_OK : XKV_ERROR_IO);
+    }
+    assert_int_equal(open_store(), is_new ? XKV_OK : XKV_ERROR_IO);
+    close_store();
+    for (size_t i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, others[i]);
+        assert_int_equal(lstat(path, &st), 0);
+        assert_int_equal(st.st_size, 8);
+        assert_int_equal(unlink(path), 0);
+    }
+    assert_int_equal(rmdir(folder), 0);
+    if (!is_new)
+        assert_int_equal(unlink(link), 0);
+}
+
+static void repair_follows_no_links(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"index/data.mdb", "index/lock.mdb", "index"};
+    char path[256], away[256];
+    restore_files();
+    assert_ok(t.ctx, open_store()); /* with a lock file */
+    close_store();
+    check_link("index.new", ".");
+    snprintf(away, sizeof away, "%s/away", t.folder);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        full_path(names[i], path);
+        assert_int_equal(rename(path, away), 0);
+        check_link(names[i], i < 2 ? names[i] + 6 : ".");
+        assert_int_equal(rename(away, path), 0);
+    }
+    assert_ok(t.ctx, open_store());
+    assert_int_equal(sound_entries(), ENTRIES);
 }
 
 static void folders_of_others_are_refused(void **state)
@@ -474,6 +531,32 @@ static void a_lost_lock_file(void **state)
     assert_int_equal(unlink(path), 0);
     assert_refused(XKV_ERROR_IO, "index/lock.mdb was removed while the store is in use");
     end_other_user(child, until);
+    assert_ok(t.ctx, open_store());
+    assert_int_equal(sound_entries(), ENTRIES);
+}
+
+static int remove_file(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)st;
+    (void)ftw;
+    const char *name = strrchr(path, '/') + 1;
+    bool lock =
+        type == FTW_F && strstr(path, "/blobs/") == NULL && strcmp(name, "data.mdb") != 0 && strcmp(name, "store") != 0;
+    return lock ? unlink(path) : 0;
+}
+
+/* Whoever has the store open keeps others from replacing the index, whatever files are deleted. */
+static void locks_survive_their_files(void **state)
+{
+    (void)state;
+    int until;
+    restore_files();
+    pid_t child = other_user(&until);
+    assert_int_equal(nftw(t.path, remove_file, 16, FTW_PHYS), 0);
+    assert_int_equal(xkv_store_repair(t.ctx, t.path, NULL, 0, NULL), XKV_ERROR_IO);
+    assert_non_null(strstr(xkv_ctx_error(t.ctx), "in use"));
+    end_other_user(child, until);
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
     assert_ok(t.ctx, open_store());
     assert_int_equal(sound_entries(), ENTRIES);
 }
@@ -577,9 +660,11 @@ int main(void)
         TEST(a_wrong_bit_in_the_index),
         TEST(bad_properties),
         TEST(links_are_refused),
+        TEST(repair_follows_no_links),
         TEST(folders_of_others_are_refused),
         TEST(a_missing_index_is_not_made_anew),
         TEST(a_lost_lock_file),
+        TEST(locks_survive_their_files),
         TEST(blobs_that_break_a_rule),
         TEST(read_only_stores_are_left_alone),
     };
