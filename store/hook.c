@@ -231,6 +231,8 @@ static uint64_t *match_counter(xkv_hook_counters *c, uint32_t reason)
         return &c->misses_corrupt;
     case XKV_MATCH_GONE:
         return &c->misses_gone;
+    case XKV_MATCH_NEWER:
+        return &c->misses_newer;
     case XKV_HOOK_DECLINED:
         return &c->matches_declined;
     default:
@@ -400,7 +402,8 @@ typedef struct load {
 
 static bool is_damage(xkv_status status)
 {
-    return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED;
+    return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED && status != XKV_ERROR_VERSION &&
+           status != XKV_ERROR_FEATURE;
 }
 
 /* Open the entry once for all loads of the hit. */

@@ -14,7 +14,7 @@ struct xkv_hit {
     int fd;          /* of the blob; its lock keeps it from eviction */
     bool look_only;  /* nothing goes into quarantine */
     bool rejected;
-    bool lacks_dict;              /* it could not be opened because of its dictionary, not because of itself */
+    bool spared; /* it could not be opened for want of its dictionary or of a newer program: it is not to blame */
     xkv_input raw, file, payload; /* the blob as it lies there, decrypted, the entry in it */
     xkv_sealed sealed;
     xkv_window window;
@@ -189,6 +189,8 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
             xkv_store_quarantine(ctx, l->store, l->match.id, "its blob is missing");
         *again = true;
         return XKV_OK;
+    case XKV_MATCH_NEWER:
+        return XKV_OK;
     default:
         return status;
     }
@@ -252,6 +254,8 @@ static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, uint64_t now
         status = examine(ctx, l, fd);
     if (xkv_is_damage(status))
         l->match.reason = XKV_MATCH_CORRUPT;
+    else if (xkv_is_newer(status))
+        l->match.reason = XKV_MATCH_NEWER;
     else if (status == XKV_OK && l->match.tokens < l->min_tokens)
         l->match.reason = XKV_MATCH_SHORT;
     if (status == XKV_OK && l->match.reason == XKV_MATCH_FOUND)
@@ -525,9 +529,20 @@ static xkv_status open_entry(xkv_ctx *ctx, xkv_hit *hit)
     if (!info.needs_dict)
         return XKV_OK;
     xkv_status status = xkv_store_use_dict(ctx, hit->store, info.dictionary_id, hit->look_only, &hit->dict);
-    hit->lacks_dict = status != XKV_OK;
+    hit->spared = status != XKV_OK;
     XKV_TRY(status);
     return xkv_entry_attach(ctx, hit->entry, hit->dict->dict);
+}
+
+/* A payload that asks for a newer program and is not what was written is damaged. */
+static xkv_status check_newer(xkv_ctx *ctx, xkv_hit *hit, xkv_status status)
+{
+    uint8_t hash[32];
+    XKV_TRY(xkv_blob_hash(ctx, &hit->raw, hash));
+    if (memcmp(hash, hit->item.blob, 32) != 0)
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    hit->spared = true;
+    return status;
 }
 
 xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
@@ -535,6 +550,8 @@ xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
     XKV_TRY(xkv_store_begin(ctx, hit->store));
     if (hit->entry == NULL) {
         xkv_status status = open_entry(ctx, hit);
+        if (xkv_is_newer(status) && !hit->spared)
+            status = check_newer(ctx, hit, status);
         if (status != XKV_OK) {
             xkv_entry_close(ctx, hit->entry);
             xkv_store_leave_dict(hit->store, hit->dict);
@@ -572,7 +589,7 @@ xkv_status xkv_hit_read(xkv_ctx *ctx, xkv_hit *hit, const xkv_read_options *opti
 
 void xkv_hit_reject(xkv_ctx *ctx, xkv_hit *hit)
 {
-    if (hit->rejected || hit->lacks_dict || hit->look_only)
+    if (hit->rejected || hit->spared || hit->look_only)
         return;
     hit->rejected = true;
     xkv_store_quarantine(ctx, hit->store, hit->item.id, xkv_ctx_error(ctx));

@@ -158,6 +158,8 @@ XKV_MUST_CHECK xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change);
 
 /* Errors that mean: these bytes are not what was written. */
 bool xkv_is_damage(xkv_status status);
+/* Those that mean: a newer program wrote them, and can read them. */
+bool xkv_is_newer(xkv_status status);
 
 /* Put entry `id` into quarantine, count and log it. Failures are logged. */
 void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why);

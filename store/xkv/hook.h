@@ -170,12 +170,13 @@ static inline xkv_hook_load_options xkv_hook_load_options_default(void)
  *   - the rows of all other groups are undefined: untouched, old and new ones mixed;
  *   - hence the asked tokens as a whole are not in the cache. With ARGUMENT, UNSUPPORTED and MISMATCH no view was
  *     touched.
- * An entry that turns out damaged (FORMAT .. TRUNCATED) goes into quarantine: no match finds it again; loads of it that
- * run at the same time fail as well, or give right rows. Other failures leave it in the store.
+ * An entry that turns out damaged (FORMAT, CORRUPT, CHECKSUM, TRUNCATED) goes into quarantine: no match finds it again;
+ * loads of it that run at the same time fail as well, or give right rows. Other failures leave it in the store.
  *
- * Errors: ARGUMENT (range, views), UNSUPPORTED (other positions than the entry's), MISMATCH (geometry; the entry's
- * dictionary is gone, missing or damaged: then no match finds the entry until it is put again), CORRUPT (also: an
- * earlier load of this hit found it damaged), CHECKSUM, TRUNCATED, CANCELLED, LIMIT, MEMORY, IO, BACKEND. */
+ * Errors: ARGUMENT (range, views), VERSION and FEATURE (only a newer program can read it), UNSUPPORTED (other positions
+ * than the entry's), MISMATCH (geometry; the entry's dictionary is gone, missing or damaged: then no match finds the
+ * entry until it is put again), CORRUPT (also: an earlier load of this hit found it damaged), CHECKSUM, TRUNCATED,
+ * CANCELLED, LIMIT, MEMORY, IO, BACKEND. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hook_load(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_geometry *geometry,
                                                 const xkv_view *views, const xkv_hook_load_options *options);
 
@@ -241,7 +242,7 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_hook_flush(xkv_ctx *ctx, xkv_hook *hook, u
 typedef struct xkv_hook_counters {
     /* Matches; each call adds 1 to one of these. */
     uint64_t matches_found, matches_declined;
-    uint64_t misses_none, misses_short, misses_expired, misses_no_dictionary, misses_corrupt, misses_gone;
+    uint64_t misses_none, misses_short, misses_expired, misses_no_dictionary, misses_corrupt, misses_gone, misses_newer;
     uint64_t matches_failed; /* an error was returned */
     uint64_t found_tokens;   /* reusable, over all found */
     double match_seconds;
