@@ -39,12 +39,18 @@ static xkv_status check_names(xkv_ctx *ctx, const xkv_put_options *o, uint32_t t
     return XKV_OK;
 }
 
+static xkv_status check_rows(xkv_ctx *ctx, const xkv_geometry *g)
+{
+    return g->plane_count > 0 && g->token_count > 0
+               ? XKV_OK
+               : xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
+                          "the entry holds no rows of tokens: only its whole would be of use");
+}
+
 /* The prompt must be that of the entry: not more tokens than rows, and the same where the entry knows them. */
 static xkv_status check_prompt(xkv_ctx *ctx, const xkv_geometry *g, const xkv_prompt *prompt)
 {
-    if (g->plane_count == 0 || g->token_count == 0)
-        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
-                        "the entry holds no rows of tokens: only its whole would be of use");
+    XKV_TRY(check_rows(ctx, g));
     if (prompt->token_count > g->token_count)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the prompt has %u tokens, the entry %u rows", prompt->token_count,
                         g->token_count);
@@ -364,6 +370,27 @@ static xkv_status verify_foreign(xkv_ctx *ctx, xkv_store *store, xkv_entry *entr
     return status;
 }
 
+/* The same checks as for a prompt that is put. */
+static xkv_status check_foreign(xkv_ctx *ctx, const xkv_geometry *g, const xkv_symbols *symbols)
+{
+    uint32_t token = 0;
+    XKV_TRY(check_rows(ctx, g));
+    if (g->token_count < symbols->tokens)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
+    for (uint32_t i = 0; i < symbols->count && token < g->token_id_count;) {
+        if (symbols->data[i] == XKV_MEDIA_MARKER) {
+            i += XKV_MEDIA_SYMBOLS;
+            continue;
+        }
+        if (symbols->data[i] != (uint32_t)g->token_ids[token])
+            return xkv_fail(ctx, XKV_ERROR_MISMATCH, "token %u of the prompt is %u, in the entry %d", token,
+                            symbols->data[i], (int)g->token_ids[token]);
+        token++;
+        i++;
+    }
+    return XKV_OK;
+}
+
 static xkv_status import_opened(xkv_ctx *ctx, put *p, const xkv_blob_head *head, const uint32_t *list,
                                 const xkv_input *payload)
 {
@@ -375,9 +402,9 @@ static xkv_status import_opened(xkv_ctx *ctx, put *p, const xkv_blob_head *head,
     note_prompt(p, &ns, &symbols);
     note_entry(entry, &p->item);
     p->item.expires = head->expires;
-    bool rows = xkv_entry_geometry(entry)->token_count >= head->tokens;
-    xkv_status status = rows ? verify_foreign(ctx, p->store, entry)
-                             : xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
+    xkv_status status = check_foreign(ctx, xkv_entry_geometry(entry), &symbols);
+    if (status == XKV_OK)
+        status = verify_foreign(ctx, p->store, entry);
     xkv_entry_close(ctx, entry);
     XKV_TRY(status);
     XKV_TRY(try_existing(ctx, p));

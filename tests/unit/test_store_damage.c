@@ -589,6 +589,36 @@ static void blobs_of_a_newer_program_stay(void **state)
     }
 }
 
+/* An exported file whose tokens are not those that its entry knows, though all checksums are right. */
+static void changed_tokens_are_not_imported(void **state)
+{
+    (void)state;
+    int32_t tokens[SIZE];
+    xkv_put_report report;
+    memory m = {0};
+    const xkv_output output = memory_output(&m);
+    restore_files();
+    assert_ok(t.ctx, open_store());
+    make_tokens(99, 50000, tokens, SIZE);
+    rows *r = make_rows(tokens, SIZE);
+    r->geometry.token_ids = tokens;
+    r->geometry.token_id_count = SIZE;
+    assert_ok(t.ctx,
+              xkv_store_put_planes(t.ctx, t.store, &ns, NULL, &r->geometry, r->views, NULL, NULL, 0, NULL, &report));
+    free(r);
+    assert_ok(t.ctx, xkv_store_export(t.ctx, t.store, &ns, report.id, &output));
+    assert_ok(t.ctx, xkv_store_remove(t.ctx, t.store, &ns, report.id));
+    const xkv_input input = xkv_input_from_memory(m.data, m.size);
+    const bad_blob other = {"", 272 + 4 * 7, (uint8_t)(m.data[272 + 4 * 7] ^ 1), true, true};
+    const bad_blob back = {"", 272 + 4 * 7, m.data[272 + 4 * 7], true, true};
+    make_bad(&other, m.data);
+    assert_int_equal(xkv_store_import(t.ctx, t.store, &input, NULL), XKV_ERROR_MISMATCH);
+    assert_non_null(strstr(xkv_ctx_error(t.ctx), "token 7 of the prompt"));
+    make_bad(&back, m.data);
+    assert_ok(t.ctx, xkv_store_import(t.ctx, t.store, &input, NULL));
+    memory_free(&m);
+}
+
 /* --- Read-only ---------------------------------------------------------------------------------------------------- */
 
 static void read_only_stores_are_left_alone(void **state)
@@ -626,6 +656,7 @@ int main(void)
         TEST(a_lost_lock_file),
         TEST(blobs_that_break_a_rule),
         TEST(blobs_of_a_newer_program_stay),
+        TEST(changed_tokens_are_not_imported),
         TEST(read_only_stores_are_left_alone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
