@@ -37,10 +37,21 @@ typedef struct lookup {
 
 /* --- In the index ------------------------------------------------------------------------------------------------- */
 
-static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
+/* Whether the dictionary that the entry needs is there. */
+static xkv_status find_need(xkv_txn *txn, lookup *l)
 {
     static const uint8_t none[16];
     xkv_dict_record dict;
+    l->has_dict = true;
+    if (memcmp(l->item.dict, none, sizeof none) == 0)
+        return XKV_OK;
+    xkv_status status = xkv_txn_get_dict(txn, l->item.dict, &dict);
+    l->has_dict = status == XKV_OK;
+    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+}
+
+static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
+{
     l->match.id = id;
     xkv_status status = xkv_txn_get_item(txn, id, &l->item);
     if (status == XKV_ERROR_NOT_FOUND)
@@ -49,12 +60,7 @@ static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
     if (memcmp(l->item.space, l->ns->id, 32) != 0)
         return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "entry %llu is of another namespace [SI4]",
                         (unsigned long long)id);
-    l->has_dict = true;
-    if (memcmp(l->item.dict, none, sizeof none) != 0) {
-        status = xkv_txn_get_dict(txn, l->item.dict, &dict);
-        l->has_dict = status == XKV_OK;
-    }
-    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+    return find_need(txn, l);
 }
 
 static xkv_status find_by_symbols(xkv_txn *txn, void *user)
@@ -345,37 +351,53 @@ xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *store, const xkv_namesp
 static xkv_status find_by_id(xkv_txn *txn, void *user)
 {
     lookup *l = user;
-    xkv_status status = xkv_txn_get_item(txn, l->match.id, &l->item);
-    if (status == XKV_OK && memcmp(l->item.space, l->ns->id, 32) != 0)
-        return XKV_ERROR_NOT_FOUND;
-    return status;
+    XKV_TRY(xkv_txn_get_item(txn, l->match.id, &l->item));
+    return memcmp(l->item.space, l->ns->id, 32) == 0 ? find_need(txn, l) : XKV_ERROR_NOT_FOUND;
+}
+
+/* *fd is open when the reason is FOUND. */
+static xkv_status get(xkv_ctx *ctx, lookup *l, int *fd)
+{
+    const uint64_t id = l->match.id;
+    bool again;
+    xkv_status status = xkv_index_read(ctx, l->store->index, find_by_id, l);
+    if (status == XKV_OK) {
+        l->match.reason = reason_of(status, l, xkv_store_now(l->store));
+        if (l->match.reason != XKV_MATCH_FOUND)
+            return settle_miss(ctx, l, status, &again);
+        xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);
+        status = xkv_blob_open(ctx, &l->store->folders, &name, true, fd);
+    }
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(ctx, status, "there is no entry %llu in the namespace", (unsigned long long)id);
+    if (status == XKV_OK)
+        status = examine(ctx, l, fd);
+    if (status == XKV_OK)
+        return XKV_OK;
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+    if (xkv_is_damage(status) && l->item.id != 0)
+        xkv_store_quarantine(ctx, l->store, id, xkv_ctx_error(ctx));
+    if (!xkv_is_newer(status))
+        return status;
+    l->match.reason = XKV_MATCH_NEWER;
+    return XKV_OK;
 }
 
 xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id, xkv_match *match,
                          xkv_hit **hit_p)
 {
-    lookup l = {.store = store, .ns = ns};
+    lookup l = {.store = store, .ns = ns, .match.id = id};
     int fd = -1;
     XKV_TRY(xkv_store_begin(ctx, store));
-    l.match.id = id;
-    xkv_status status = xkv_index_read(ctx, store->index, find_by_id, &l);
-    xkv_blob_name name = xkv_blob_name_of(l.item.blob, l.item.id);
-    if (status == XKV_OK)
-        status = xkv_blob_open(ctx, &store->folders, &name, true, &fd);
-    if (status == XKV_ERROR_NOT_FOUND)
-        return xkv_fail(ctx, status, "there is no entry %llu in the namespace", (unsigned long long)id);
-    if (status == XKV_OK)
-        status = examine(ctx, &l, &fd);
-    if (status != XKV_OK) {
-        if (fd >= 0)
-            close(fd);
-        if (xkv_is_damage(status) && l.item.id != 0)
-            xkv_store_quarantine(ctx, store, id, xkv_ctx_error(ctx));
-        return status;
-    }
-    l.match.tokens = l.match.entry_tokens = l.item.tokens;
+    XKV_TRY(get(ctx, &l, &fd));
+    l.match.entry_tokens = l.item.tokens;
     l.match.bytes = l.item.file_size;
-    l.match.raw_bytes = l.item.raw_bytes;
+    if (l.match.reason == XKV_MATCH_FOUND) {
+        l.match.tokens = l.item.tokens;
+        l.match.raw_bytes = l.item.raw_bytes;
+    }
     XKV_TRY(make_hit(ctx, &l, fd, hit_p));
     *match = l.match;
     return XKV_OK;

@@ -241,7 +241,9 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *
                                                        const uint8_t (*keys)[32], uint32_t key_count, xkv_match *match,
                                                        xkv_hit **hit_p);
 
-/* The entry by its id. Errors: NOT_FOUND (also for another namespace's), otherwise as xkv_store_match(). */
+/* The entry by its id: FOUND, or a miss with EXPIRED, NO_DICTIONARY or NEWER. Counts nothing. Errors: NOT_FOUND (also
+ * for another namespace's), FORMAT, CORRUPT, CHECKSUM and TRUNCATED (it was damaged and went into quarantine),
+ * otherwise as xkv_store_match(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                                                 xkv_match *match, xkv_hit **hit_p);
 
