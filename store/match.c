@@ -220,22 +220,23 @@ static uint64_t raw_share(const xkv_item *item, uint32_t tokens)
     return item->tokens == 0 ? 0 : (uint64_t)((double)item->raw_bytes * tokens / item->tokens);
 }
 
-static void count_outcome(xkv_ctx *ctx, const lookup *l)
+static void count_miss(xkv_store *store)
 {
-    xkv_store *store = l->store;
-    const xkv_match *m = &l->match;
+    pthread_mutex_lock(&store->mutex);
+    store->pending.misses++;
+    pthread_mutex_unlock(&store->mutex);
+}
+
+void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens)
+{
+    xkv_store *store = hit->store;
     uint64_t now = xkv_store_now(store);
     pthread_mutex_lock(&store->mutex);
-    if (m->reason == XKV_MATCH_FOUND) {
-        store->pending.hits++;
-        store->pending.tokens_reused += m->tokens;
-        store->pending.bytes_reused += m->raw_bytes;
-    } else {
-        store->pending.misses++;
-    }
+    store->pending.hits++;
+    store->pending.tokens_reused += tokens;
+    store->pending.bytes_reused += raw_share(&hit->item, tokens);
     pthread_mutex_unlock(&store->mutex);
-    if (m->reason == XKV_MATCH_FOUND && !store->read_only && xkv_pending_use(store, m->id, now) &&
-        xkv_store_flush(ctx, store) != XKV_OK)
+    if (!store->read_only && xkv_pending_use(store, hit->item.id, now) && xkv_store_flush(ctx, store) != XKV_OK)
         xkv_logf(ctx, XKV_LOG_WARNING, "%s: uses were not recorded: %s", store->path, xkv_ctx_error(ctx));
 }
 
@@ -317,15 +318,15 @@ static xkv_status finish(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, xkv_match *ma
 {
     int fd;
     XKV_TRY(search(ctx, l, find, &fd));
-    if (hit_p != NULL) /* who only asks reuses nothing */
-        count_outcome(ctx, l);
     XKV_TRY(make_hit(ctx, l, fd, hit_p));
+    if (hit_p != NULL && *hit_p == NULL) /* who only asks misses nothing */
+        count_miss(l->store);
     *match = l->match;
     return XKV_OK;
 }
 
-xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
-                           uint32_t min_tokens, xkv_match *match, xkv_hit **hit_p)
+xkv_status xkv_store_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
+                          uint32_t min_tokens, xkv_match *match, xkv_hit **hit_p)
 {
     xkv_symbols symbols = {0};
     XKV_TRY(xkv_store_begin(ctx, store));
@@ -340,12 +341,24 @@ xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *
     return status;
 }
 
+xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
+                           uint32_t min_tokens, xkv_match *match, xkv_hit **hit_p)
+{
+    XKV_TRY(xkv_store_find(ctx, store, ns, prompt, min_tokens, match, hit_p));
+    if (hit_p != NULL && *hit_p != NULL)
+        xkv_hit_count(ctx, *hit_p, match->tokens);
+    return XKV_OK;
+}
+
 xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const uint8_t (*keys)[32],
                                 uint32_t key_count, xkv_match *match, xkv_hit **hit_p)
 {
     lookup l = {.store = store, .ns = ns, .keys = keys, .key_count = key_count};
     XKV_TRY(xkv_store_begin(ctx, store));
-    return finish(ctx, &l, find_by_keys, match, hit_p);
+    XKV_TRY(finish(ctx, &l, find_by_keys, match, hit_p));
+    if (hit_p != NULL && *hit_p != NULL)
+        xkv_hit_count(ctx, *hit_p, match->tokens);
+    return XKV_OK;
 }
 
 static xkv_status find_by_id(xkv_txn *txn, void *user)

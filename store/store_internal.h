@@ -178,6 +178,13 @@ void xkv_store_leave_dict(xkv_store *store, xkv_cached_dict *slot); /* accepts N
  * message: its blob is not there. */
 XKV_MUST_CHECK xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p);
 
+/* xkv_store_match(), but a hit counts as one, and as a use of the entry, only when xkv_hit_count() says how many of its
+ * tokens are reused. */
+XKV_MUST_CHECK xkv_status xkv_store_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                         const xkv_prompt *prompt, uint32_t min_tokens, xkv_match *match,
+                                         xkv_hit **hit_p);
+void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens);
+
 /* --- Tidying (store.c) --- */
 
 /* Remove what killed processes have left: temporary files, blobs that were to be deleted. */

@@ -129,6 +129,9 @@ typedef struct xkv_hook_hit xkv_hook_hit;
  * callbacks. Since what is declined is not measured, every decline moves it 1/256 of the way back to where it started,
  * so that now and then a load is tried again.
  *
+ * To the store a match is a hit, and renews the entry's time of use, once its tokens are loaded: with the first load
+ * that succeeds.
+ *
  * Errors: ARGUMENT, IO, MEMORY; the engine takes them as a miss. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hook_match(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns,
                                                  const xkv_prompt *prompt, const xkv_hook_match_options *options,
