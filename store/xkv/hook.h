@@ -205,7 +205,7 @@ static inline xkv_hook_save_options xkv_hook_save_options_default(void)
 typedef enum xkv_save_outcome {
     XKV_SAVE_QUEUED = 0,  /* copied; a background thread will store it */
     XKV_SAVE_STORED = 1,  /* the store serves all tokens of the prompt already; nothing was copied */
-    XKV_SAVE_PENDING = 2, /* the same prompt is on its way already; nothing was copied */
+    XKV_SAVE_PENDING = 2, /* the same prompt, with these options, is on its way already; nothing was copied */
     XKV_SAVE_DROPPED = 3  /* there was no room in time; nothing was copied */
 } xkv_save_outcome;
 
@@ -218,7 +218,9 @@ typedef struct xkv_hook_saved {
  * views[geometry->plane_count] in the planes' element types. Prompt, geometry, keys and rows are copied; on return all
  * of them belong to the caller again. Whether storing succeeds later is counted and logged, not returned.
  *
- * The store is asked first, so that what it has costs no copy; not with a ttl or pin, since putting renews these. The
+ * The store is asked first, so that what it has, found by all keys too, costs no copy; not with a ttl or pin, since
+ * putting renews these. A save of the same prompt on its way is enough if it has the same keys (or none are asked for),
+ * a pin if one is asked for, and lives as long; else this one is queued behind it. The
  * copies of all saves on their way never take more than queue_bytes: when there is no room for this one the call waits
  * up to wait_ms, then drops it. xkv_ctx_cancel(ctx) and xkv_hook_cancel(hook, 0) end the wait (within 50 ms).
  *

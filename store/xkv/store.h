@@ -170,7 +170,8 @@ static inline xkv_put_options xkv_put_options_default(void)
 
 typedef struct xkv_put_report {
     uint64_t id;      /* of the entry */
-    uint32_t existed; /* non-zero: the very prompt was stored already; its use, pin and ttl were renewed, no more */
+    uint32_t existed; /* non-zero: the very prompt was stored already; its use, pin and ttl were renewed, no more.
+                         An entry without the keys of this put is replaced instead */
     uint32_t tokens;
     uint64_t bytes;           /* of the blob */
     uint32_t evicted_entries; /* to make room */
