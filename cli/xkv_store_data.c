@@ -226,13 +226,15 @@ static const char *reason_text(uint32_t reason)
                                         "the entry has expired",
                                         "the dictionary of the entry is not in the store",
                                         "the entry is damaged",
-                                        "the entry is being removed"};
+                                        "the entry is being removed",
+                                        "only a newer program can read the entry"};
     return reason < sizeof texts / sizeof *texts ? texts[reason] : "unknown";
 }
 
 static const char *reason_name(uint32_t reason)
 {
-    static const char *const names[] = {"found", "none", "short", "expired", "no dictionary", "corrupt", "gone"};
+    static const char *const names[] = {"found",         "none",    "short", "expired",
+                                        "no dictionary", "corrupt", "gone",  "newer"};
     return reason < sizeof names / sizeof *names ? names[reason] : "unknown";
 }
 

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -296,13 +297,34 @@ static xkv_status run(collect *c, xkv_status (*body)(xkv_txn *, xkv_meta *, xkv_
     return XKV_OK;
 }
 
+/* After a repair an orphan may be what only a newer program can read: it is not ours to delete. */
+static bool is_newer_blob(const collect *c, const char *text)
+{
+    xkv_input raw, file;
+    xkv_sealed sealed;
+    xkv_blob_head head;
+    xkv_blob_name name;
+    int fd = -1;
+    snprintf(name.text, sizeof name.text, "%s", text);
+    xkv_status status = xkv_blob_open(c->ctx, &c->store->folders, &name, false, &fd);
+    if (status == XKV_OK)
+        status = xkv_blob_file(c->ctx, &fd, &raw);
+    if (status == XKV_OK)
+        status = xkv_blob_plain(c->ctx, c->store->key, &raw, &sealed, &file);
+    if (status == XKV_OK)
+        status = xkv_blob_read_head(c->ctx, &file, &head);
+    if (fd >= 0)
+        close(fd);
+    return xkv_is_newer(status);
+}
+
 static xkv_status drop_orphan(void *user, const char *name)
 {
     collect *c = user;
     bool orphan = false;
     XKV_TRY(xkv_store_is_orphan(c->ctx, c->store, name, &orphan));
     struct stat st;
-    if (orphan && fstatat(c->store->folders.blobs, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+    if (orphan && !is_newer_blob(c, name) && fstatat(c->store->folders.blobs, name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
         unlinkat(c->store->folders.blobs, name, 0) == 0) {
         c->report->orphans++;
         c->report->freed_bytes += (uint64_t)st.st_size;

@@ -249,11 +249,14 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
         return xkv_fail(ctx, XKV_ERROR_FORMAT, "blob: wrong magic [SB1]");
     if (xkv_load64(b + 248) != XXH3_64bits(b, 248))
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the head does not match [SB1]");
-    if (xkv_load16(b + 10) == 0 || xkv_load16(b + 10) > READ_VERSION)
+    if (xkv_load16(b + 10) > READ_VERSION)
         return xkv_fail(ctx, XKV_ERROR_VERSION, "blob: version %u [SB2]", xkv_load16(b + 10));
+    if (xkv_load32(b + 24) > 1)
+        return xkv_fail(ctx, XKV_ERROR_FEATURE, "blob: unknown features [SB2]");
     bool sealed = xkv_is_sealed_input(file);
-    if (xkv_load32(b + 24) != sealed || !is_zero(b + (sealed ? 208 : 168), sealed ? 40 : 80))
-        return xkv_fail(ctx, XKV_ERROR_FEATURE, "blob: unknown features, or encrypted and not expected to be [SB2]");
+    if (xkv_load16(b + 10) == 0 || xkv_load32(b + 24) != sealed || !is_zero(b + (sealed ? 208 : 168), sealed ? 40 : 80))
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT,
+                        "blob: version 0, reserved bytes, or encrypted and not expected to be [SB2]");
     *head = (xkv_blob_head){
         .kind = xkv_load32(b + 12),
         .file_size = xkv_load64(b + 16),

@@ -171,7 +171,12 @@ static xkv_status read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_i
 
 bool xkv_is_damage(xkv_status status)
 {
-    return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED;
+    return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED && !xkv_is_newer(status);
+}
+
+bool xkv_is_newer(xkv_status status)
+{
+    return status == XKV_ERROR_VERSION || status == XKV_ERROR_FEATURE;
 }
 
 /* How far the prompt agrees with what is in the tree. An entry on the way whose blob is damaged is taken out, into

@@ -1,5 +1,6 @@
 /* hook.c - the hook's life, matching and loading. */
 #include "hook_internal.h"
+#include "store_internal.h"
 
 #include <time.h>
 #include <unistd.h>
@@ -13,6 +14,7 @@ struct xkv_hook_hit {
     xkv_hit *hit;
     const xkv_entry *entry; /* NULL until a load asks for it; then read by all threads */
     bool damaged;
+    bool used; /* a load has succeeded */
 };
 
 /* --- Shared ------------------------------------------------------------------------------------------------------- */
@@ -231,6 +233,8 @@ static uint64_t *match_counter(xkv_hook_counters *c, uint32_t reason)
         return &c->misses_corrupt;
     case XKV_MATCH_GONE:
         return &c->misses_gone;
+    case XKV_MATCH_NEWER:
+        return &c->misses_newer;
     case XKV_HOOK_DECLINED:
         return &c->matches_declined;
     default:
@@ -277,7 +281,7 @@ static xkv_status look_up(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_namespace *
     uint32_t most;
     bounds(prompt, o, &least, &most);
     if (least <= most) {
-        xkv_status status = xkv_store_match(hit->own, hook->store, ns, prompt, (uint32_t)least, &m, &hit->hit);
+        xkv_status status = xkv_store_find(hit->own, hook->store, ns, prompt, (uint32_t)least, &m, &hit->hit);
         if (status != XKV_OK)
             return xkv_fail(ctx, status, "%s", xkv_ctx_error(hit->own));
     }
@@ -398,11 +402,6 @@ typedef struct load {
     bool began; /* views may have been touched */
 } load;
 
-static bool is_damage(xkv_status status)
-{
-    return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED;
-}
-
 /* Open the entry once for all loads of the hit. */
 static xkv_status open_entry(load *l)
 {
@@ -484,6 +483,17 @@ static void reject(load *l)
     pthread_mutex_unlock(&hook->mutex);
 }
 
+/* The first load that succeeds is the store's hit, and a use of the entry. */
+static void note_use(load *l)
+{
+    xkv_hook_hit *hit = l->hit;
+    pthread_mutex_lock(&hit->mutex);
+    if (!hit->used)
+        xkv_hit_count(l->ctx, hit->hit, hit->tokens);
+    hit->used = true;
+    pthread_mutex_unlock(&hit->mutex);
+}
+
 /* With the mutex held. */
 static void count_loaded(xkv_hook *hook, const load *l, double seconds)
 {
@@ -504,7 +514,7 @@ static void count_load(const load *l, xkv_status status, double seconds)
     pthread_mutex_lock(&hook->mutex);
     if (status == XKV_OK)
         count_loaded(hook, l, seconds);
-    else if (is_damage(status))
+    else if (xkv_is_damage(status))
         hook->counters.loads_damaged++;
     else if (status == XKV_ERROR_CANCELLED)
         hook->counters.loads_cancelled++;
@@ -524,7 +534,9 @@ xkv_status xkv_hook_load(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_geometry *ge
     uint64_t start = xkv_hook_now(hit->hook);
     xkv_status status = run_load(&l, geometry, views, options);
     double seconds = xkv_hook_seconds(hit->hook, start) - l.callback_seconds;
-    if (is_damage(status))
+    if (status == XKV_OK)
+        note_use(&l);
+    else if (xkv_is_damage(status))
         reject(&l);
     count_load(&l, status, seconds);
     return status;

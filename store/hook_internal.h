@@ -35,6 +35,9 @@ typedef struct xkv_job {
     uint8_t key[32]; /* of namespace and prompt */
     xkv_job_state state;
     bool cancelled;
+    uint64_t ttl; /* what it was asked with, as in `put`, which is set when the copy is made */
+    uint32_t pin, key_count;
+    uint8_t names[32]; /* SHA-256 of its page keys */
     void *block;
     uint64_t block_size;
     xkv_namespace ns;

@@ -1,5 +1,6 @@
 /* hook_save.c - saves: taken in under the limits of the queue, packed and stored on background threads. */
 #include "hook_internal.h"
+#include "sha256.h"
 
 #include <signal.h>
 #include <time.h>
@@ -7,14 +8,6 @@
 #define SLICE_MS 50u /* a wait looks at the caller's cancel flag so often */
 
 /* --- Saves on their way, with the mutex held ---------------------------------------------------------------------- */
-
-static xkv_job *find_key(const xkv_hook *hook, const uint8_t key[32])
-{
-    xkv_job *job = hook->first;
-    while (job != NULL && (job->cancelled || memcmp(job->key, key, 32) != 0))
-        job = job->next;
-    return job;
-}
 
 static bool has_room(const xkv_hook *hook, uint64_t bytes)
 {
@@ -94,16 +87,41 @@ typedef struct request {
     const xkv_geometry *geometry;
     const xkv_view *views;
     xkv_hook_save_options o;
-    uint8_t key[32];
-    uint64_t size; /* of the copy */
+    uint8_t key[32], names[32]; /* of the prompt; SHA-256 of the page keys */
+    uint64_t size;              /* of the copy */
     xkv_hook_saved saved;
     double copy_seconds;
 } request;
 
-/* Whether the same prompt is on its way; then that is the outcome. With the mutex held. */
+static void hash_names(request *r)
+{
+    xkv_sha256 h;
+    xkv_sha256_begin(&h);
+    for (uint32_t i = 0; i < r->o.key_count; i++) {
+        uint8_t tokens[4];
+        xkv_store32(tokens, r->o.keys[i].tokens);
+        xkv_sha256_add(&h, tokens, sizeof tokens);
+        xkv_sha256_add(&h, r->o.keys[i].key, sizeof r->o.keys[i].key);
+    }
+    xkv_sha256_end(&h, r->names);
+}
+
+/* Whether the job does all that is asked for. */
+static bool covers(const xkv_job *job, const request *r)
+{
+    return !job->cancelled && memcmp(job->key, r->key, sizeof job->key) == 0 && (job->pin != 0 || r->o.pin == 0) &&
+           (job->ttl == 0 || (r->o.ttl != 0 && r->o.ttl <= job->ttl)) &&
+           (r->o.key_count == 0 ||
+            (r->o.key_count == job->key_count && memcmp(job->names, r->names, sizeof job->names) == 0));
+}
+
+/* Whether the same prompt is on its way, with the same options or more; then that is the outcome. With the mutex held.
+ */
 static bool is_pending(const xkv_hook *hook, request *r)
 {
-    const xkv_job *job = find_key(hook, r->key);
+    const xkv_job *job = hook->first;
+    while (job != NULL && !covers(job, r))
+        job = job->next;
     if (job == NULL)
         return false;
     r->saved = (xkv_hook_saved){XKV_SAVE_PENDING, job->ticket};
@@ -118,14 +136,32 @@ static bool is_pending_now(xkv_hook *hook, request *r)
     return pending;
 }
 
+/* Whether the store finds an entry by all of the page keys. */
+static xkv_status ask_for_names(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns, const request *r, bool *has)
+{
+    uint8_t(*keys)[32] = NULL;
+    xkv_match m;
+    XKV_TRY(XKV_NEW(ctx, r->o.key_count, &keys));
+    for (uint32_t i = 0; i < r->o.key_count; i++)
+        memcpy(keys[i], r->o.keys[i].key, sizeof keys[i]);
+    xkv_status status =
+        xkv_store_match_keys(ctx, hook->store, ns, (const uint8_t(*)[32])keys, r->o.key_count, &m, NULL);
+    xkv_release(ctx, keys);
+    *has = status == XKV_OK && m.reason == XKV_MATCH_FOUND && m.keys == r->o.key_count;
+    return status;
+}
+
 /* Whether the store serves the whole prompt. */
 static xkv_status ask_store(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns, request *r)
 {
     xkv_match m;
+    bool has = true;
     if (r->o.ttl > 0 || r->o.pin)
         return XKV_OK;
     XKV_TRY(xkv_store_match(ctx, hook->store, ns, r->prompt, r->prompt->token_count, &m, NULL));
-    if (m.reason == XKV_MATCH_FOUND)
+    if (m.reason == XKV_MATCH_FOUND && r->o.key_count > 0)
+        XKV_TRY(ask_for_names(ctx, hook, ns, r, &has));
+    if (m.reason == XKV_MATCH_FOUND && has)
         r->saved.outcome = XKV_SAVE_STORED;
     return XKV_OK;
 }
@@ -187,6 +223,10 @@ static xkv_status take_in(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns,
     if (status != XKV_OK)
         return xkv_fail(ctx, status, "a save: %s", xkv_status_string(status));
     memcpy(job->key, r->key, sizeof job->key);
+    memcpy(job->names, r->names, sizeof job->names);
+    job->ttl = r->o.ttl;
+    job->pin = r->o.pin;
+    job->key_count = r->o.key_count;
     job->ns = *ns;
     job->block_size = r->size;
     pthread_mutex_lock(&hook->mutex);
@@ -207,6 +247,7 @@ static xkv_status save(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns, re
     XKV_TRY(xkv_job_check(ctx, r->prompt, r->geometry, r->views, &r->o, &r->size));
     XKV_TRY(xkv_chain_native(ctx, ns, r->prompt, r->prompt->token_count, &key));
     memcpy(r->key, key.key, sizeof r->key);
+    hash_names(r);
     if (is_pending_now(hook, r))
         return XKV_OK;
     XKV_TRY(ask_store(ctx, hook, ns, r));

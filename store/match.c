@@ -14,7 +14,7 @@ struct xkv_hit {
     int fd;          /* of the blob; its lock keeps it from eviction */
     bool look_only;  /* nothing goes into quarantine */
     bool rejected;
-    bool lacks_dict;              /* it could not be opened because of its dictionary, not because of itself */
+    bool spared; /* it could not be opened for want of its dictionary or of a newer program: it is not to blame */
     xkv_input raw, file, payload; /* the blob as it lies there, decrypted, the entry in it */
     xkv_sealed sealed;
     xkv_window window;
@@ -37,10 +37,21 @@ typedef struct lookup {
 
 /* --- In the index ------------------------------------------------------------------------------------------------- */
 
-static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
+/* Whether the dictionary that the entry needs is there. */
+static xkv_status find_need(xkv_txn *txn, lookup *l)
 {
     static const uint8_t none[16];
     xkv_dict_record dict;
+    l->has_dict = true;
+    if (memcmp(l->item.dict, none, sizeof none) == 0)
+        return XKV_OK;
+    xkv_status status = xkv_txn_get_dict(txn, l->item.dict, &dict);
+    l->has_dict = status == XKV_OK;
+    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+}
+
+static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
+{
     l->match.id = id;
     xkv_status status = xkv_txn_get_item(txn, id, &l->item);
     if (status == XKV_ERROR_NOT_FOUND)
@@ -49,12 +60,7 @@ static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
     if (memcmp(l->item.space, l->ns->id, 32) != 0)
         return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "entry %llu is of another namespace [SI4]",
                         (unsigned long long)id);
-    l->has_dict = true;
-    if (memcmp(l->item.dict, none, sizeof none) != 0) {
-        status = xkv_txn_get_dict(txn, l->item.dict, &dict);
-        l->has_dict = status == XKV_OK;
-    }
-    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+    return find_need(txn, l);
 }
 
 static xkv_status find_by_symbols(xkv_txn *txn, void *user)
@@ -191,6 +197,8 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
             xkv_store_quarantine(ctx, l->store, l->match.id, "its blob is missing");
         *again = true;
         return XKV_OK;
+    case XKV_MATCH_NEWER:
+        return XKV_OK;
     default:
         return status;
     }
@@ -214,24 +222,32 @@ static uint64_t raw_share(const xkv_item *item, uint32_t tokens)
     return item->tokens == 0 ? 0 : (uint64_t)((double)item->raw_bytes * tokens / item->tokens);
 }
 
-static void count_outcome(xkv_ctx *ctx, const lookup *l)
+/* Other processes evict by the uses that are recorded. */
+static void flush_when_due(xkv_ctx *ctx, xkv_store *store, uint64_t now)
 {
-    xkv_store *store = l->store;
-    const xkv_match *m = &l->match;
-    uint64_t now = xkv_store_now(store);
-    pthread_mutex_lock(&store->mutex);
-    if (m->reason == XKV_MATCH_FOUND) {
-        store->pending.hits++;
-        store->pending.tokens_reused += m->tokens;
-        store->pending.bytes_reused += m->raw_bytes;
-    } else {
-        store->pending.misses++;
-    }
-    pthread_mutex_unlock(&store->mutex);
-    if (m->reason == XKV_MATCH_FOUND)
-        xkv_pending_use(store, m->id, now);
     if (!store->read_only && xkv_pending_due(store, now) && xkv_store_flush(ctx, store) != XKV_OK)
         xkv_logf(ctx, XKV_LOG_WARNING, "%s: uses were not recorded: %s", store->path, xkv_ctx_error(ctx));
+}
+
+static void count_miss(xkv_ctx *ctx, xkv_store *store)
+{
+    pthread_mutex_lock(&store->mutex);
+    store->pending.misses++;
+    pthread_mutex_unlock(&store->mutex);
+    flush_when_due(ctx, store, xkv_store_now(store));
+}
+
+void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens)
+{
+    xkv_store *store = hit->store;
+    uint64_t now = xkv_store_now(store);
+    pthread_mutex_lock(&store->mutex);
+    store->pending.hits++;
+    store->pending.tokens_reused += tokens;
+    store->pending.bytes_reused += raw_share(&hit->item, tokens);
+    pthread_mutex_unlock(&store->mutex);
+    xkv_pending_use(store, hit->item.id, now);
+    flush_when_due(ctx, store, now);
 }
 
 /* --- The search --------------------------------------------------------------------------------------------------- */
@@ -255,6 +271,8 @@ static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, uint64_t now
         status = examine(ctx, l, fd);
     if (xkv_is_damage(status))
         l->match.reason = XKV_MATCH_CORRUPT;
+    else if (xkv_is_newer(status))
+        l->match.reason = XKV_MATCH_NEWER;
     else if (status == XKV_OK && l->match.tokens < l->min_tokens)
         l->match.reason = XKV_MATCH_SHORT;
     if (status == XKV_OK && l->match.reason == XKV_MATCH_FOUND)
@@ -310,15 +328,15 @@ static xkv_status finish(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, xkv_match *ma
 {
     int fd;
     XKV_TRY(search(ctx, l, find, &fd));
-    if (hit_p != NULL) /* who only asks reuses nothing */
-        count_outcome(ctx, l);
     XKV_TRY(make_hit(ctx, l, fd, hit_p));
+    if (hit_p != NULL && *hit_p == NULL) /* who only asks misses nothing */
+        count_miss(ctx, l->store);
     *match = l->match;
     return XKV_OK;
 }
 
-xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
-                           uint32_t min_tokens, xkv_match *match, xkv_hit **hit_p)
+xkv_status xkv_store_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
+                          uint32_t min_tokens, xkv_match *match, xkv_hit **hit_p)
 {
     xkv_symbols symbols = {0};
     XKV_TRY(xkv_store_begin(ctx, store));
@@ -333,48 +351,76 @@ xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *
     return status;
 }
 
+xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_prompt *prompt,
+                           uint32_t min_tokens, xkv_match *match, xkv_hit **hit_p)
+{
+    XKV_TRY(xkv_store_find(ctx, store, ns, prompt, min_tokens, match, hit_p));
+    if (hit_p != NULL && *hit_p != NULL)
+        xkv_hit_count(ctx, *hit_p, match->tokens);
+    return XKV_OK;
+}
+
 xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const uint8_t (*keys)[32],
                                 uint32_t key_count, xkv_match *match, xkv_hit **hit_p)
 {
     lookup l = {.store = store, .ns = ns, .keys = keys, .key_count = key_count};
     XKV_TRY(xkv_store_begin(ctx, store));
-    return finish(ctx, &l, find_by_keys, match, hit_p);
+    XKV_TRY(finish(ctx, &l, find_by_keys, match, hit_p));
+    if (hit_p != NULL && *hit_p != NULL)
+        xkv_hit_count(ctx, *hit_p, match->tokens);
+    return XKV_OK;
 }
 
 static xkv_status find_by_id(xkv_txn *txn, void *user)
 {
     lookup *l = user;
-    xkv_status status = xkv_txn_get_item(txn, l->match.id, &l->item);
-    if (status == XKV_OK && memcmp(l->item.space, l->ns->id, 32) != 0)
-        return XKV_ERROR_NOT_FOUND;
-    return status;
+    XKV_TRY(xkv_txn_get_item(txn, l->match.id, &l->item));
+    return memcmp(l->item.space, l->ns->id, 32) == 0 ? find_need(txn, l) : XKV_ERROR_NOT_FOUND;
+}
+
+/* *fd is open when the reason is FOUND. */
+static xkv_status get(xkv_ctx *ctx, lookup *l, int *fd)
+{
+    const uint64_t id = l->match.id;
+    bool again;
+    xkv_status status = xkv_index_read(ctx, l->store->index, find_by_id, l);
+    if (status == XKV_OK) {
+        l->match.reason = reason_of(status, l, xkv_store_now(l->store));
+        if (l->match.reason != XKV_MATCH_FOUND)
+            return settle_miss(ctx, l, status, &again);
+        xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);
+        status = xkv_blob_open(ctx, &l->store->folders, &name, true, fd);
+    }
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(ctx, status, "there is no entry %llu in the namespace", (unsigned long long)id);
+    if (status == XKV_OK)
+        status = examine(ctx, l, fd);
+    if (status == XKV_OK)
+        return XKV_OK;
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+    if (xkv_is_damage(status) && l->item.id != 0)
+        xkv_store_quarantine(ctx, l->store, id, xkv_ctx_error(ctx));
+    if (!xkv_is_newer(status))
+        return status;
+    l->match.reason = XKV_MATCH_NEWER;
+    return XKV_OK;
 }
 
 xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id, xkv_match *match,
                          xkv_hit **hit_p)
 {
-    lookup l = {.store = store, .ns = ns};
+    lookup l = {.store = store, .ns = ns, .match.id = id};
     int fd = -1;
     XKV_TRY(xkv_store_begin(ctx, store));
-    l.match.id = id;
-    xkv_status status = xkv_index_read(ctx, store->index, find_by_id, &l);
-    xkv_blob_name name = xkv_blob_name_of(l.item.blob, l.item.id);
-    if (status == XKV_OK)
-        status = xkv_blob_open(ctx, &store->folders, &name, true, &fd);
-    if (status == XKV_ERROR_NOT_FOUND)
-        return xkv_fail(ctx, status, "there is no entry %llu in the namespace", (unsigned long long)id);
-    if (status == XKV_OK)
-        status = examine(ctx, &l, &fd);
-    if (status != XKV_OK) {
-        if (fd >= 0)
-            close(fd);
-        if (xkv_is_damage(status) && l.item.id != 0)
-            xkv_store_quarantine(ctx, store, id, xkv_ctx_error(ctx));
-        return status;
-    }
-    l.match.tokens = l.match.entry_tokens = l.item.tokens;
+    XKV_TRY(get(ctx, &l, &fd));
+    l.match.entry_tokens = l.item.tokens;
     l.match.bytes = l.item.file_size;
-    l.match.raw_bytes = l.item.raw_bytes;
+    if (l.match.reason == XKV_MATCH_FOUND) {
+        l.match.tokens = l.item.tokens;
+        l.match.raw_bytes = l.item.raw_bytes;
+    }
     XKV_TRY(make_hit(ctx, &l, fd, hit_p));
     *match = l.match;
     return XKV_OK;
@@ -528,9 +574,20 @@ static xkv_status open_entry(xkv_ctx *ctx, xkv_hit *hit)
     if (!info.needs_dict)
         return XKV_OK;
     xkv_status status = xkv_store_use_dict(ctx, hit->store, info.dictionary_id, hit->look_only, &hit->dict);
-    hit->lacks_dict = status != XKV_OK;
+    hit->spared = status != XKV_OK;
     XKV_TRY(status);
     return xkv_entry_attach(ctx, hit->entry, hit->dict->dict);
+}
+
+/* A payload that asks for a newer program and is not what was written is damaged. */
+static xkv_status check_newer(xkv_ctx *ctx, xkv_hit *hit, xkv_status status)
+{
+    uint8_t hash[32];
+    XKV_TRY(xkv_blob_hash(ctx, &hit->raw, hash));
+    if (memcmp(hash, hit->item.blob, 32) != 0)
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    hit->spared = true;
+    return status;
 }
 
 xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
@@ -538,6 +595,8 @@ xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
     XKV_TRY(xkv_store_begin(ctx, hit->store));
     if (hit->entry == NULL) {
         xkv_status status = open_entry(ctx, hit);
+        if (xkv_is_newer(status) && !hit->spared)
+            status = check_newer(ctx, hit, status);
         if (status != XKV_OK) {
             xkv_entry_close(ctx, hit->entry);
             xkv_store_leave_dict(hit->store, hit->dict);
@@ -575,7 +634,7 @@ xkv_status xkv_hit_read(xkv_ctx *ctx, xkv_hit *hit, const xkv_read_options *opti
 
 void xkv_hit_reject(xkv_ctx *ctx, xkv_hit *hit)
 {
-    if (hit->rejected || hit->lacks_dict || hit->look_only)
+    if (hit->rejected || hit->spared || hit->look_only)
         return;
     hit->rejected = true;
     xkv_store_quarantine(ctx, hit->store, hit->item.id, xkv_ctx_error(ctx));

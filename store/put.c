@@ -39,12 +39,18 @@ static xkv_status check_names(xkv_ctx *ctx, const xkv_put_options *o, uint32_t t
     return XKV_OK;
 }
 
+static xkv_status check_rows(xkv_ctx *ctx, const xkv_geometry *g)
+{
+    return g->plane_count > 0 && g->token_count > 0
+               ? XKV_OK
+               : xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
+                          "the entry holds no rows of tokens: only its whole would be of use");
+}
+
 /* The prompt must be that of the entry: not more tokens than rows, and the same where the entry knows them. */
 static xkv_status check_prompt(xkv_ctx *ctx, const xkv_geometry *g, const xkv_prompt *prompt)
 {
-    if (g->plane_count == 0 || g->token_count == 0)
-        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
-                        "the entry holds no rows of tokens: only its whole would be of use");
+    XKV_TRY(check_rows(ctx, g));
     if (prompt->token_count > g->token_count)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the prompt has %u tokens, the entry %u rows", prompt->token_count,
                         g->token_count);
@@ -77,9 +83,33 @@ static xkv_status renew(xkv_txn *txn, xkv_meta *meta, put *p, const xkv_item *be
     return xkv_entry_change(txn, meta, before, &after);
 }
 
-/* Sets report.existed. An entry that is expired makes room. */
-static xkv_status renew_existing(xkv_txn *txn, xkv_meta *meta, put *p, xkv_removed *removed)
+/* Whether the entry has the page keys that are put. */
+static xkv_status has_names(xkv_txn *txn, const put *p, const xkv_item *before, bool *has)
 {
+    *has = p->item.names <= before->names;
+    for (uint32_t i = 0; *has && i < p->item.names; i++) {
+        xkv_key name = xkv_key_pair(XKV_TABLE_NAMES, before->id, i);
+        uint8_t hash[16], theirs[16];
+        xkv_page_hash(p->item.space, p->names[i].key, hash);
+        XKV_TRY(xkv_txn_get(txn, &name, theirs, sizeof theirs));
+        *has = memcmp(hash, theirs, sizeof hash) == 0;
+    }
+    return XKV_OK;
+}
+
+/* What takes the place of an entry stays pinned and lives as long. */
+static void inherit(put *p, const xkv_item *before)
+{
+    p->item.pinned = before->pinned || p->o->pin;
+    if (before->expires == 0 || (p->item.expires != 0 && p->item.expires < before->expires))
+        p->item.expires = before->expires;
+}
+
+/* Sets report.existed. An entry that is expired makes room; so does one without the page keys, when there is one to
+ * take its place: page keys lie in the blob. */
+static xkv_status renew_existing(xkv_txn *txn, xkv_meta *meta, put *p, xkv_removed *removed, bool replace)
+{
+    bool has = true;
     xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, p->item.key, 32);
     xkv_item before;
     uint64_t id = 0;
@@ -94,7 +124,13 @@ static xkv_status renew_existing(xkv_txn *txn, xkv_meta *meta, put *p, xkv_remov
     bool expired = before.expires != 0 && before.expires <= p->item.created;
     bool there = faccessat(p->store->folders.blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
     if (!expired && there)
+        XKV_TRY(has_names(txn, p, &before, &has));
+    if (!expired && there && has)
         return renew(txn, meta, p, &before);
+    if (!has && !replace)
+        return XKV_OK;
+    if (!has)
+        inherit(p, &before);
     meta->expirations += expired;
     return xkv_entry_remove(txn, meta, &before, removed, -1);
 }
@@ -108,7 +144,7 @@ static xkv_status find_body(xkv_txn *txn, void *user)
 
 static xkv_status renew_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
-    return renew_existing(txn, meta, change->user, &change->removed);
+    return renew_existing(txn, meta, change->user, &change->removed, false);
 }
 
 /* Before anything is packed. */
@@ -139,7 +175,7 @@ static xkv_status check_dict(xkv_txn *txn, const xkv_item *item)
 static xkv_status commit_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
     put *p = change->user;
-    XKV_TRY(renew_existing(txn, meta, p, &change->removed));
+    XKV_TRY(renew_existing(txn, meta, p, &change->removed, true));
     if (p->report.existed)
         return XKV_OK;
     XKV_TRY(check_dict(txn, &p->item));
@@ -365,6 +401,27 @@ static xkv_status verify_foreign(xkv_ctx *ctx, xkv_store *store, xkv_entry *entr
     return status;
 }
 
+/* The same checks as for a prompt that is put. */
+static xkv_status check_foreign(xkv_ctx *ctx, const xkv_geometry *g, const xkv_symbols *symbols)
+{
+    uint32_t token = 0;
+    XKV_TRY(check_rows(ctx, g));
+    if (g->token_count < symbols->tokens)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
+    for (uint32_t i = 0; i < symbols->count && token < g->token_id_count;) {
+        if (symbols->data[i] == XKV_MEDIA_MARKER) {
+            i += XKV_MEDIA_SYMBOLS;
+            continue;
+        }
+        if (symbols->data[i] != (uint32_t)g->token_ids[token])
+            return xkv_fail(ctx, XKV_ERROR_MISMATCH, "token %u of the prompt is %u, in the entry %d", token,
+                            symbols->data[i], (int)g->token_ids[token]);
+        token++;
+        i++;
+    }
+    return XKV_OK;
+}
+
 static xkv_status import_opened(xkv_ctx *ctx, put *p, const xkv_blob_head *head, const uint32_t *list,
                                 const xkv_input *payload)
 {
@@ -376,9 +433,9 @@ static xkv_status import_opened(xkv_ctx *ctx, put *p, const xkv_blob_head *head,
     note_prompt(p, &ns, &symbols);
     note_entry(entry, &p->item);
     p->item.expires = head->expires;
-    bool rows = xkv_entry_geometry(entry)->token_count >= head->tokens;
-    xkv_status status = rows ? verify_foreign(ctx, p->store, entry)
-                             : xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
+    xkv_status status = check_foreign(ctx, xkv_entry_geometry(entry), &symbols);
+    if (status == XKV_OK)
+        status = verify_foreign(ctx, p->store, entry);
     xkv_entry_close(ctx, entry);
     XKV_TRY(status);
     XKV_TRY(try_existing(ctx, p));

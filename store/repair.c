@@ -172,6 +172,25 @@ static xkv_status take_file(repair *r, found *f, const int *fd)
     return insert_blob(r, f, &file);
 }
 
+static xkv_status keep_id(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    const found *f = change->user;
+    (void)txn;
+    meta->next_id = xkv_max64(meta->next_id, f->item.id + 1);
+    return XKV_OK;
+}
+
+/* It stays where it is, and its id taken. */
+static xkv_status leave_newer(repair *r, found *f, const char *name)
+{
+    xkv_change change = {.store = r->store, .body = keep_id, .user = f};
+    if (r->kind != XKV_BLOB_ENTRY)
+        return XKV_OK;
+    xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: left alone: %s", name, xkv_ctx_error(r->ctx));
+    r->report.newer++;
+    return xkv_store_change(r->ctx, &change);
+}
+
 static xkv_status take_blob(void *user, const char *text)
 {
     repair *r = user;
@@ -189,6 +208,8 @@ static xkv_status take_blob(void *user, const char *text)
         close(fd);
     xkv_release(r->ctx, f.symbols);
     xkv_release(r->ctx, f.names);
+    if (xkv_is_newer(status))
+        return leave_newer(r, &f, name.text);
     if (!xkv_is_damage(status))
         return status;
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: damaged, into quarantine: %s", name.text, xkv_ctx_error(r->ctx));

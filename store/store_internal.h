@@ -168,6 +168,8 @@ XKV_MUST_CHECK xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change);
 
 /* Errors that mean: these bytes are not what was written. */
 bool xkv_is_damage(xkv_status status);
+/* Those that mean: a newer program wrote them, and can read them. */
+bool xkv_is_newer(xkv_status status);
 
 /* Put entry `id` into quarantine, count and log it. Failures are logged. */
 void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why);
@@ -185,6 +187,13 @@ void xkv_store_leave_dict(xkv_store *store, xkv_cached_dict *slot); /* accepts N
 /* A hit of an entry to look at it, whatever its age: nothing goes into quarantine because of it. NOT_FOUND without a
  * message: its blob is not there. */
 XKV_MUST_CHECK xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p);
+
+/* xkv_store_match(), but a hit counts as one, and as a use of the entry, only when xkv_hit_count() says how many of its
+ * tokens are reused. */
+XKV_MUST_CHECK xkv_status xkv_store_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                         const xkv_prompt *prompt, uint32_t min_tokens, xkv_match *match,
+                                         xkv_hit **hit_p);
+void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens);
 
 /* --- Tidying (store.c) --- */
 

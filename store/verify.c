@@ -165,7 +165,7 @@ static xkv_status check_item(verify *v)
         note(v, &v->report->missing, v->item->id, "its blob is missing");
     else if (xkv_is_damage(status) || status == XKV_ERROR_MISMATCH)
         note(v, &v->report->damaged, v->item->id, xkv_ctx_error(v->ctx));
-    else if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND)
+    else if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && !xkv_is_newer(status))
         return status;
     return report_progress(v, v->item->file_size);
 }

@@ -129,6 +129,9 @@ typedef struct xkv_hook_hit xkv_hook_hit;
  * callbacks. Since what is declined is not measured, every decline moves it 1/256 of the way back to where it started,
  * so that now and then a load is tried again.
  *
+ * To the store a match is a hit, and renews the entry's time of use, once its tokens are loaded: with the first load
+ * that succeeds.
+ *
  * Errors: ARGUMENT, IO, MEMORY; the engine takes them as a miss. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hook_match(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns,
                                                  const xkv_prompt *prompt, const xkv_hook_match_options *options,
@@ -170,12 +173,13 @@ static inline xkv_hook_load_options xkv_hook_load_options_default(void)
  *   - the rows of all other groups are undefined: untouched, old and new ones mixed;
  *   - hence the asked tokens as a whole are not in the cache. With ARGUMENT, UNSUPPORTED and MISMATCH no view was
  *     touched.
- * An entry that turns out damaged (FORMAT .. TRUNCATED) goes into quarantine: no match finds it again; loads of it that
- * run at the same time fail as well, or give right rows. Other failures leave it in the store.
+ * An entry that turns out damaged (FORMAT, CORRUPT, CHECKSUM, TRUNCATED) goes into quarantine: no match finds it again;
+ * loads of it that run at the same time fail as well, or give right rows. Other failures leave it in the store.
  *
- * Errors: ARGUMENT (range, views), UNSUPPORTED (other positions than the entry's), MISMATCH (geometry; the entry's
- * dictionary is gone, missing or damaged: then no match finds the entry until it is put again), CORRUPT (also: an
- * earlier load of this hit found it damaged), CHECKSUM, TRUNCATED, CANCELLED, LIMIT, MEMORY, IO, BACKEND. */
+ * Errors: ARGUMENT (range, views), VERSION and FEATURE (only a newer program can read it), UNSUPPORTED (other positions
+ * than the entry's), MISMATCH (geometry; the entry's dictionary is gone, missing or damaged: then no match finds the
+ * entry until it is put again), CORRUPT (also: an earlier load of this hit found it damaged), CHECKSUM, TRUNCATED,
+ * CANCELLED, LIMIT, MEMORY, IO, BACKEND. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hook_load(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_geometry *geometry,
                                                 const xkv_view *views, const xkv_hook_load_options *options);
 
@@ -201,7 +205,7 @@ static inline xkv_hook_save_options xkv_hook_save_options_default(void)
 typedef enum xkv_save_outcome {
     XKV_SAVE_QUEUED = 0,  /* copied; a background thread will store it */
     XKV_SAVE_STORED = 1,  /* the store serves all tokens of the prompt already; nothing was copied */
-    XKV_SAVE_PENDING = 2, /* the same prompt is on its way already; nothing was copied */
+    XKV_SAVE_PENDING = 2, /* the same prompt, with these options, is on its way already; nothing was copied */
     XKV_SAVE_DROPPED = 3  /* there was no room in time; nothing was copied */
 } xkv_save_outcome;
 
@@ -214,7 +218,9 @@ typedef struct xkv_hook_saved {
  * views[geometry->plane_count] in the planes' element types. Prompt, geometry, keys and rows are copied; on return all
  * of them belong to the caller again. Whether storing succeeds later is counted and logged, not returned.
  *
- * The store is asked first, so that what it has costs no copy; not with a ttl or pin, since putting renews these. The
+ * The store is asked first, so that what it has, found by all keys too, costs no copy; not with a ttl or pin, since
+ * putting renews these. A save of the same prompt on its way is enough if it has the same keys (or none are asked for),
+ * a pin if one is asked for, and lives as long; else this one is queued behind it. The
  * copies of all saves on their way never take more than queue_bytes: when there is no room for this one the call waits
  * up to wait_ms, then drops it. xkv_ctx_cancel(ctx) and xkv_hook_cancel(hook, 0) end the wait (within 50 ms).
  *
@@ -241,7 +247,7 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_hook_flush(xkv_ctx *ctx, xkv_hook *hook, u
 typedef struct xkv_hook_counters {
     /* Matches; each call adds 1 to one of these. */
     uint64_t matches_found, matches_declined;
-    uint64_t misses_none, misses_short, misses_expired, misses_no_dictionary, misses_corrupt, misses_gone;
+    uint64_t misses_none, misses_short, misses_expired, misses_no_dictionary, misses_corrupt, misses_gone, misses_newer;
     uint64_t matches_failed; /* an error was returned */
     uint64_t found_tokens;   /* reusable, over all found */
     double match_seconds;

@@ -170,7 +170,8 @@ static inline xkv_put_options xkv_put_options_default(void)
 
 typedef struct xkv_put_report {
     uint64_t id;      /* of the entry */
-    uint32_t existed; /* non-zero: the very prompt was stored already; its use, pin and ttl were renewed, no more */
+    uint32_t existed; /* non-zero: the very prompt was stored already; its use, pin and ttl were renewed, no more.
+                         An entry without the keys of this put is replaced instead */
     uint32_t tokens;
     uint64_t bytes;           /* of the blob */
     uint32_t evicted_entries; /* to make room; a put that fails may have evicted some, too */
@@ -182,7 +183,8 @@ typedef struct xkv_put_report {
  * at most as many tokens as the entry has rows; token ids in the entry must agree with it. On return the entry is on
  * disk. `options` and `report` may be NULL.
  * Errors: ARGUMENT, MISMATCH (tokens or model differ; the entry's dictionary is not in the store), UNSUPPORTED (an
- * entry without rows), LIMIT (larger than what the byte cap leaves beside what is pinned or being read), NO_SPACE, IO,
+ * entry without rows), VERSION and FEATURE (also: the nearest prompt is in an entry that only a newer program can
+ * read), LIMIT (larger than what the byte cap leaves beside what is pinned or being read), NO_SPACE, IO,
  * MEMORY, CANCELLED, those of xkv_entry_open(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_put(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
                                                 const xkv_prompt *prompt, const xkv_input *entry,
@@ -211,7 +213,8 @@ typedef enum xkv_match_reason {
     XKV_MATCH_EXPIRED = 3,       /* the best entry outlived its ttl */
     XKV_MATCH_NO_DICTIONARY = 4, /* the best entry needs a dictionary that is not in the store */
     XKV_MATCH_CORRUPT = 5,       /* the best entry or its record is damaged; it was put into quarantine */
-    XKV_MATCH_GONE = 6           /* the best entry is just being removed */
+    XKV_MATCH_GONE = 6,          /* the best entry is just being removed */
+    XKV_MATCH_NEWER = 7          /* the best entry can be read by a newer program only; it stays */
 } xkv_match_reason;
 
 typedef struct xkv_match {
@@ -219,7 +222,7 @@ typedef struct xkv_match {
     uint32_t tokens;       /* leading tokens of the prompt that can be restored; 0 unless FOUND */
     uint32_t entry_tokens; /* of the entry that serves them */
     uint32_t keys;         /* xkv_store_match_keys(): leading keys that are stored */
-    uint64_t id;           /* of the entry; also for EXPIRED, NO_DICTIONARY, CORRUPT and GONE when it is known */
+    uint64_t id;           /* of the entry; also for EXPIRED, NO_DICTIONARY, CORRUPT, GONE and NEWER when it is known */
     uint64_t bytes;        /* of the entry's blob */
     uint64_t raw_bytes;    /* of the matched tokens, as the engine holds them */
 } xkv_match;
@@ -239,7 +242,9 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *
                                                        const uint8_t (*keys)[32], uint32_t key_count, xkv_match *match,
                                                        xkv_hit **hit_p);
 
-/* The entry by its id. Errors: NOT_FOUND (also for another namespace's), otherwise as xkv_store_match(). */
+/* The entry by its id: FOUND, or a miss with EXPIRED, NO_DICTIONARY or NEWER. Counts nothing. Errors: NOT_FOUND (also
+ * for another namespace's), FORMAT, CORRUPT, CHECKSUM and TRUNCATED (it was damaged and went into quarantine),
+ * otherwise as xkv_store_match(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                                                 xkv_match *match, xkv_hit **hit_p);
 
@@ -338,6 +343,7 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_verify(xkv_ctx *ctx, xkv_store *stor
 typedef struct xkv_repair_report {
     uint64_t entries, dictionaries; /* now in the index */
     uint64_t quarantined;           /* blobs that were damaged */
+    uint64_t newer;                 /* blobs that only a newer program can read: left alone, and not in the index */
     uint32_t kept_uses;             /* non-zero: pins, times of use and counters of the old index could be read */
 } xkv_repair_report;
 

@@ -326,6 +326,36 @@ static void slow_loads_are_declined(void **state)
     assert_int_equal(match(tokens, 501, &o, &hit).reason, XKV_HOOK_DECLINED);
 }
 
+/* To the store, what was declined or never loaded is no hit; what was loaded is one, of whole pages. */
+static void hits_are_what_is_loaded(void **state)
+{
+    (void)state;
+    xkv_hook_match_options o = xkv_hook_match_options_default();
+    xkv_hook_hit *hit;
+    xkv_store_stats s;
+    int32_t tokens[601];
+    make_tokens(14, 50000, tokens, 601);
+    save(tokens, 600);
+    o.page_tokens = 256;
+    assert_int_equal(match(tokens, 601, &o, &hit).tokens, 512);
+    xkv_hook_hit_close(hit);
+    o.seconds_per_token = 1e-12;
+    assert_int_equal(match(tokens, 601, &o, &hit).reason, XKV_HOOK_DECLINED);
+    o.seconds_per_token = 0;
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+    assert_int_equal(s.hits + s.misses + s.tokens_reused + s.bytes_reused, 0);
+    match(tokens, 601, &o, &hit);
+    load_rows(hit, tokens, 0, 256);
+    load_rows(hit, tokens, 256, 256);
+    xkv_hook_hit_close(hit);
+    tokens[0] ^= 1;
+    assert_int_equal(match(tokens, 601, &o, &hit).reason, XKV_MATCH_NONE);
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+    assert_int_equal(s.hits, 1);
+    assert_int_equal(s.misses, 1);
+    assert_int_equal(s.tokens_reused, 512);
+}
+
 static void only_what_must_be_loaded_costs(void **state)
 {
     (void)state;
@@ -753,6 +783,7 @@ int main(void)
         cmocka_unit_test(one_load_moves_the_expectation),
         cmocka_unit_test(one_slow_load_is_not_believed),
         TEST(slow_loads_are_declined),
+        TEST(hits_are_what_is_loaded),
         TEST(only_what_must_be_loaded_costs),
         TEST(groups_are_announced_in_order),
         TEST(time_in_callbacks_is_not_the_load_s),

@@ -432,6 +432,66 @@ static void pins_and_lifetimes_are_renewed(void **state)
     assert_int_equal(entries(), 1);
 }
 
+/* A save on its way, or an entry, that lacks what is asked for does not swallow it. */
+static void options_of_equal_saves_are_kept(void **state)
+{
+    (void)state;
+    xkv_hook_options o = hook_options();
+    xkv_hook_save_options with = xkv_hook_save_options_default();
+    xkv_hook_saved saved;
+    xkv_store_item item;
+    xkv_page_key keys[4];
+    uint8_t names[4][32];
+    int32_t tokens[SIZE];
+    xkv_match m;
+    make_tokens(1, 50000, tokens, SIZE);
+    assert_ok(t.ctx, xkv_chain_sglang(t.ctx, tokens, SIZE, 25, keys));
+    for (size_t i = 0; i < 4; i++)
+        memcpy(names[i], keys[i].key, 32);
+    hold(&o, 0);
+    with.ttl = 1000;
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_PENDING);
+    with.ttl = 2000;
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_QUEUED);
+    with.pin = 1;
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_QUEUED);
+    with.keys = keys;
+    with.key_count = 4;
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_QUEUED);
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_PENDING);
+    with.pin = 0;
+    with.ttl = 0; /* for ever */
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_QUEUED);
+    assert_int_equal(save(1).outcome, XKV_SAVE_PENDING);
+    set_gate(UNLIMITED);
+    flush();
+    assert_int_equal(entries(), 2);
+    assert_ok(t.ctx, xkv_store_list(t.ctx, t.store, &ns, note_item, &item)); /* the last one */
+    assert_int_equal(item.pinned, 1);
+    assert_int_equal(item.expires, 0);
+    assert_ok(t.ctx, xkv_store_match_keys(t.ctx, t.store, &ns, (const uint8_t(*)[32])names, 4, &m, NULL));
+    assert_int_equal(m.tokens, SIZE);
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_STORED);
+    keys[3].key[0] ^= 1;
+    assert_ok(t.ctx, save_with(t.ctx, 1, &with, &saved));
+    assert_int_equal(saved.outcome, XKV_SAVE_QUEUED);
+    flush();
+    assert_int_equal(entries(), 2);
+    names[3][0] ^= 1;
+    assert_ok(t.ctx, xkv_store_match_keys(t.ctx, t.store, &ns, (const uint8_t(*)[32])names, 4, &m, NULL));
+    assert_int_equal(m.tokens, SIZE);
+    assert_true(is_stored(1));
+    assert_sound();
+}
+
 /* --- Limits of the queue ------------------------------------------------------------------------------------------ */
 
 static double seconds(void)
@@ -1068,6 +1128,7 @@ int main(void)
         TEST(wrong_saves_are_refused),
         TEST(known_prompts_cost_nothing),
         TEST(pins_and_lifetimes_are_renewed),
+        TEST(options_of_equal_saves_are_kept),
         TEST(a_full_queue_drops),
         TEST(a_full_queue_waits_as_long_as_asked),
         TEST(back_pressure_bounds_memory),

@@ -441,6 +441,32 @@ static void expired_entries_are_misses(void **state)
     assert_sound(1);
 }
 
+/* By its id, too. */
+static void expired_entries_cannot_be_got(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_put_options o = xkv_put_options_default();
+    xkv_match m;
+    xkv_hit *hit = NULL;
+    open_at(100);
+    o.ttl = 10;
+    uint64_t id = put_numbered(&ns, 0, &o);
+    open_at(109);
+    assert_ok(t.ctx, xkv_store_get(t.ctx, t.store, &ns, id, &m, &hit));
+    assert_int_equal(m.reason, XKV_MATCH_FOUND);
+    assert_int_equal(m.tokens, 50);
+    xkv_hit_close(t.ctx, hit);
+    open_at(111);
+    assert_ok(t.ctx, xkv_store_get(t.ctx, t.store, &ns, id, &m, &hit));
+    assert_int_equal(m.reason, XKV_MATCH_EXPIRED);
+    assert_int_equal(m.id, id);
+    assert_int_equal(m.tokens, 0);
+    assert_null(hit);
+    assert_int_equal(stats().expirations, 1);
+    assert_int_equal(xkv_store_get(t.ctx, t.store, &ns, id, &m, &hit), XKV_ERROR_NOT_FOUND);
+}
+
 /* --- Restarts and counters ---------------------------------------------------------------------------------------- */
 
 static void counters_survive(void **state)
@@ -711,6 +737,7 @@ int main(void)
         TEST(pinned_and_read_entries_stay),
         TEST(many_are_evicted_with_few_descriptors),
         TEST(expired_entries_are_misses),
+        TEST(expired_entries_cannot_be_got),
         TEST(counters_survive),
         TEST(asking_counts_nothing),
         TEST(a_store_is_opened_once),

@@ -571,13 +571,12 @@ typedef struct bad_blob {
 } bad_blob;
 
 static const bad_blob bad_blobs[] = {
-    {"[SB1]", 3, 'A', false, false},  {"[SB1]", 250, 1, false, false},  {"[SB2]", 10, 2, true, false},
-    {"[SB2]", 10, 0, true, false},    {"[SB2]", 24, 1, true, false},    {"[SB2]", 170, 1, true, false},
-    {"[SB3]", 12, 3, true, false},    {"[SB3]", 16, 1, true, false},    {"[SB4]", 32, 0, true, false},
-    {"[SB4]", 35, 0xff, true, false}, {"[SB4]", 39, 0xff, true, false}, {"[SB4]", 40, 65, true, false},
-    {"[SB4]", 48, 1, true, false},    {"[SB5]", 259, 1, true, false},   {"[SB5]", 275, 0x80, true, true},
-    {"[SB6]", 28, 23, true, false},   {"[SB6]", 104, 1, true, false},   {"[SB6]", 136, 1, true, false},
-    {"[SB6]", 88, 1, true, false},
+    {"[SB1]", 3, 'A', false, false},  {"[SB1]", 250, 1, false, false},  {"[SB2]", 10, 0, true, false},
+    {"[SB2]", 24, 1, true, false},    {"[SB2]", 170, 1, true, false},   {"[SB3]", 12, 3, true, false},
+    {"[SB3]", 16, 1, true, false},    {"[SB4]", 32, 0, true, false},    {"[SB4]", 35, 0xff, true, false},
+    {"[SB4]", 39, 0xff, true, false}, {"[SB4]", 40, 65, true, false},   {"[SB4]", 48, 1, true, false},
+    {"[SB5]", 259, 1, true, false},   {"[SB5]", 275, 0x80, true, true}, {"[SB6]", 28, 23, true, false},
+    {"[SB6]", 104, 1, true, false},   {"[SB6]", 136, 1, true, false},   {"[SB6]", 88, 1, true, false},
 };
 
 static char logged[1024];
@@ -628,6 +627,81 @@ static void blobs_that_break_a_rule(void **state)
     }
 }
 
+/* What a newer program has written is neither found nor harmed. */
+static void blobs_of_a_newer_program_stay(void **state)
+{
+    (void)state;
+    static const bad_blob newer[] = {{"version", 10, 2, true, false}, {"features", 24, 2, true, false}};
+    for (size_t i = 0; i < 2; i++) {
+        const saved_file *f = &saved[2];
+        xkv_repair_report r;
+        xkv_collect_report c;
+        uint8_t *data = malloc(f->size);
+        uint32_t misses = 0;
+        restore_files();
+        memcpy(data, f->data, f->size);
+        make_bad(&newer[i], data);
+        write_file(f->name, data, f->size);
+        free(data);
+        assert_ok(t.ctx, open_store());
+        for (uint64_t number = 0; number < ENTRIES; number++) {
+            uint32_t reason;
+            int32_t tokens[SIZE];
+            if (look_up(number, &reason) == SIZE)
+                continue;
+            assert_int_equal(reason, XKV_MATCH_NEWER);
+            prompt_tokens(number, tokens);
+            tokens[SIZE - 1] += 7;
+            xkv_status status = put_rows(t.ctx, t.store, &ns, tokens, SIZE, NULL, NULL);
+            assert_int_equal(status, i == 0 ? XKV_ERROR_VERSION : XKV_ERROR_FEATURE);
+            assert_non_null(strstr(xkv_ctx_error(t.ctx), newer[i].rule));
+            misses++;
+        }
+        assert_int_equal(misses, 1);
+        assert_int_equal(stats().corrupt + stats().quarantined, 0);
+        assert_int_equal(stats().entries, ENTRIES);
+        close_store();
+        assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, &r));
+        assert_int_equal(r.entries, ENTRIES - 1);
+        assert_int_equal(r.quarantined, 0);
+        assert_int_equal(r.newer, 1);
+        assert_ok(t.ctx, open_store());
+        assert_ok(t.ctx, xkv_store_collect(t.ctx, t.store, 0, &c));
+        assert_int_equal(c.orphans, 0);
+        assert_int_equal(count_blobs(), ENTRIES);
+    }
+}
+
+/* An exported file whose tokens are not those that its entry knows, though all checksums are right. */
+static void changed_tokens_are_not_imported(void **state)
+{
+    (void)state;
+    int32_t tokens[SIZE];
+    xkv_put_report report;
+    memory m = {0};
+    const xkv_output output = memory_output(&m);
+    restore_files();
+    assert_ok(t.ctx, open_store());
+    make_tokens(99, 50000, tokens, SIZE);
+    rows *r = make_rows(tokens, SIZE);
+    r->geometry.token_ids = tokens;
+    r->geometry.token_id_count = SIZE;
+    assert_ok(t.ctx,
+              xkv_store_put_planes(t.ctx, t.store, &ns, NULL, &r->geometry, r->views, NULL, NULL, 0, NULL, &report));
+    free(r);
+    assert_ok(t.ctx, xkv_store_export(t.ctx, t.store, &ns, report.id, &output));
+    assert_ok(t.ctx, xkv_store_remove(t.ctx, t.store, &ns, report.id));
+    const xkv_input input = xkv_input_from_memory(m.data, m.size);
+    const bad_blob other = {"", 272 + 4 * 7, (uint8_t)(m.data[272 + 4 * 7] ^ 1), true, true};
+    const bad_blob back = {"", 272 + 4 * 7, m.data[272 + 4 * 7], true, true};
+    make_bad(&other, m.data);
+    assert_int_equal(xkv_store_import(t.ctx, t.store, &input, NULL), XKV_ERROR_MISMATCH);
+    assert_non_null(strstr(xkv_ctx_error(t.ctx), "token 7 of the prompt"));
+    make_bad(&back, m.data);
+    assert_ok(t.ctx, xkv_store_import(t.ctx, t.store, &input, NULL));
+    memory_free(&m);
+}
+
 /* --- Read-only ---------------------------------------------------------------------------------------------------- */
 
 static void read_only_stores_are_left_alone(void **state)
@@ -666,6 +740,8 @@ int main(void)
         TEST(a_lost_lock_file),
         TEST(locks_survive_their_files),
         TEST(blobs_that_break_a_rule),
+        TEST(blobs_of_a_newer_program_stay),
+        TEST(changed_tokens_are_not_imported),
         TEST(read_only_stores_are_left_alone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

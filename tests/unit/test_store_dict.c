@@ -247,6 +247,11 @@ static void assert_only_dict_gone(bool damaged)
     assert_int_equal(stats().quarantined, damaged);
     assert_int_equal(stats().corrupt, 1);
     assert_reasons(XKV_MATCH_NO_DICTIONARY);
+    xkv_match m;
+    xkv_hit *hit = NULL;
+    assert_ok(t.ctx, xkv_store_get(t.ctx, t.store, &ns, ids[1], &m, &hit));
+    assert_int_equal(m.reason, XKV_MATCH_NO_DICTIONARY);
+    assert_null(hit);
     assert_int_equal(put_number(7, NULL), XKV_ERROR_MISMATCH);
 }
 
