@@ -230,9 +230,12 @@ xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *
 
 /* --- Making room -------------------------------------------------------------------------------------------------- */
 
+/* The properties, for a repair, are written inside the transaction, since other processes would use the same name. */
 static xkv_status cap_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
-    meta->byte_cap = *(const uint64_t *)change->user;
+    xkv_properties p = change->store->properties;
+    meta->byte_cap = p.byte_cap = *(const uint64_t *)change->user;
+    XKV_TRY(xkv_properties_write(xkv_txn_ctx(txn), change->store->folders.root, &p));
     return xkv_evict(txn, meta, change, 0);
 }
 
@@ -240,10 +243,7 @@ xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap)
 {
     xkv_change change = {.store = store, .body = cap_body, .user = &byte_cap};
     XKV_TRY(xkv_store_begin(ctx, store));
-    XKV_TRY(xkv_store_change(ctx, &change));
-    xkv_properties p = store->properties;
-    p.byte_cap = byte_cap; /* for a repair */
-    return xkv_properties_write(ctx, store->folders.root, &p);
+    return xkv_store_change(ctx, &change);
 }
 
 typedef struct collect {

@@ -75,7 +75,7 @@ uint64_t xkv_store_now(const xkv_store *store);
 
 enum { XKV_PROPERTIES_SIZE = 64 };
 XKV_MUST_CHECK xkv_status xkv_properties_read(xkv_ctx *ctx, int root, xkv_properties *p);
-/* Write it under another name, sync, rename. */
+/* Write it under another name, sync, rename; not by two processes at once. */
 XKV_MUST_CHECK xkv_status xkv_properties_write(xkv_ctx *ctx, int root, const xkv_properties *p);
 
 /* Use `key` for the blobs, if it is that of the properties (NULL: none is needed). MISMATCH [SO6]. */

@@ -215,6 +215,57 @@ static void processes_and_threads_share_a_store(void **state)
     remove_folder(&t);
 }
 
+static int change_caps(uint64_t first)
+{
+    xkv_ctx *ctx = NULL;
+    xkv_store *store = NULL;
+    if (xkv_ctx_create(NULL, &ctx) != XKV_OK || xkv_store_open(ctx, t.path, NULL, &store) != XKV_OK)
+        return 1;
+    for (uint64_t i = 0; i < 500; i++) {
+        if (xkv_store_set_cap(ctx, store, first + i) != XKV_OK) {
+            fprintf(stderr, "%s\n", xkv_ctx_error(ctx));
+            return 2;
+        }
+    }
+    xkv_store_close(ctx, store);
+    xkv_ctx_free(ctx);
+    return 0;
+}
+
+/* The properties stay a store's, and say the same as the index. */
+static void processes_change_the_cap(void **state)
+{
+    (void)state;
+    pid_t children[2];
+    xkv_store_stats before, after;
+    make_store(&t, 0);
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    for (uint64_t i = 0; i < 2; i++) {
+        children[i] = fork();
+        assert_true(children[i] >= 0);
+        if (children[i] == 0)
+            _exit(change_caps((i + 1) << 40));
+    }
+    for (size_t i = 0; i < 2; i++) {
+        int status;
+        assert_int_equal(waitpid(children[i], &status, 0), children[i]);
+        assert_int_equal(status, 0);
+    }
+    reopen_store(&t);
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &before));
+    char path[128];
+    snprintf(path, sizeof path, "%s/index/data.mdb", t.path);
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    assert_int_equal(unlink(path), 0); /* so that a repair takes it from the properties */
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
+    reopen_store(&t);
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &after));
+    assert_int_equal(after.byte_cap, before.byte_cap);
+    remove_folder(&t);
+}
+
 /* --- Kills -------------------------------------------------------------------------------------------------------- */
 
 enum { GONE, COMMITTED, LEAVING };
@@ -353,6 +404,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(processes_and_threads_share_a_store),
+        cmocka_unit_test(processes_change_the_cap),
         cmocka_unit_test(killed_writers_lose_nothing),
     };
     if (argc > 1) /* only the test of this name */
