@@ -635,9 +635,9 @@ xkv_status xkv_blob_try_lock(xkv_ctx *ctx, const xkv_folders *folders, const xkv
     return XKV_OK;
 }
 
-void xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name)
+bool xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name)
 {
-    (void)unlinkat(folders->blobs, name->text, 0); /* if it stays, xkv_store_collect() finds it */
+    return unlinkat(folders->blobs, name->text, 0) == 0 || errno == ENOENT;
 }
 
 typedef struct oldest {

@@ -102,7 +102,8 @@ XKV_MUST_CHECK xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uin
  * is not there. Errors: IO (no descriptor is left). */
 XKV_MUST_CHECK xkv_status xkv_blob_try_lock(xkv_ctx *ctx, const xkv_folders *folders, const xkv_blob_name *name,
                                             bool *locked, int *fd);
-void xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name);
+/* True when it is not there any more; else whoever opens or collects the store next tries again. */
+bool xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name);
 /* Move it to the quarantine, which keeps the last eight. */
 void xkv_blob_quarantine(const xkv_folders *folders, const xkv_blob_name *name);
 

@@ -3,6 +3,7 @@
 
 #include "sha256.h"
 
+#include <errno.h>
 #include <unistd.h>
 
 /* --- Lists of what was removed ------------------------------------------------------------------------------------ */
@@ -40,18 +41,20 @@ static xkv_status add_removed(xkv_ctx *ctx, xkv_removed *r, const uint8_t hash[3
     return XKV_OK;
 }
 
+/* A blob that could not be deleted keeps its TRASH record. */
 void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine)
 {
     for (uint64_t i = 0; i < r->count; i++) {
+        bool gone = true;
         if (quarantine)
             xkv_blob_quarantine(&store->folders, &r->blobs[i].name);
         else
-            xkv_blob_unlink(&store->folders, &r->blobs[i].name);
+            gone = xkv_blob_unlink(&store->folders, &r->blobs[i].name);
+        pthread_mutex_lock(&store->mutex);
+        if (gone && store->pending.trash_count < XKV_DONE_TRASH)
+            store->pending.trash[store->pending.trash_count++] = r->blobs[i].id;
+        pthread_mutex_unlock(&store->mutex);
     }
-    pthread_mutex_lock(&store->mutex);
-    for (uint64_t i = 0; i < r->count && store->pending.trash_count < XKV_DONE_TRASH; i++)
-        store->pending.trash[store->pending.trash_count++] = r->blobs[i].id;
-    pthread_mutex_unlock(&store->mutex);
     xkv_removed_clear(ctx, r);
 }
 
@@ -542,7 +545,12 @@ static xkv_status run_change(xkv_txn *txn, void *user)
     XKV_TRY(xkv_pending_write(txn, &meta, a->pending));
     if (a->change->body != NULL)
         XKV_TRY(a->change->body(txn, &meta, a->change));
-    return xkv_txn_put_meta(txn, &meta);
+    XKV_TRY(xkv_txn_put_meta(txn, &meta));
+    /* Blobs whose TRASH records go must not come back. Last, when the body has synced the folder already. */
+    int blobs = a->change->store->folders.blobs;
+    if (a->pending->trash_count > 0 && fsync(blobs) != 0 && errno != EINVAL)
+        return xkv_fail_errno(ctx, "sync the folder of", "blobs", errno);
+    return XKV_OK;
 }
 
 static xkv_status change_once(xkv_ctx *ctx, xkv_change *change, xkv_pending *pending)

@@ -85,6 +85,26 @@ static void keep_uses(repair *r, xkv_item *item)
     item->expires = o.item.expires;
 }
 
+typedef struct old_trash {
+    uint64_t id;
+    uint8_t hash[32];
+} old_trash;
+
+static xkv_status get_trash(xkv_txn *txn, void *user)
+{
+    old_trash *o = user;
+    xkv_key key = xkv_key_id(XKV_TABLE_TRASH, o->id);
+    return xkv_txn_get(txn, &key, o->hash, sizeof o->hash);
+}
+
+/* Whether the blob was removed, by a process that was killed before it had deleted the file. */
+static bool was_removed(repair *r, const xkv_item *item)
+{
+    old_trash o = {.id = item->id};
+    return r->old != NULL && xkv_index_read(r->ctx, r->old, get_trash, &o) == XKV_OK &&
+           memcmp(o.hash, item->blob, 32) == 0;
+}
+
 /* A blob as it is read. */
 typedef struct found {
     repair *r;
@@ -200,6 +220,10 @@ static xkv_status take_blob(void *user, const char *text)
     if (!xkv_blob_name_parse(text, f.item.blob, &f.item.id) || f.item.id == 0 || f.item.id == UINT64_MAX)
         return XKV_OK; /* not ours */
     xkv_blob_name name = xkv_blob_name_of(f.item.blob, f.item.id);
+    if (was_removed(r, &f.item)) {
+        xkv_blob_unlink(&r->store->folders, &name);
+        return XKV_OK;
+    }
     xkv_ctx_begin(r->ctx);
     xkv_status status = xkv_blob_open(r->ctx, &r->store->folders, &name, false, &fd);
     if (status == XKV_OK)

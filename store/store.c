@@ -464,11 +464,11 @@ static xkv_status empty_trash(tidy *t)
         if (status != XKV_OK)
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         xkv_blob_name name = xkv_blob_name_of(next.hash, next.id);
-        xkv_blob_unlink(&t->store->folders, &name);
+        bool gone = xkv_blob_unlink(&t->store->folders, &name);
         xkv_pending *p = &t->store->pending;
         pthread_mutex_lock(&t->store->mutex);
-        bool full = p->trash_count == XKV_DONE_TRASH;
-        if (!full)
+        bool full = gone && p->trash_count == XKV_DONE_TRASH;
+        if (gone && !full)
             p->trash[p->trash_count++] = next.id;
         pthread_mutex_unlock(&t->store->mutex);
         if (full)

@@ -201,6 +201,28 @@ static xkv_status run_remove(void)
     return xkv_store_remove(t.ctx, t.store, &ns, 2);
 }
 
+static xkv_status repair(int compact)
+{
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    return xkv_store_repair(t.ctx, t.path, NULL, compact, NULL);
+}
+
+/* What was removed does not come back from a blob that could not be deleted. */
+static xkv_status run_remove_and_repair(void)
+{
+    xkv_status status = run_remove();
+    if (status == XKV_OK)
+        status = repair(0);
+    if (status != XKV_OK)
+        return status;
+    fail_at = 0;
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, NULL, &t.store));
+    if (look_up(1))
+        fail_msg("call %ld: the removed entry is back", calls);
+    return XKV_OK;
+}
+
 static xkv_status run_collect(void)
 {
     return xkv_store_collect(t.ctx, t.store, 1, NULL);
@@ -216,13 +238,6 @@ static xkv_status run_reopen(void)
     xkv_store_close(t.ctx, t.store);
     t.store = NULL;
     return xkv_store_open(t.ctx, t.path, NULL, &t.store);
-}
-
-static xkv_status repair(int compact)
-{
-    xkv_store_close(t.ctx, t.store);
-    t.store = NULL;
-    return xkv_store_repair(t.ctx, t.path, NULL, compact, NULL);
 }
 
 static xkv_status run_repair(void)
@@ -323,11 +338,17 @@ typedef struct change {
 } change;
 
 static const change changes[] = {
-    {"put", run_put, 1, 0, 20},       {"put that evicts", run_evicting_put, 0, 3, 30},
-    {"remove", run_remove, 1, 1, 5},  {"collect", run_collect, 1, 0, 8},
-    {"pin", run_pin, 1, 0, 4},        {"reopen", run_reopen, 1, 0, 15},
-    {"repair", run_repair, 1, 0, 40}, {"compact", run_compact, 1, 0, 20},
-    {"save", run_save, 1, 0, 20},     {"load", run_load, 1, 0, 4},
+    {"put", run_put, 1, 0, 20},
+    {"put that evicts", run_evicting_put, 0, 3, 30},
+    {"remove", run_remove, 1, 1, 5},
+    {"collect", run_collect, 1, 0, 8},
+    {"pin", run_pin, 1, 0, 4},
+    {"reopen", run_reopen, 1, 0, 15},
+    {"repair", run_repair, 1, 0, 40},
+    {"compact", run_compact, 1, 0, 20},
+    {"remove and repair", run_remove_and_repair, 1, 1, 40},
+    {"save", run_save, 1, 0, 20},
+    {"load", run_load, 1, 0, 4},
 };
 
 /* --- One attempt -------------------------------------------------------------------------------------------------- */
