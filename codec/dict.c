@@ -379,12 +379,12 @@ static xkv_status load_bases(xkv_ctx *ctx, const xkv_input *input, bool for_pack
     XKV_TRY(XKV_NEW_ZERO(ctx, count, &dict->bases));
     XKV_TRY(xkv_pool_create(ctx, xkv_ctx_threads(ctx), &pool));
     status = xkv_pool_run(ctx, pool, count - cross, load_task, &all);
-    xkv_pool_free(ctx, pool);
-    if (status != XKV_OK || !cross)
-        return status;
-    l = make_loader(&all, count - 1);
-    status = load_cross(&l, dict);
-    free_loader(&l);
+    if (status == XKV_OK && cross) {
+        l = make_loader(&all, count - 1);
+        status = load_cross(&l, dict);
+        free_loader(&l);
+    }
+    xkv_pool_free(ctx, pool); /* not before: it holds OpenBLAS at one thread */
     return status;
 }
 
