@@ -370,6 +370,7 @@ xkv_status xkv_txn_delete(xkv_txn *txn, const xkv_key *key)
 static xkv_status take_record(xkv_txn *txn, const MDB_val *k, const MDB_val *v, xkv_key *key, uint8_t *value,
                               size_t *count)
 {
+    memset(key->bytes, 0, sizeof key->bytes); /* a damaged index may hold shorter keys than are looked at */
     memcpy(key->bytes, k->mv_data, k->mv_size);
     key->size = k->mv_size;
     XKV_TRY(check_value(txn, key, v));

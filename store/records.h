@@ -35,7 +35,7 @@ enum {
 };
 
 typedef struct xkv_key {
-    uint8_t bytes[XKV_KEY_MAX];
+    uint8_t bytes[XKV_KEY_MAX + 1]; /* one more: the key behind the longest one has a zero at its end */
     size_t size;
 } xkv_key;
 
