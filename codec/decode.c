@@ -7,6 +7,9 @@
 #include <math.h>
 #include <stdio.h>
 
+/* Integers of the cross stage that are kept over the groups: 32 MiB. */
+#define MAX_KEPT_INTEGERS (16u << 20)
+
 /* What one thread needs to decode chunks of the group at hand. */
 typedef struct worker {
     ZSTD_DCtx *zstd;
@@ -52,6 +55,8 @@ typedef struct decoder {
     const xkv_group *cross_group; /* NULL: none */
     side_part cross_side;
     xkv_cross cross;
+    int16_t *kept;  /* its integers in the asked chunks, [coded][chunk_tokens] each; NULL: decoded for every group */
+    uint8_t *known; /* chunks that `kept` holds */
 } decoder;
 
 /* --- Parts -------------------------------------------------------------------------------------------------------- */
@@ -350,20 +355,50 @@ static xkv_status decode_integers(const decoder *d, const worker *w, const xkv_g
                            name_part_of(d, g, XKV_PART_CHUNKS + chunk).text, q);
 }
 
-static xkv_status decode_cross(const decoder *d, const worker *w, uint32_t chunk)
+/* Every group needs the integers of the stage: keep them where they are not many. */
+static xkv_status keep_cross(decoder *d)
 {
+    uint64_t chunks = (d->end - 1) / d->c->chunk_tokens - d->first_chunk + 1;
+    uint64_t count = chunks * d->c->chunk_tokens * d->cross.coded;
+
+    if (count == 0 || count > MAX_KEPT_INTEGERS)
+        return XKV_OK;
+    XKV_TRY(XKV_NEW(d->ctx, (size_t)count, &d->kept));
+    return XKV_NEW_ZERO(d->ctx, (size_t)chunks, &d->known);
+}
+
+/* Integers of the cross stage in a chunk that has coded tokens. A chunk is one task of a group, and groups come one
+ * after the other. */
+static xkv_status decode_cross(const decoder *d, const worker *w, uint32_t chunk, const int16_t **q_p)
+{
+    size_t index = chunk - d->first_chunk;
+    int16_t *q = d->kept ? d->kept + index * d->c->chunk_tokens * d->cross.coded : w->cross_q;
+    uint32_t t0, t1;
+
+    *q_p = q;
+    if (d->known && d->known[index])
+        return XKV_OK;
+    xkv_chunk_coded(d->c, chunk, &t0, &t1);
+    XKV_TRY(decode_integers(d, w, d->cross_group, chunk, t1 - t0, d->cross.coded_tables, d->cross.coded, q));
+    if (d->known)
+        d->known[index] = 1;
+    return XKV_OK;
+}
+
+/* Only to check it. */
+static xkv_status check_cross_chunk(const decoder *d, const worker *w, uint32_t chunk)
+{
+    const int16_t *q;
     uint32_t t0, t1;
 
     xkv_chunk_coded(d->c, chunk, &t0, &t1);
-    if (t0 == t1)
-        return XKV_OK;
-    return decode_integers(d, w, d->cross_group, chunk, t1 - t0, d->cross.coded_tables, d->cross.coded, w->cross_q);
+    return t0 == t1 ? XKV_OK : decode_cross(d, w, chunk, &q);
 }
 
 static xkv_status restore_coded_chunk(decoder *d, worker *w, uint32_t chunk)
 {
     const side_part *side = &d->side;
-    xkv_integers own = {w->q, 0}, cross = {w->cross_q, 0};
+    xkv_integers own = {w->q, 0}, cross = {NULL, 0};
     uint32_t base, t0, t1, end;
 
     xkv_chunk_coded(d->c, chunk, &base, &end);
@@ -372,7 +407,7 @@ static xkv_status restore_coded_chunk(decoder *d, worker *w, uint32_t chunk)
     own.stride = cross.stride = end - base;
     XKV_TRY(decode_integers(d, w, d->g, chunk, end - base, side->coded_tables, side->coded, w->q));
     if (d->synthesis.top > 0)
-        XKV_TRY(decode_cross(d, w, chunk));
+        XKV_TRY(decode_cross(d, w, chunk, &cross.q));
     t0 = base;
     if (!cut_range(d, &t0, &end))
         return XKV_OK;
@@ -397,7 +432,7 @@ static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
     if (d->g->codec == XKV_CODEC_SVD)
         return restore_svd_chunk(d, w, chunk);
     if (xkv_group_is_cross(d->g))
-        return decode_cross(d, w, chunk);
+        return check_cross_chunk(d, w, chunk);
     if (d->g->codec != XKV_CODEC_LOSSLESS)
         return restore_coded_chunk(d, w, chunk);
     xkv_chunk_tokens(d->c, chunk, &t0, &t1);
@@ -503,6 +538,8 @@ static xkv_status init(decoder *d)
 static void fini(decoder *d)
 {
     free_side(d, &d->cross_side);
+    xkv_release(d->ctx, d->kept);
+    xkv_release(d->ctx, d->known);
     for (uint32_t i = 0; d->workers && i < d->threads; i++) {
         if (d->workers[i].rotator.geometry)
             xkv_rotator_free(d->ctx, &d->workers[i].rotator);
@@ -527,8 +564,10 @@ static xkv_status restore_groups(decoder *d, const xkv_read_options *o)
         total += asked_bytes(d, &d->c->groups[i]);
         coded |= d->c->groups[i].codec == XKV_GROUP_DICT || (!d->views && xkv_group_is_cross(&d->c->groups[i]));
     }
-    if (coded)
+    if (coded) {
         XKV_TRY(load_cross(d));
+        XKV_TRY(keep_cross(d));
+    }
     for (uint32_t i = o->first_group; i < end; i++) {
         XKV_TRY(xkv_check_cancel(d->ctx));
         XKV_TRY(restore_group(d, i));
