@@ -192,13 +192,14 @@ static void make_rope(synthetic *s, const synthetic_options *o)
         s->ropes->inv_freq[i] = pow(10000, -2.0 * i / o->head_dim);
 }
 
-static void rotate(const synthetic *s, const xkv_plane *p, int32_t position, double *row)
+/* Rotate (sign 1) or un-rotate (-1) the heads of a row. */
+static void turn(const synthetic *s, const xkv_plane *p, int32_t position, int sign, double *row)
 {
     const xkv_rope *r = s->ropes;
 
-    for (uint32_t h = 0; h < p->heads; h++)
+    for (uint32_t h = 0; p->rope != XKV_NO_ROPE && h < p->heads; h++)
         for (uint32_t i = 0; i < r->n_rot / 2; i++) {
-            double *a = row + h * p->head_dim + i, *b = a + r->n_rot / 2, t = position * r->inv_freq[i];
+            double *a = row + h * p->head_dim + i, *b = a + r->n_rot / 2, t = sign * position * r->inv_freq[i];
             double x = *a * cos(t) - *b * sin(t), y = *a * sin(t) + *b * cos(t);
             *a = x;
             *b = y;
@@ -243,8 +244,7 @@ synthetic make_synthetic(const synthetic_options *o)
     for (uint32_t p = 0; p < o->layers * 2; p++)
         for (uint32_t t = 0; t < o->tokens; t++) {
             make_row(&s, o, p, t, row);
-            if (s.planes[p].rope != XKV_NO_ROPE)
-                rotate(&s, &s.planes[p], s.positions[t], row);
+            turn(&s, &s.planes[p], s.positions[t], 1, row);
             for (uint32_t i = 0; i < o->heads * o->head_dim; i++)
                 store((uint8_t *)s.views[p].data + ((size_t)t * o->heads * o->head_dim + i) * elem, o->dtype, row[i]);
         }
@@ -266,6 +266,20 @@ void free_synthetic(synthetic *s)
     free(s->positions);
     free(s->views);
     free(s->data);
+}
+
+uint32_t row_width(const xkv_plane *p)
+{
+    return p->heads * p->head_dim;
+}
+
+void plane_row(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, double *row)
+{
+    const xkv_plane *p = &s->planes[plane];
+
+    for (uint32_t i = 0; i < row_width(p); i++)
+        row[i] = element(s, data, plane, t, i);
+    turn(s, p, s->positions[t], -1, row);
 }
 
 /* --- Packing --- */
@@ -329,4 +343,44 @@ xkv_status train_on(xkv_ctx *ctx, const synthetic *const *list, uint32_t count, 
         pointers[i] = &caches[i];
     }
     return xkv_train(ctx, pointers, count, o, &output);
+}
+
+/* --- Damage --- */
+
+xkv_status open_entry(xkv_ctx *ctx, const xkv_dict *dict, const uint8_t *data, size_t size)
+{
+    xkv_input input = xkv_input_from_memory(data, size);
+    xkv_entry *entry = NULL;
+    xkv_status status = xkv_entry_open(ctx, &input, &entry);
+
+    if (status == XKV_OK && dict)
+        status = xkv_entry_attach(ctx, entry, dict);
+    if (status == XKV_OK)
+        status = xkv_entry_verify(ctx, entry, NULL, NULL);
+    xkv_entry_close(ctx, entry);
+    return status;
+}
+
+void assert_damage_is_found(xkv_ctx *ctx, const memory *m, open_fn open, const xkv_dict *dict)
+{
+    static const uint8_t masks[] = {0x01, 0x80, 0xff};
+    uint8_t *copy = malloc(m->size);
+
+    memcpy(copy, m->data, m->size);
+    assert_ok(ctx, open(ctx, dict, copy, m->size));
+    for (size_t i = 0; i < m->size; i++)
+        for (size_t k = 0; k < sizeof masks; k++) {
+            copy[i] ^= masks[k];
+            if (open(ctx, dict, copy, m->size) == XKV_OK)
+                fail_msg("byte %zu, mask %02x", i, masks[k]);
+            copy[i] ^= masks[k];
+        }
+    free(copy);
+    for (size_t size = 0; size < m->size; size++) {
+        uint8_t *cut = malloc(size ? size : 1); /* of that size, so that a sanitizer sees reads behind the end */
+        memcpy(cut, m->data, size);
+        if (open(ctx, dict, cut, size) == XKV_OK)
+            fail_msg("cut to %zu bytes", size);
+        free(cut);
+    }
 }

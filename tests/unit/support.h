@@ -77,6 +77,10 @@ xkv_view *views_into(const synthetic *s, uint8_t *data);
 /* Element (t, i) of plane p in `data`, whatever its dtype. */
 double element(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, uint32_t i);
 
+/* Elements of a row of a plane; row t of plane p in `data`, K before RoPE. */
+uint32_t row_width(const xkv_plane *p);
+void plane_row(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, double *row);
+
 /* --- Packing --- */
 
 xkv_ctx *new_ctx(uint32_t threads);
@@ -97,5 +101,15 @@ uint8_t *restore(xkv_ctx *ctx, const synthetic *s, const xkv_entry *entry);
 
 /* Train on synthetic caches (at most 8). */
 xkv_status train_on(xkv_ctx *ctx, const synthetic *const *list, uint32_t count, const xkv_train_options *o, memory *m);
+
+/* --- Damage --- */
+
+typedef xkv_status (*open_fn)(xkv_ctx *ctx, const xkv_dict *dict, const uint8_t *data, size_t size);
+
+/* Open an entry, with its dictionary unless that is NULL, and verify it. */
+xkv_status open_entry(xkv_ctx *ctx, const xkv_dict *dict, const uint8_t *data, size_t size);
+
+/* A file that `open` takes: it takes none with bits of one byte flipped, and none that is cut short. */
+void assert_damage_is_found(xkv_ctx *ctx, const memory *m, open_fn open, const xkv_dict *dict);
 
 #endif
