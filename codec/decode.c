@@ -16,7 +16,7 @@ typedef struct worker {
     uint8_t *packed, *planes, *raw; /* of the largest part */
     float *coefficients;            /* [XKV_TILE_ROWS][rank] */
     float *rows;                    /* [XKV_TILE_ROWS][width] */
-    int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage */
+    int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage unless kept */
     xkv_rotator rotator;
 } worker;
 
@@ -265,7 +265,7 @@ static xkv_status read_side(const decoder *d, const xkv_group *g, side_part *sid
         return xkv_fail(d->ctx, XKV_ERROR_CORRUPT, "%s: step is %g, expected finite and positive, then zeros [Q3]",
                         where.text, (double)side->step);
     side->tables = side->bytes + 8;
-    if (g->codec == XKV_CODEC_SCALAR)
+    if (g->codec == XKV_GROUP_SCALAR)
         side->tables += 4ull * g->plane_count + 2ull * g->width;
     if (g->codec == XKV_GROUP_SVDQ)
         side->tables = side->bytes + xkv_svdq_side(g).tables;
@@ -328,7 +328,7 @@ static xkv_status load_side(decoder *d)
 
     XKV_TRY(read_side(d, d->g, &d->side));
     scales = d->side.bytes + 8;
-    if (d->g->codec == XKV_CODEC_SCALAR) {
+    if (d->g->codec == XKV_GROUP_SCALAR) {
         XKV_TRY(xkv_scalar_parse(d->ctx, &d->c->geometry, d->g, scales, scales + 4ull * d->g->plane_count, where.text,
                                  &d->scalar));
         d->transform = xkv_transform_of_scalar(&d->scalar);
@@ -429,11 +429,11 @@ static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
     uint32_t chunk = d->first_chunk + (uint32_t)task, t0, t1;
     const uint8_t *matrix;
 
-    if (d->g->codec == XKV_CODEC_SVD)
+    if (d->g->codec == XKV_GROUP_SVD)
         return restore_svd_chunk(d, w, chunk);
     if (xkv_group_is_cross(d->g))
         return check_cross_chunk(d, w, chunk);
-    if (d->g->codec != XKV_CODEC_LOSSLESS)
+    if (d->g->codec != XKV_GROUP_LOSSLESS)
         return restore_coded_chunk(d, w, chunk);
     xkv_chunk_tokens(d->c, chunk, &t0, &t1);
     XKV_TRY(load_part(d, w, XKV_PART_CHUNKS + chunk, &matrix));
@@ -463,7 +463,7 @@ static xkv_status size_workers(decoder *d)
         XKV_TRY(XKV_NEW(d->ctx, coefficients, &w->coefficients));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->width, &w->rows));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)chunk * d->side.coded, &w->q));
-        XKV_TRY(XKV_NEW(d->ctx, (size_t)chunk * d->cross.coded, &w->cross_q));
+        XKV_TRY(XKV_NEW(d->ctx, d->kept ? 0 : (size_t)chunk * d->cross.coded, &w->cross_q));
     }
     return XKV_OK;
 }
@@ -508,9 +508,9 @@ static xkv_status restore_group(decoder *d, uint32_t group)
     if (is_coded(d->g))
         XKV_TRY_GOTO(load_side(d), out);
     XKV_TRY_GOTO(size_workers(d), out);
-    if (d->g->codec == XKV_CODEC_SVD)
+    if (d->g->codec == XKV_GROUP_SVD)
         XKV_TRY_GOTO(load_components(d), out);
-    if (d->g->codec != XKV_CODEC_LOSSLESS)
+    if (d->g->codec != XKV_GROUP_LOSSLESS)
         XKV_TRY_GOTO(load_exact_rows(d), out);
     XKV_TRY_GOTO(xkv_pool_run(d->ctx, d->pool, last_chunk - d->first_chunk + 1, restore_chunk, d), out);
 out:

@@ -214,21 +214,17 @@ static xkv_status make_dual(const loader *l, const float *u, size_t rank, size_t
 {
     size_t top = rank < 64 ? rank : rank / 2;
     float *gram = NULL, *dual = NULL; /* gram [rank][top] */
-    double *inverse = NULL;
+    bool regular;
     xkv_status status = XKV_OK;
 
     XKV_TRY_GOTO(XKV_NEW(l->ctx, rank * top, &gram), out);
-    XKV_TRY_GOTO(XKV_NEW(l->ctx, top * top, &inverse), out);
     XKV_TRY_GOTO(XKV_NEW(l->ctx, rank * width, &dual), out);
     l->kernels->gemm_nt(rank, top, width, u, width, u, width, 0, gram, top);
-    for (size_t i = 0; i < top * top; i++) /* a component that was rounded to nothing shall not make it singular */
-        inverse[i] = (double)gram[i] + (i % (top + 1) == 0 && gram[i] == 0 ? 1 : 0);
-    if (!xkv_spd_inverse((uint32_t)top, inverse)) {
+    XKV_TRY_GOTO(xkv_gram_inverse(l->ctx, (uint32_t)top, 0, gram, &regular), out);
+    if (!regular) {
         status = bad(l, "the components are linearly dependent", "Y2");
         goto out;
     }
-    for (size_t i = 0; i < top * top; i++)
-        gram[i] = (float)inverse[i];
     l->kernels->gemm_nn(top, width, top, gram, top, u, width, 0, dual, width);
     for (size_t i = top * top; i < rank * top; i++)
         gram[i] = -gram[i];
@@ -239,7 +235,6 @@ static xkv_status make_dual(const loader *l, const float *u, size_t rank, size_t
     dual = NULL;
 out:
     xkv_release(l->ctx, gram);
-    xkv_release(l->ctx, inverse);
     xkv_release(l->ctx, dual);
     return status;
 }

@@ -133,7 +133,7 @@ static void fill_report(const xkv_encoder *e, uint64_t file_size, xkv_pack_repor
     r->components = e->components;
     r->component_total = e->component_total;
     for (uint32_t i = 0; i < e->c.group_count; i++)
-        r->lossless_groups += e->c.groups[i].codec == XKV_CODEC_LOSSLESS;
+        r->lossless_groups += e->c.groups[i].codec == XKV_GROUP_LOSSLESS;
     for (uint32_t i = 0; i < e->c.geometry.plane_count; i++)
         r->nonfinite_planes += e->nonfinite[i];
 }

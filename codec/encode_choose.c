@@ -16,8 +16,8 @@ static xkv_status fixed_bytes(xkv_encoder *e, uint64_t *bytes)
 {
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i], exact = *g;
-        if (g->codec != XKV_CODEC_LOSSLESS) { /* what is left are its exact rows */
-            exact.codec = XKV_CODEC_SVD;
+        if (g->codec != XKV_GROUP_LOSSLESS) { /* what is left are its exact rows */
+            exact.codec = XKV_GROUP_SVD;
             exact.part_count = XKV_PART_CHUNKS;
             exact.rank = 0;
         }
@@ -86,7 +86,7 @@ static xkv_status make_transforms(xkv_encoder *e)
         const xkv_group *g = &e->c.groups[i];
         if (g->codec == XKV_GROUP_CROSS)
             e->transforms[i] = (xkv_transform){.rank = g->rank};
-        if (g->codec == XKV_CODEC_DICT)
+        if (g->codec == XKV_GROUP_DICT)
             e->transforms[i] = xkv_transform_of_basis(xkv_dict_basis(e->o.dict, &e->c.geometry, g));
         if (g->codec == XKV_GROUP_SVDQ)
             XKV_TRY(decompose_group(e, i, e->trial ? XKV_SAMPLE_TOKENS : UINT32_MAX));
@@ -106,7 +106,7 @@ static double side_bytes(const xkv_group *g)
 {
     if (g->codec == XKV_GROUP_SVDQ)
         return 12 + 4.0 * g->plane_count;
-    return g->codec == XKV_CODEC_SCALAR ? 4.0 * g->plane_count + 2.0 * g->width : 0;
+    return g->codec == XKV_GROUP_SCALAR ? 4.0 * g->plane_count + 2.0 * g->width : 0;
 }
 
 /* Bytes that do not depend on the step: the head, the exact rows, lossless groups, and what every stream costs whatever

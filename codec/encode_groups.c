@@ -19,7 +19,7 @@ uint64_t xkv_encoder_group_bytes(const xkv_encoder *e, const xkv_group *g)
 
 static void make_lossless(xkv_group *g, uint32_t reason)
 {
-    g->codec = XKV_CODEC_LOSSLESS;
+    g->codec = XKV_GROUP_LOSSLESS;
     g->reason = reason;
     g->rank = 0;
     g->energy = g->error = 0;
@@ -37,7 +37,7 @@ static xkv_status lossless_bytes(xkv_encoder *e, const xkv_group *g, uint64_t *b
 {
     xkv_group trial = *g;
 
-    trial.codec = XKV_CODEC_LOSSLESS;
+    trial.codec = XKV_GROUP_LOSSLESS;
     *bytes = 0;
     return xkv_encoder_write_group(e, &trial, NULL, NULL, bytes);
 }
@@ -289,11 +289,11 @@ out:
 
 static xkv_status pack_group(xkv_encoder *e, xkv_group *g)
 {
-    if (g->codec == XKV_CODEC_SVD)
+    if (g->codec == XKV_GROUP_SVD)
         return pack_svd(e, g);
     if (xkv_group_is_cross(g))
         return pack_cross(e, g);
-    return g->codec == XKV_CODEC_LOSSLESS ? xkv_encoder_write_group(e, g, NULL, NULL, NULL) : pack_coded(e, g);
+    return g->codec == XKV_GROUP_LOSSLESS ? xkv_encoder_write_group(e, g, NULL, NULL, NULL) : pack_coded(e, g);
 }
 
 xkv_status xkv_encoder_pack_groups(xkv_encoder *e)

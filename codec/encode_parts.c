@@ -33,7 +33,7 @@ static void side_part(const batch *b, uint8_t *p)
     xkv_storef32(p, b->coded->step);
     xkv_store32(p + 4, 0);
     p += 8;
-    if (b->g->codec == XKV_CODEC_SCALAR) {
+    if (b->g->codec == XKV_GROUP_SCALAR) {
         for (uint32_t i = 0; i < b->g->plane_count; i++, p += 4)
             xkv_storef32(p, scalar->scales[i]);
         memcpy(p, scalar->stored_mean, 2ull * b->g->width);
@@ -59,7 +59,7 @@ static const void *part_matrix(const batch *b, uint32_t part, xkv_shape shape, x
     } else if (part == XKV_PART_EXACT) {
         gather_exact(b->e, b->g, 0, c->sinks, s->raw, row_bytes);
         gather_exact(b->e, b->g, n - c->window, n, s->raw + c->sinks * row_bytes, row_bytes);
-    } else if (b->g->codec == XKV_CODEC_SVD) {
+    } else if (b->g->codec == XKV_GROUP_SVD) {
         xkv_chunk_coded(c, part - XKV_PART_CHUNKS, &t0, &t1);
         return b->f->coefficients + (size_t)(t0 - c->sinks) * b->g->rank;
     } else {
@@ -93,7 +93,7 @@ static void encode_basis(const batch *b, xkv_slot *s)
 static xkv_status encode_part(const batch *b, uint32_t part, xkv_slot *s)
 {
     xkv_shape shape = xkv_part_shape(&b->e->c, b->g, part);
-    bool factors = b->g->codec == XKV_CODEC_SVD && part != XKV_PART_EXACT;
+    bool factors = b->g->codec == XKV_GROUP_SVD && part != XKV_PART_EXACT;
 
     if (xkv_shape_bytes(shape) == 0) {
         s->size = 0;

@@ -54,7 +54,7 @@ const xkv_framing *xkv_entry_framing(const xkv_entry *entry)
 bool xkv_entry_is_lossless(const xkv_entry *entry)
 {
     for (uint32_t i = 0; i < entry->c.group_count; i++)
-        if (entry->c.groups[i].codec != XKV_CODEC_LOSSLESS && !xkv_group_is_cross(&entry->c.groups[i]))
+        if (entry->c.groups[i].codec != XKV_GROUP_LOSSLESS && !xkv_group_is_cross(&entry->c.groups[i]))
             return false;
     return true;
 }

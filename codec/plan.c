@@ -231,9 +231,9 @@ static uint32_t lossless_reason(const xkv_pack_options *o, const xkv_container *
 static xkv_status choose_codec(xkv_ctx *ctx, const xkv_pack_options *o, const xkv_container *c, const plane_key *key,
                                xkv_group *g)
 {
-    static const uint32_t codecs[] = {0, XKV_CODEC_LOSSLESS, XKV_CODEC_SVD, XKV_CODEC_DICT, XKV_CODEC_SCALAR};
+    static const uint32_t codecs[] = {0, XKV_GROUP_LOSSLESS, XKV_GROUP_SVD, XKV_GROUP_DICT, XKV_GROUP_SCALAR};
 
-    g->codec = XKV_CODEC_LOSSLESS;
+    g->codec = XKV_GROUP_LOSSLESS;
     g->reason = XKV_REASON_ASKED;
     if (o->profile == XKV_PROFILE_LOSSLESS)
         return XKV_OK;
@@ -243,7 +243,7 @@ static xkv_status choose_codec(xkv_ctx *ctx, const xkv_pack_options *o, const xk
     if ((o->rank_k || o->rank_v) && (key->kind == XKV_PLANE_V ? o->rank_v : o->rank_k) == 0)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a rank for %s planes is needed", xkv_plane_kind_name(key->kind));
     g->codec = codecs[o->profile];
-    if (g->codec == XKV_CODEC_SVD && xkv_plan_quantized(o))
+    if (g->codec == XKV_GROUP_SVD && xkv_plan_quantized(o))
         g->codec = XKV_GROUP_SVDQ;
     choose_rank(o, c, key->kind, g);
     return XKV_OK;
@@ -310,7 +310,7 @@ uint64_t xkv_plan_svd_bytes(const xkv_container *c, const xkv_group *g, uint32_t
     uint64_t sum = 0;
 
     trial.rank = rank;
-    trial.codec = XKV_CODEC_SVD;
+    trial.codec = XKV_GROUP_SVD;
     for (uint32_t i = 0; i < g->part_count; i++)
         if (i != XKV_PART_EXACT)
             sum += xkv_align64(xkv_shape_bytes(xkv_part_shape(c, &trial, i)), XKV_ALIGN);
@@ -325,7 +325,7 @@ static uint64_t set_ranks(xkv_container *c, double scale)
     for (uint32_t i = 0; i < c->group_count; i++) {
         xkv_group *g = &c->groups[i];
         double kind_scale = c->geometry.planes[g->planes[0]].kind == XKV_PLANE_V ? 1.5 : 1.0;
-        if (g->codec != XKV_CODEC_SVD)
+        if (g->codec != XKV_GROUP_SVD)
             continue;
         double rank = fmin(floor(scale * kind_scale * g->plane_count), largest_rank(c, g));
         g->rank = (uint32_t)fmax(1, rank);
@@ -339,7 +339,7 @@ static void spend_rest(xkv_container *c, uint64_t rest)
 {
     for (uint32_t i = 0; i < c->group_count; i++) {
         xkv_group *g = &c->groups[i];
-        if (g->codec != XKV_CODEC_SVD || g->rank >= largest_rank(c, g))
+        if (g->codec != XKV_GROUP_SVD || g->rank >= largest_rank(c, g))
             continue;
         uint64_t more = xkv_plan_svd_bytes(c, g, g->rank + 1) - xkv_plan_svd_bytes(c, g, g->rank);
         if (more > rest)

@@ -69,9 +69,7 @@ static xkv_status project_task(void *user, uint32_t worker, uint64_t index)
     const xkv_group *g = &s->c->groups[group];
     float *x = s->scratch + worker * s->scratch_size;
 
-    if (!s->y[group])
-        return XKV_OK;
-    if (xkv_group_is_cross(g))
+    if (!s->y[group] || xkv_group_is_cross(g))
         return XKV_OK;
     n = xkv_sample_tile(s->coded, s->tokens, tile, &token);
     token += s->c->sinks;

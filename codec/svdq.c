@@ -6,6 +6,8 @@
 
 /* Sum of squares beyond which products of the decomposition could overflow f32: such rows are no activations. */
 #define MAX_ENERGY 0x1p118
+/* Added to the diagonal of the Gram matrix of rounded components, whose rows are of about unit length. */
+#define RIDGE 1e-6
 
 enum { BLOCK_ROWS = 256, OCTAVE = 8, MAX_EXPONENT = 255, FIELD_BITS = 24 }; /* of exponent and two tables */
 
@@ -332,21 +334,6 @@ static xkv_status dual_block(void *user, uint32_t worker, uint64_t block)
     return XKV_OK;
 }
 
-static xkv_status invert(xkv_ctx *ctx, uint32_t rank, float *gram)
-{
-    size_t n = (size_t)rank * rank;
-    double *inverse;
-
-    XKV_TRY(XKV_NEW(ctx, n, &inverse));
-    for (size_t i = 0; i < n; i++) /* a component that was rounded to nothing shall not make it singular */
-        inverse[i] = (double)gram[i] + (i % (rank + 1u) == 0 ? 1e-6 + (gram[i] == 0) : 0);
-    bool regular = xkv_spd_inverse(rank, inverse);
-    for (size_t i = 0; regular && i < n; i++)
-        gram[i] = (float)inverse[i];
-    xkv_release(ctx, inverse);
-    return regular ? XKV_OK : xkv_fail(ctx, XKV_ERROR_BACKEND, "components of rank %u became dependent", rank);
-}
-
 /* b->analysis and b->offset, from b->synthesis. */
 static xkv_status make_dual(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const float *diagonal,
                             xkv_svdq_basis *b)
@@ -355,6 +342,7 @@ static xkv_status make_dual(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, 
     uint64_t blocks = xkv_ceil_div(b->rank, BLOCK_ROWS);
     float *w = NULL;
     dual d = {.kernels = k, .b = b, .analysis = b->analysis};
+    bool regular;
     xkv_status status = XKV_OK;
 
     XKV_TRY_GOTO(XKV_NEW(ctx, n, &w), out);
@@ -363,7 +351,11 @@ static xkv_status make_dual(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, 
     for (size_t i = 0; i < n; i++)
         w[i] = b->synthesis[i] / diagonal[i % b->width];
     XKV_TRY_GOTO(xkv_pool_run(ctx, pool, blocks, gram_block, &d), out);
-    XKV_TRY_GOTO(invert(ctx, b->rank, d.gram), out);
+    XKV_TRY_GOTO(xkv_gram_inverse(ctx, b->rank, RIDGE, d.gram, &regular), out);
+    if (!regular) {
+        status = xkv_fail(ctx, XKV_ERROR_BACKEND, "components of rank %u became dependent", b->rank);
+        goto out;
+    }
     XKV_TRY_GOTO(xkv_pool_run(ctx, pool, blocks, dual_block, &d), out);
     for (size_t j = 0; j < b->rank; j++) {
         float *row = b->analysis + j * b->width;

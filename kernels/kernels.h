@@ -146,6 +146,10 @@ XKV_MUST_CHECK xkv_status xkv_syevd(xkv_ctx *ctx, uint32_t n, double *a, double 
 /* Inverse of a symmetric positive definite matrix a[n*n] in place, by Cholesky in f64; false when it is not one. */
 bool xkv_spd_inverse(uint32_t n, double *a);
 
+/* Inverse of the Gram matrix gram[n*n] of rows in place, in f64, with `ridge` added to its diagonal, and 1 where a row
+ * is all zeros. *regular is false, and gram as it was, when the rows are linearly dependent. Errors: MEMORY. */
+XKV_MUST_CHECK xkv_status xkv_gram_inverse(xkv_ctx *ctx, uint32_t n, double ridge, float *gram, bool *regular);
+
 /* Rows of one GEMM tile. */
 #define XKV_TILE_ROWS 256u
 
