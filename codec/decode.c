@@ -181,19 +181,37 @@ static xkv_status load_exact_rows(decoder *d)
                          c->geometry.token_count);
 }
 
-/* Rows of tokens [t0, t1) in w->rows: rotate, round, store. */
+/* Of tokens [t0, t1), whose rows are in w->rows, those asked for: rotate, round, store. */
 static xkv_status finish_tile(decoder *d, worker *w, uint32_t t0, uint32_t t1)
 {
     size_t width = d->g->width, column = 0;
+    uint32_t first = t0;
+    float *rows;
 
-    XKV_TRY(xkv_rotate_rows(d->ctx, &w->rotator, d->g, t0, t1 - t0, w->rows));
+    if (!cut_range(d, &first, &t1))
+        return XKV_OK;
+    rows = w->rows + (first - t0) * width;
+    XKV_TRY(xkv_rotate_rows(d->ctx, &w->rotator, d->g, first, t1 - first, rows));
     for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
         const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
-        xkv_view_scatter(d->kernels, w->rows + column, width, p, t0 - d->first, t1 - d->first,
+        xkv_view_scatter(d->kernels, rows + column, width, p, first - d->first, t1 - d->first,
                          &d->views[d->g->planes[i]]);
         column += xkv_plane_width(p);
     }
     return XKV_OK;
+}
+
+/* The next tile of a chunk, tokens [*t0, *t1), of which some are asked for; false: no more. Tiles start at the first
+ * coded token of the chunk and are computed whole, so that the bits of a row do not depend on the range asked for: a
+ * GEMM may round a row differently in a matrix of another height. */
+static bool next_tile(const decoder *d, uint32_t end, uint32_t *t0, uint32_t *t1)
+{
+    for (*t0 = *t1; *t0 < xkv_min64(end, d->end); *t0 = *t1) {
+        *t1 = (uint32_t)xkv_min64(end, (uint64_t)*t0 + XKV_TILE_ROWS);
+        if (*t1 > d->first)
+            return true;
+    }
+    return false;
 }
 
 /* One tile: coefficients times components. */
@@ -217,13 +235,8 @@ static xkv_status restore_svd_chunk(decoder *d, worker *w, uint32_t chunk)
     XKV_TRY(load_part(d, w, XKV_PART_CHUNKS + chunk, &matrix));
     if (!d->kernels->all_finite(XKV_F16, matrix, (size_t)(end - base) * rank))
         return corrupt_factor(d, XKV_PART_CHUNKS + chunk, "a coefficient is not finite");
-    t0 = base;
-    if (!cut_range(d, &t0, &end))
-        return XKV_OK;
-    for (; t0 < end; t0 = t1) {
-        t1 = (uint32_t)xkv_min64(end, (uint64_t)t0 + XKV_TILE_ROWS);
+    for (t1 = base; next_tile(d, end, &t0, &t1);)
         XKV_TRY(restore_tile(d, w, matrix + (size_t)(t0 - base) * rank * 2, t0, t1));
-    }
     return XKV_OK;
 }
 
@@ -408,11 +421,7 @@ static xkv_status restore_coded_chunk(decoder *d, worker *w, uint32_t chunk)
     XKV_TRY(decode_integers(d, w, d->g, chunk, end - base, side->coded_tables, side->coded, w->q));
     if (d->synthesis.top > 0)
         XKV_TRY(decode_cross(d, w, chunk, &cross.q));
-    t0 = base;
-    if (!cut_range(d, &t0, &end))
-        return XKV_OK;
-    for (; t0 < end; t0 = t1) {
-        t1 = (uint32_t)xkv_min64(end, (uint64_t)t0 + XKV_TILE_ROWS);
+    for (t1 = base; next_tile(d, end, &t0, &t1);) {
         xkv_synthesize(d->kernels, &d->synthesis, xkv_integers_from(own, t0 - base),
                        xkv_integers_from(cross, t0 - base), t1 - t0, w->coefficients, w->rows);
         XKV_TRY(finish_tile(d, w, t0, t1));
