@@ -27,6 +27,10 @@
  * the first failure of a call wins. */
 xkv_status xkv_fail(xkv_ctx *ctx, xkv_status status, const char *fmt, ...) XKV_PRINTF(3, 4);
 
+/* The same for a system call that failed with `error` while doing something to `name`: "cannot DOING NAME: why"; IO or
+ * NO_SPACE. */
+xkv_status xkv_fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int error);
+
 /* Start a public call: forget the last error. */
 void xkv_ctx_begin(xkv_ctx *ctx);
 
@@ -85,6 +89,13 @@ static inline uint64_t xkv_ceil_div(uint64_t a, uint64_t b)
 
 /* --- Little-endian access (file bytes are never cast to structs) -------------------------------------------------- */
 
+static inline bool xkv_all_zero(const uint8_t *bytes, uint64_t size)
+{
+    for (uint64_t i = 0; i < size; i++)
+        if (bytes[i] != 0)
+            return false;
+    return true;
+}
 static inline uint16_t xkv_load16(const void *p)
 {
     const uint8_t *b = p;

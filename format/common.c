@@ -1,6 +1,7 @@
 /* common.c - status texts, contexts, memory with an account, error text, log and cancel flag. */
 #include "base.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -238,6 +239,14 @@ xkv_status xkv_fail(xkv_ctx *ctx, xkv_status status, const char *fmt, ...)
     va_end(args);
     atomic_store(&ctx->error_state, ERROR_SET);
     return status;
+}
+
+xkv_status xkv_fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int error)
+{
+    char buffer[128];
+    bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
+    return xkv_fail(ctx, full ? XKV_ERROR_NO_SPACE : XKV_ERROR_IO, "cannot %s %s: %s", doing, name,
+                    strerror_r(error, buffer, sizeof buffer));
 }
 
 void xkv_logf(xkv_ctx *ctx, xkv_log_level level, const char *fmt, ...)

@@ -6,14 +6,6 @@
 #include <zstd.h>
 #include <zstd_errors.h>
 
-bool xkv_all_zero(const uint8_t *bytes, uint64_t size)
-{
-    for (uint64_t i = 0; i < size; i++)
-        if (bytes[i] != 0)
-            return false;
-    return true;
-}
-
 /* --- Cursor ----------------------------------------------------------------------------------------------------- */
 
 static xkv_status fail_at(const xkv_cursor *cur, xkv_status status, const uint8_t *at, const char *rule,

@@ -57,8 +57,6 @@ xkv_status xkv_cursor_fail_as(const xkv_cursor *cur, xkv_status status, const ui
             return xkv_cursor_fail(cur, at, __VA_ARGS__);                                                              \
     } while (0)
 
-bool xkv_all_zero(const uint8_t *bytes, uint64_t size);
-
 /* --- Sections: each parses its bytes into `c` and checks their rules; what it allocates belongs to c ----------------
  */
 

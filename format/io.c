@@ -50,15 +50,6 @@ const xkv_io_hooks xkv_io_real = {
 
 const xkv_io_hooks *xkv_io = &xkv_io_real;
 
-/* Report the failure of a call on `name`. */
-static xkv_status fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int error)
-{
-    char buffer[128];
-    bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
-    return xkv_fail(ctx, full ? XKV_ERROR_NO_SPACE : XKV_ERROR_IO, "cannot %s %s: %s", doing, name,
-                    strerror_r(error, buffer, sizeof buffer));
-}
-
 static int open_retry(const char *path, int flags, mode_t mode)
 {
     int fd;
@@ -78,7 +69,7 @@ static xkv_status read_at(xkv_ctx *ctx, int fd, const char *name, uint64_t offse
             return xkv_fail(ctx, XKV_ERROR_TRUNCATED, "%s ends at offset %llu: it became shorter while it was read",
                             name, (unsigned long long)(offset + done));
         else if (errno != EINTR)
-            return fail_errno(ctx, "read", name, errno);
+            return xkv_fail_errno(ctx, "read", name, errno);
     }
     return XKV_OK;
 }
@@ -90,7 +81,7 @@ static xkv_status write_at(xkv_ctx *ctx, int fd, const char *name, uint64_t offs
         if (n > 0)
             done += (size_t)n;
         else if (n == 0 || errno != EINTR)
-            return fail_errno(ctx, "write", name, n == 0 ? ENOSPC : errno);
+            return xkv_fail_errno(ctx, "write", name, n == 0 ? ENOSPC : errno);
     }
     return XKV_OK;
 }
@@ -128,10 +119,10 @@ static xkv_status open_regular(xkv_ctx *ctx, const char *path, int *fd_p, uint64
     struct stat st;
     int fd = open_retry(path, O_RDONLY | O_NONBLOCK | O_NOCTTY, 0);
     if (fd < 0)
-        return fail_errno(ctx, "open", path, errno);
+        return xkv_fail_errno(ctx, "open", path, errno);
     xkv_status status = XKV_OK;
     if (xkv_io->fstat(fd, &st) != 0)
-        status = fail_errno(ctx, "examine", path, errno);
+        status = xkv_fail_errno(ctx, "examine", path, errno);
     else if (!S_ISREG(st.st_mode))
         status = xkv_fail(ctx, XKV_ERROR_IO, "cannot open %s: not a regular file", path);
     if (status != XKV_OK) {
@@ -227,7 +218,7 @@ static xkv_status create_hidden(xkv_ctx *ctx, xkv_file *file)
     int error = errno;
     xkv_release(ctx, file->temp);
     file->temp = NULL;
-    return fail_errno(ctx, "create a temporary file in", file->folder, error);
+    return xkv_fail_errno(ctx, "create a temporary file in", file->folder, error);
 }
 
 static xkv_status create_unnamed(xkv_ctx *ctx, xkv_file *file)
@@ -242,7 +233,7 @@ static xkv_status create_unnamed(xkv_ctx *ctx, xkv_file *file)
     XKV_TRY(create_hidden(ctx, file)); /* a filesystem without O_TMPFILE */
     int failed = xkv_io->unlink(file->temp);
     if (failed)
-        return fail_errno(ctx, "unlink", file->temp, errno);
+        return xkv_fail_errno(ctx, "unlink", file->temp, errno);
     xkv_release(ctx, file->temp);
     file->temp = NULL;
     return XKV_OK;
@@ -258,7 +249,7 @@ static xkv_status check_target(xkv_ctx *ctx, const char *path, int overwrite)
 {
     struct stat st;
     if (xkv_io->lstat(path, &st) != 0)
-        return errno == ENOENT ? XKV_OK : fail_errno(ctx, "examine", path, errno);
+        return errno == ENOENT ? XKV_OK : xkv_fail_errno(ctx, "examine", path, errno);
     if (!overwrite)
         return fail_exists(ctx, path);
     if (!S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
@@ -326,10 +317,10 @@ xkv_status xkv_file_map(xkv_ctx *ctx, xkv_file *file, uint64_t size, uint8_t **d
         error = xkv_io->fallocate(file->fd, 0, (off_t)size);
     while (error == EINTR);
     if (error != 0)
-        return fail_errno(ctx, "reserve space for", file_name(file), error);
+        return xkv_fail_errno(ctx, "reserve space for", file_name(file), error);
     void *map = xkv_io->mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, 0);
     if (map == MAP_FAILED)
-        return fail_errno(ctx, "map", file_name(file), errno);
+        return xkv_fail_errno(ctx, "map", file_name(file), errno);
     file->map = map;
     file->map_size = (size_t)size;
     file->size = size;
@@ -362,7 +353,7 @@ static xkv_status write_all(xkv_ctx *ctx, int fd, const uint8_t *src, size_t siz
         } else if (errno == EAGAIN) {
             poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, -1);
         } else if (errno != EINTR) {
-            return fail_errno(ctx, "write to", "the output", errno);
+            return xkv_fail_errno(ctx, "write to", "the output", errno);
         }
         XKV_TRY(xkv_check_cancel(ctx));
     }
@@ -415,11 +406,11 @@ static mode_t final_mode(const xkv_file *file)
 static xkv_status sync_file(xkv_ctx *ctx, xkv_file *file)
 {
     if (file->map != NULL && xkv_io->msync(file->map, file->map_size, MS_SYNC) != 0)
-        return fail_errno(ctx, "write", file->path, errno);
+        return xkv_fail_errno(ctx, "write", file->path, errno);
     if (xkv_io->fchmod(file->fd, final_mode(file)) != 0)
-        return fail_errno(ctx, "set the permissions of", file->path, errno);
+        return xkv_fail_errno(ctx, "set the permissions of", file->path, errno);
     if (xkv_io->fsync(file->fd) != 0)
-        return fail_errno(ctx, "write", file->path, errno);
+        return xkv_fail_errno(ctx, "write", file->path, errno);
     return XKV_OK;
 }
 
@@ -434,7 +425,7 @@ static xkv_status publish(xkv_ctx *ctx, xkv_file *file)
             return XKV_OK; /* file->temp, the second name, is unlinked at the end */
     }
     if (failed)
-        return errno == EEXIST ? fail_exists(ctx, file->path) : fail_errno(ctx, "rename to", file->path, errno);
+        return errno == EEXIST ? fail_exists(ctx, file->path) : xkv_fail_errno(ctx, "rename to", file->path, errno);
     xkv_release(ctx, file->temp);
     file->temp = NULL;
     return XKV_OK;
@@ -445,7 +436,7 @@ static xkv_status sync_folder(xkv_ctx *ctx, int fd, const xkv_file *file)
 {
     if (xkv_io->fsync(fd) == 0 || errno == EINVAL)
         return XKV_OK;
-    return fail_errno(ctx, "sync the folder of the complete file", file->path, errno);
+    return xkv_fail_errno(ctx, "sync the folder of the complete file", file->path, errno);
 }
 
 static xkv_status commit_named(xkv_ctx *ctx, xkv_file *file)
@@ -454,7 +445,7 @@ static xkv_status commit_named(xkv_ctx *ctx, xkv_file *file)
     /* Opened before the rename: whatever can fail, fails while the old file is still there. */
     int folder = open_retry(file->folder, O_RDONLY | O_DIRECTORY, 0);
     if (folder < 0)
-        return fail_errno(ctx, "open", file->folder, errno);
+        return xkv_fail_errno(ctx, "open", file->folder, errno);
     xkv_status status = publish(ctx, file);
     if (status == XKV_OK)
         status = sync_folder(ctx, folder, file);

@@ -1,7 +1,6 @@
 /* admin.c - listing, pinning, removing, counting, collecting, exporting. */
 #include "store_internal.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/stat.h>
@@ -44,7 +43,6 @@ static xkv_status fill_walk(xkv_txn *txn, void *user)
 
 static void describe(const xkv_item *item, xkv_store_item *out)
 {
-    static const uint8_t none[16];
     *out = (xkv_store_item){
         .id = item->id,
         .tokens = item->tokens,
@@ -54,7 +52,7 @@ static void describe(const xkv_item *item, xkv_store_item *out)
         .created = item->created,
         .expires = item->expires,
         .used = item->used,
-        .needs_dict = memcmp(item->dict, none, sizeof none) != 0,
+        .needs_dict = xkv_item_needs_dict(item),
     };
     memcpy(out->dictionary_id, item->dict, 16);
     memcpy(out->key, item->key, 32);
@@ -187,11 +185,6 @@ xkv_status xkv_store_remove_namespace(xkv_ctx *ctx, xkv_store *store, const xkv_
 
 /* --- Sums --------------------------------------------------------------------------------------------------------- */
 
-static xkv_status meta_body(xkv_txn *txn, void *user)
-{
-    return xkv_txn_get_meta(txn, user);
-}
-
 static xkv_status count_name(void *user, const char *name)
 {
     (void)name;
@@ -205,7 +198,7 @@ xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *
     const xkv_pending *p = &store->pending;
     xkv_meta m;
     XKV_TRY(xkv_store_begin(ctx, store));
-    XKV_TRY(xkv_index_read(ctx, store->index, meta_body, &m));
+    XKV_TRY(xkv_index_get_meta(ctx, store->index, &m));
     XKV_TRY(xkv_folder_list(ctx, store->folders.quarantine, count_name, &s.quarantined));
     xkv_index_sizes(store->index, &s.index_bytes, &s.map_bytes);
     s.byte_cap = m.byte_cap;

@@ -24,14 +24,6 @@
 static const uint8_t magic[8] = {0x89, 'X', 'K', 'B', '\r', '\n', 0x1a, '\n'};
 static const char temp_text[] = "temporary file of the store";
 
-xkv_status xkv_fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int error)
-{
-    char buffer[128];
-    bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
-    return xkv_fail(ctx, full ? XKV_ERROR_NO_SPACE : XKV_ERROR_IO, "cannot %s %s: %s", doing, name,
-                    strerror_r(error, buffer, sizeof buffer));
-}
-
 /* --- Names -------------------------------------------------------------------------------------------------------- */
 
 xkv_blob_name xkv_blob_name_of(const uint8_t hash[32], uint64_t id)
@@ -150,24 +142,22 @@ out:
     return status;
 }
 
+static xkv_status add_to_hash(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
+{
+    (void)ctx;
+    (void)offset;
+    xkv_sha256_add(user, src, size);
+    return XKV_OK;
+}
+
 xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32])
 {
-    xkv_status status = XKV_OK;
-    uint8_t *block = NULL;
     xkv_sha256 h;
+    const xkv_output sum = {.user = &h, .write = add_to_hash};
     xkv_sha256_begin(&h);
-    XKV_TRY(XKV_NEW(ctx, COPY_BLOCK, &block));
-    for (uint64_t offset = 0; offset < file->size;) {
-        size_t n = (size_t)xkv_min64(file->size - offset, COPY_BLOCK);
-        XKV_TRY_GOTO(file->read(file->user, ctx, offset, block, n), out);
-        XKV_TRY_GOTO(xkv_check_cancel(ctx), out);
-        xkv_sha256_add(&h, block, n);
-        offset += n;
-    }
+    XKV_TRY(xkv_input_copy(ctx, file, &sum));
     xkv_sha256_end(&h, hash);
-out:
-    xkv_release(ctx, block);
-    return status;
+    return XKV_OK;
 }
 
 /* --- Head --------------------------------------------------------------------------------------------------------- */
@@ -214,14 +204,6 @@ static uint64_t payload_offset(uint64_t symbols, uint64_t names)
     return xkv_align64(XKV_BLOB_HEAD + table_size(symbols) + 4 * symbols + XKV_PAGE_KEY_BYTES * names, ALIGNMENT);
 }
 
-static bool is_zero(const uint8_t *bytes, size_t size)
-{
-    uint8_t any = 0;
-    for (size_t i = 0; i < size; i++)
-        any |= bytes[i];
-    return any == 0;
-}
-
 /* `size` is that of what the blob holds; encrypted, the file is larger. */
 static xkv_status check_head(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t size)
 {
@@ -254,7 +236,8 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
     if (xkv_load32(b + 24) > 1)
         return xkv_fail(ctx, XKV_ERROR_FEATURE, "blob: unknown features [SB2]");
     bool sealed = xkv_is_sealed_input(file);
-    if (xkv_load16(b + 10) == 0 || xkv_load32(b + 24) != sealed || !is_zero(b + (sealed ? 208 : 168), sealed ? 40 : 80))
+    if (xkv_load16(b + 10) == 0 || xkv_load32(b + 24) != sealed ||
+        !xkv_all_zero(b + (sealed ? 208 : 168), sealed ? 40 : 80))
         return xkv_fail(ctx, XKV_ERROR_CORRUPT,
                         "blob: version 0, reserved bytes, or encrypted and not expected to be [SB2]");
     *head = (xkv_blob_head){
@@ -318,7 +301,7 @@ static xkv_status decode_names(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t ch
     size_t used = XKV_PAGE_KEY_BYTES * (size_t)h->names;
     if (XXH3_64bits(bytes, used) != checksum)
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the page keys does not match [SB5]");
-    if (!is_zero(bytes + used, size - used))
+    if (!xkv_all_zero(bytes + used, size - used))
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: the page keys are not followed by zeros [SB5]");
     for (uint32_t i = 0, last = 0; i < h->names; i++, bytes += XKV_PAGE_KEY_BYTES) {
         uint32_t tokens = xkv_load32(bytes);

@@ -36,8 +36,6 @@ typedef struct xkv_blob_head {
     uint8_t nonce[XKV_SEAL_NONCE];
 } xkv_blob_head;
 
-xkv_status xkv_fail_errno(xkv_ctx *ctx, const char *doing, const char *name, int error);
-
 /* --- Writing --- */
 
 typedef struct xkv_blob_writer {

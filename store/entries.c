@@ -114,18 +114,12 @@ static xkv_status delete_names(xkv_txn *txn, const xkv_item *item)
     return XKV_OK;
 }
 
-static bool needs_dict(const xkv_item *item)
-{
-    static const uint8_t none[16];
-    return memcmp(item->dict, none, sizeof none) != 0;
-}
-
 /* Count one user of the entry's dictionary more or less. One that is not there, after a repair that did not find it,
  * counts its users when it is put. */
 static xkv_status count_user(xkv_txn *txn, const xkv_item *item, int change)
 {
     xkv_dict_record dict;
-    if (!needs_dict(item))
+    if (!xkv_item_needs_dict(item))
         return XKV_OK;
     xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
     if (status == XKV_ERROR_NOT_FOUND)
@@ -448,7 +442,8 @@ static void add_use(xkv_pending *p, uint64_t id, uint64_t time)
     p->uses[slot].time = xkv_max64(p->uses[slot].time, time);
 }
 
-void xkv_pending_take(xkv_store *store, xkv_pending *p)
+/* Take all that is pending, to be written in a transaction; put it back if that fails. */
+static void pending_take(xkv_store *store, xkv_pending *p)
 {
     uint64_t now = xkv_store_now(store);
     pthread_mutex_lock(&store->mutex);
@@ -458,7 +453,7 @@ void xkv_pending_take(xkv_store *store, xkv_pending *p)
     pthread_mutex_unlock(&store->mutex);
 }
 
-void xkv_pending_return(xkv_store *store, const xkv_pending *p)
+static void pending_return(xkv_store *store, const xkv_pending *p)
 {
     xkv_pending *to = &store->pending;
     pthread_mutex_lock(&store->mutex);
@@ -508,7 +503,7 @@ static xkv_status write_use(xkv_txn *txn, xkv_meta *meta, uint64_t id, uint64_t 
     return xkv_entry_change(txn, meta, &before, &after);
 }
 
-xkv_status xkv_pending_write(xkv_txn *txn, xkv_meta *meta, const xkv_pending *p)
+static xkv_status pending_write(xkv_txn *txn, xkv_meta *meta, const xkv_pending *p)
 {
     meta->hits += p->hits;
     meta->misses += p->misses;
@@ -542,7 +537,7 @@ static xkv_status run_change(xkv_txn *txn, void *user)
     xkv_removed_clear(ctx, &a->change->quarantine);
     a->change->again = false;
     XKV_TRY(xkv_txn_get_meta(txn, &meta));
-    XKV_TRY(xkv_pending_write(txn, &meta, a->pending));
+    XKV_TRY(pending_write(txn, &meta, a->pending));
     if (a->change->body != NULL)
         XKV_TRY(a->change->body(txn, &meta, a->change));
     XKV_TRY(xkv_txn_put_meta(txn, &meta));
@@ -556,11 +551,11 @@ static xkv_status run_change(xkv_txn *txn, void *user)
 static xkv_status change_once(xkv_ctx *ctx, xkv_change *change, xkv_pending *pending)
 {
     xkv_store *store = change->store;
-    xkv_pending_take(store, pending);
+    pending_take(store, pending);
     attempt a = {change, pending};
     xkv_status status = xkv_index_write(ctx, store->index, run_change, &a);
     if (status != XKV_OK) {
-        xkv_pending_return(store, pending);
+        pending_return(store, pending);
         xkv_removed_clear(ctx, &change->removed);
         xkv_removed_clear(ctx, &change->quarantine);
         return status;

@@ -453,6 +453,26 @@ xkv_status xkv_txn_put_meta(xkv_txn *txn, const xkv_meta *meta)
     return xkv_txn_put(txn, &key, value, sizeof value);
 }
 
+static xkv_status get_meta_body(xkv_txn *txn, void *user)
+{
+    return xkv_txn_get_meta(txn, user);
+}
+
+xkv_status xkv_index_get_meta(xkv_ctx *ctx, xkv_index *index, xkv_meta *meta)
+{
+    return xkv_index_read(ctx, index, get_meta_body, meta);
+}
+
+static xkv_status put_meta_body(xkv_txn *txn, void *user)
+{
+    return xkv_txn_put_meta(txn, user);
+}
+
+xkv_status xkv_index_put_meta(xkv_ctx *ctx, xkv_index *index, xkv_meta *meta)
+{
+    return xkv_index_write(ctx, index, put_meta_body, meta);
+}
+
 xkv_status xkv_txn_get_space(xkv_txn *txn, const uint8_t ns[32], xkv_space *space)
 {
     uint8_t value[XKV_SPACE_SIZE];

@@ -40,10 +40,9 @@ typedef struct lookup {
 /* Whether the dictionary that the entry needs is there. */
 static xkv_status find_need(xkv_txn *txn, lookup *l)
 {
-    static const uint8_t none[16];
     xkv_dict_record dict;
     l->has_dict = true;
-    if (memcmp(l->item.dict, none, sizeof none) == 0)
+    if (!xkv_item_needs_dict(&l->item))
         return XKV_OK;
     xkv_status status = xkv_txn_get_dict(txn, l->item.dict, &dict);
     l->has_dict = status == XKV_OK;
@@ -73,7 +72,7 @@ static xkv_status find_by_symbols(xkv_txn *txn, void *user)
     return get_found(txn, l, id);
 }
 
-/* An entry that has page i, and how many tokens that stands for. */
+/* An entry that has page i, and how many tokens that stands for; both are as they were when there is none. */
 static xkv_status find_page(xkv_txn *txn, const lookup *l, uint32_t i, uint64_t *id, uint32_t *tokens)
 {
     uint8_t hash[16], value[XKV_VALUE_MAX];
@@ -107,7 +106,6 @@ static xkv_status find_by_keys(xkv_txn *txn, void *user)
     }
     if (low == 0)
         return XKV_ERROR_NOT_FOUND;
-    XKV_TRY(find_page(txn, l, low - 1, &id, &tokens));
     l->match.keys = low;
     l->match.tokens = tokens;
     return get_found(txn, l, id);

@@ -162,9 +162,8 @@ static xkv_status try_existing(xkv_ctx *ctx, put *p)
 
 static xkv_status check_dict(xkv_txn *txn, const xkv_item *item)
 {
-    static const uint8_t none[16];
     xkv_dict_record dict;
-    if (memcmp(item->dict, none, sizeof none) == 0)
+    if (!xkv_item_needs_dict(item))
         return XKV_OK;
     xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
     if (status == XKV_ERROR_NOT_FOUND)

@@ -163,6 +163,11 @@ void xkv_item_decode(const uint8_t value[XKV_ITEM_SIZE], xkv_item *item)
     memcpy(item->dict, value + 192, 16);
 }
 
+bool xkv_item_needs_dict(const xkv_item *item)
+{
+    return !xkv_all_zero(item->dict, sizeof item->dict);
+}
+
 void xkv_dict_record_encode(const xkv_dict_record *dict, uint8_t value[XKV_DICT_SIZE])
 {
     xkv_store64(value, dict->id);

@@ -14,7 +14,6 @@ enum {
     XKV_NODE_SIZE = 16,
     XKV_ITEM_SIZE = 216,
     XKV_DICT_SIZE = 56,
-    XKV_TRASH_SIZE = 32,
     XKV_VALUE_MAX = XKV_ITEM_SIZE
 };
 
@@ -105,6 +104,8 @@ void xkv_node_encode(const xkv_node *node, uint8_t value[XKV_NODE_SIZE]);
 void xkv_node_decode(const uint8_t value[XKV_NODE_SIZE], xkv_node *node);
 void xkv_item_encode(const xkv_item *item, uint8_t value[XKV_ITEM_SIZE]);
 void xkv_item_decode(const uint8_t value[XKV_ITEM_SIZE], xkv_item *item);
+/* Whether the entry was packed with a dictionary. */
+bool xkv_item_needs_dict(const xkv_item *item);
 void xkv_dict_record_encode(const xkv_dict_record *dict, uint8_t value[XKV_DICT_SIZE]);
 void xkv_dict_record_decode(const uint8_t value[XKV_DICT_SIZE], xkv_dict_record *dict);
 

@@ -249,27 +249,15 @@ static xkv_status drop_temp(void *user, const char *name)
     return XKV_OK;
 }
 
-static xkv_status get_meta(xkv_txn *txn, void *user)
-{
-    return xkv_txn_get_meta(txn, user);
-}
-
 static xkv_status open_path(xkv_ctx *ctx, const xkv_store *store, const char *name, bool read_only, xkv_index **index)
 {
     const xkv_index_options o = {
         .read_only = read_only, .check = read_only, .no_sync = !read_only, .map_size = 1u << 30};
-    size_t size = strlen(store->path) + 32;
     char *path = NULL;
-    XKV_TRY(XKV_NEW(ctx, size, &path));
-    snprintf(path, size, "%s/%s", store->path, name);
+    XKV_TRY(xkv_join_path(ctx, store->path, name, &path));
     xkv_status status = xkv_index_open(ctx, path, &o, index);
     xkv_release(ctx, path);
     return status;
-}
-
-static xkv_status put_meta(xkv_txn *txn, void *user)
-{
-    return xkv_txn_put_meta(txn, user);
 }
 
 /* Counters go on from those of the old index; without it the cap comes from the properties. */
@@ -281,28 +269,21 @@ static xkv_status begin_new(repair *r, uint64_t byte_cap)
     if (status == XKV_ERROR_IO)
         return status;
     if (status != XKV_OK || open_path(r->ctx, r->store, "index", true, &r->old) != XKV_OK ||
-        xkv_index_read(r->ctx, r->old, get_meta, &meta) != XKV_OK) {
+        xkv_index_get_meta(r->ctx, r->old, &meta) != XKV_OK) {
         xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: the old index cannot be read: %s", r->store->path,
                  xkv_ctx_error(r->ctx));
         xkv_index_close(r->ctx, r->old);
         r->old = NULL;
     } else {
         r->report.kept_uses = 1;
-        fresh.next_id = meta.next_id;
-        fresh.byte_cap = meta.byte_cap;
-        fresh.puts = meta.puts;
-        fresh.hits = meta.hits;
-        fresh.misses = meta.misses;
-        fresh.evictions = meta.evictions;
-        fresh.expirations = meta.expirations;
-        fresh.corrupt = meta.corrupt;
-        fresh.tokens_reused = meta.tokens_reused;
-        fresh.bytes_reused = meta.bytes_reused;
+        fresh = meta;
+        fresh.next_node = 1;
+        fresh.bytes = fresh.entries = fresh.pinned = fresh.namespaces = fresh.dictionaries = 0;
     }
     xkv_ctx_begin(r->ctx);
     XKV_TRY(make_new(r->ctx, r->store->folders.root));
     XKV_TRY(open_path(r->ctx, r->store, "index.new", false, &r->store->index));
-    return xkv_index_write(r->ctx, r->store->index, put_meta, &fresh);
+    return xkv_index_put_meta(r->ctx, r->store->index, &fresh);
 }
 
 static xkv_status rebuild(repair *r, uint64_t byte_cap)
@@ -314,7 +295,7 @@ static xkv_status rebuild(repair *r, uint64_t byte_cap)
     XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
     r->kind = XKV_BLOB_ENTRY;
     XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
-    XKV_TRY(xkv_index_read(r->ctx, r->store->index, get_meta, &meta));
+    XKV_TRY(xkv_index_get_meta(r->ctx, r->store->index, &meta));
     r->report.entries = meta.entries;
     r->report.dictionaries = meta.dictionaries;
     return XKV_OK;
@@ -323,15 +304,13 @@ static xkv_status rebuild(repair *r, uint64_t byte_cap)
 static xkv_status compact(repair *r)
 {
     xkv_meta meta;
-    size_t size = strlen(r->store->path) + 32;
     char *path = NULL;
     bool lock_there;
     XKV_TRY(xkv_store_check_index(r->ctx, r->store->folders.root, &lock_there));
     XKV_TRY(open_path(r->ctx, r->store, "index", true, &r->old));
-    XKV_TRY(xkv_index_read(r->ctx, r->old, get_meta, &meta));
+    XKV_TRY(xkv_index_get_meta(r->ctx, r->old, &meta));
     XKV_TRY(make_new(r->ctx, r->store->folders.root));
-    XKV_TRY(XKV_NEW(r->ctx, size, &path));
-    snprintf(path, size, "%s/index.new", r->store->path);
+    XKV_TRY(xkv_join_path(r->ctx, r->store->path, "index.new", &path));
     xkv_status status = xkv_index_copy(r->ctx, r->old, path);
     xkv_release(r->ctx, path);
     r->report = (xkv_repair_report){.entries = meta.entries, .dictionaries = meta.dictionaries, .kept_uses = 1};

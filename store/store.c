@@ -45,8 +45,7 @@ uint64_t xkv_store_now(const xkv_store *store)
     return store->clock(store->clock_user);
 }
 
-/* "PATH/index", or one of its kind. */
-static xkv_status join_path(xkv_ctx *ctx, const char *path, const char *name, char **joined)
+xkv_status xkv_join_path(xkv_ctx *ctx, const char *path, const char *name, char **joined)
 {
     size_t size = strlen(path) + strlen(name) + 2;
     XKV_TRY(XKV_NEW(ctx, size, joined));
@@ -150,11 +149,6 @@ void xkv_store_forget_key(xkv_store *store)
 
 /* --- Creating ----------------------------------------------------------------------------------------------------- */
 
-static xkv_status write_meta(xkv_txn *txn, void *user)
-{
-    return xkv_txn_put_meta(txn, user);
-}
-
 /* An index with nothing but its META record. */
 static xkv_status create_index(xkv_ctx *ctx, const char *path, uint64_t byte_cap)
 {
@@ -162,7 +156,7 @@ static xkv_status create_index(xkv_ctx *ctx, const char *path, uint64_t byte_cap
     xkv_meta meta = {.next_id = 1, .next_node = 1, .byte_cap = byte_cap};
     xkv_index *index = NULL;
     XKV_TRY(xkv_index_open(ctx, path, &o, &index));
-    xkv_status status = xkv_index_write(ctx, index, write_meta, &meta);
+    xkv_status status = xkv_index_put_meta(ctx, index, &meta);
     xkv_index_close(ctx, index);
     return status;
 }
@@ -201,7 +195,7 @@ static xkv_status fill_root(xkv_ctx *ctx, const char *path, int root, const xkv_
         if (mkdirat(root, folders[i], 0700) != 0)
             return xkv_fail_errno(ctx, "create the folder", folders[i], errno);
     }
-    XKV_TRY(join_path(ctx, path, "index", &index_path));
+    XKV_TRY(xkv_join_path(ctx, path, "index", &index_path));
     xkv_status status = create_index(ctx, index_path, p->byte_cap);
     xkv_release(ctx, index_path);
     /* Last: from now on it is a store. */
@@ -517,11 +511,6 @@ static void unregister_store(const xkv_store *store)
     pthread_mutex_unlock(&open_mutex);
 }
 
-static xkv_status read_meta(xkv_txn *txn, void *user)
-{
-    return xkv_txn_get_meta(txn, user);
-}
-
 static xkv_status open_index(xkv_ctx *ctx, xkv_store *store, const xkv_store_options *o, bool alone)
 {
     const xkv_index_options options = {.read_only = store->read_only,
@@ -533,7 +522,7 @@ static xkv_status open_index(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
     XKV_TRY(xkv_store_check_index(ctx, store->folders.root, &lock_there));
     if (!lock_there && !alone && !store->read_only)
         return xkv_fail(ctx, XKV_ERROR_IO, "index/lock.mdb was removed while the store is in use: close it everywhere");
-    XKV_TRY(join_path(ctx, store->path, "index", &path));
+    XKV_TRY(xkv_join_path(ctx, store->path, "index", &path));
     xkv_status status = xkv_index_open(ctx, path, &options, &store->index);
     xkv_release(ctx, path);
     XKV_TRY(status);
@@ -541,7 +530,7 @@ static xkv_status open_index(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
     if (xkv_index_damaged(store->index) > 0)
         xkv_logf(ctx, XKV_LOG_WARNING, "%s: %llu records of the index are damaged; repair rebuilds it from the blobs",
                  store->path, (unsigned long long)xkv_index_damaged(store->index));
-    return xkv_index_read(ctx, store->index, read_meta, &meta);
+    return xkv_index_get_meta(ctx, store->index, &meta);
 }
 
 static xkv_status open_store(xkv_ctx *ctx, xkv_store *store, const xkv_store_options *o)

@@ -6,7 +6,6 @@
 #include "trie.h"
 
 #include <pthread.h>
-#include <stdatomic.h>
 #include <sys/types.h>
 
 enum {
@@ -70,6 +69,8 @@ struct xkv_store {
 /* Start a public call on a store. ARGUMENT after fork(). */
 XKV_MUST_CHECK xkv_status xkv_store_begin(xkv_ctx *ctx, const xkv_store *store);
 uint64_t xkv_store_now(const xkv_store *store);
+/* "PATH/NAME", to be released. */
+XKV_MUST_CHECK xkv_status xkv_join_path(xkv_ctx *ctx, const char *path, const char *name, char **joined);
 
 /* --- Properties (the file "store") --- */
 
@@ -141,10 +142,6 @@ void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash
 
 /* --- Pending uses and counters --- */
 
-/* Take all that is pending, to be written in a transaction; put it back if that fails. */
-void xkv_pending_take(xkv_store *store, xkv_pending *p);
-void xkv_pending_return(xkv_store *store, const xkv_pending *p);
-XKV_MUST_CHECK xkv_status xkv_pending_write(xkv_txn *txn, xkv_meta *meta, const xkv_pending *p);
 /* Note a use. */
 void xkv_pending_use(xkv_store *store, uint64_t id, uint64_t time);
 /* True, once, when it is time to write what is pending: it is a while since the last time. */

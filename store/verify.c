@@ -250,12 +250,6 @@ static xkv_status check_orphan(void *user, const char *name)
     return xkv_check_cancel(v->ctx);
 }
 
-static xkv_status get_meta(xkv_txn *txn, void *user)
-{
-    verify *v = user;
-    return xkv_txn_get_meta(txn, &v->meta);
-}
-
 /* Others may have changed the store meanwhile: sums are compared only if nobody has. */
 static void check_sums(verify *v, const xkv_meta *before)
 {
@@ -269,12 +263,12 @@ static void check_sums(verify *v, const xkv_meta *before)
 
 static xkv_status verify_all(verify *v)
 {
-    XKV_TRY(xkv_index_read(v->ctx, v->store->index, get_meta, v));
+    XKV_TRY(xkv_index_get_meta(v->ctx, v->store->index, &v->meta));
     const xkv_meta before = v->meta;
     XKV_TRY(check_entries(v));
     XKV_TRY(check_dicts(v));
     XKV_TRY(xkv_folder_list(v->ctx, v->store->folders.blobs, check_orphan, v));
-    XKV_TRY(xkv_index_read(v->ctx, v->store->index, get_meta, v));
+    XKV_TRY(xkv_index_get_meta(v->ctx, v->store->index, &v->meta));
     check_sums(v, &before);
     return XKV_OK;
 }
