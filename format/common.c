@@ -298,7 +298,8 @@ static void remove_kept(kept_blocks *k, int index)
     k->total[index] = k->total[k->count];
 }
 
-/* A kept block of *total bytes or up to a quarter more, and its size; NULL when there is none. */
+/* A kept block of *total bytes or up to twice as many, and its size; NULL when there is none. The groups of an entry
+ * ask for blocks of similar sizes one after the other. */
 static void *take_kept(xkv_ctx *ctx, size_t *total)
 {
     kept_blocks *k = &ctx->kept;
@@ -307,7 +308,7 @@ static void *take_kept(xkv_ctx *ctx, size_t *total)
 
     pthread_mutex_lock(&k->lock);
     for (int i = 0; i < k->count; i++)
-        if (k->total[i] >= *total && k->total[i] - *total <= *total / 4 && (best < 0 || k->total[i] < k->total[best]))
+        if (k->total[i] >= *total && k->total[i] - *total <= *total && (best < 0 || k->total[i] < k->total[best]))
             best = i;
     if (best >= 0) {
         raw = k->raw[best];
