@@ -206,26 +206,41 @@ static void turn(const synthetic *s, const xkv_plane *p, int32_t position, int s
         }
 }
 
-/* Row t of a plane: `rank` directions of the plane with coefficients that all planes of the group share, plus noise.
- * Both come from generators seeded by what they belong to, so that rows can be made in any order. */
-static void make_row(const synthetic *s, const synthetic_options *o, uint32_t plane, uint32_t t, double *row)
+/* What all rows of a plane are made of: [rank] directions, then the mean. */
+static double *make_directions(const synthetic_options *o, uint32_t plane, uint32_t width)
+{
+    double *directions = calloc((o->rank + 1) * (size_t)width, sizeof *directions), *out = directions;
+
+    for (uint32_t j = 0; j < o->rank; j++) {
+        uint64_t direction = 77 + plane * 65537ull + j * 4099ull;
+        for (uint32_t i = 0; i < width; i++)
+            *out++ = test_normal(&direction);
+    }
+    for (uint32_t i = 0; i < width && o->mean != 0; i++) {
+        uint64_t constant = 501 + plane * 9176867ull + i;
+        *out++ = o->mean * test_normal(&constant);
+    }
+    return directions;
+}
+
+/* Row t of a plane: its directions with coefficients that all planes of the group share, plus noise. Both come from
+ * generators seeded by what they belong to, so that rows can be made in any order. */
+static void make_row(const synthetic *s, const synthetic_options *o, const double *directions, uint32_t plane,
+                     uint32_t t, double *row)
 {
     const xkv_plane *p = &s->planes[plane];
-    uint32_t width = p->heads * p->head_dim, group = o->group_layers ? p->layer / o->group_layers : p->layer;
+    uint32_t width = row_width(p), group = o->group_layers ? p->layer / o->group_layers : p->layer;
     uint64_t token = 1000003ull * (group * 4 + p->kind) + 7919ull * t + 1 + (o->seed << 32),
              noise = 31 + plane * 1000003ull + t + (o->seed << 33);
 
     memset(row, 0, width * sizeof *row);
     for (uint32_t j = 0; j < o->rank; j++) {
-        uint64_t direction = 77 + plane * 65537ull + j * 4099ull;
         double a = test_normal(&token) / (1 + j);
         for (uint32_t i = 0; i < width; i++)
-            row[i] += a * test_normal(&direction);
+            row[i] += a * *directions++;
     }
-    for (uint32_t i = 0; i < width && o->mean != 0; i++) {
-        uint64_t constant = 501 + plane * 9176867ull + i;
-        row[i] += o->mean * test_normal(&constant);
-    }
+    for (uint32_t i = 0; i < width; i++)
+        row[i] += *directions++;
     for (uint32_t i = 0; i < width; i++)
         row[i] += (o->rank ? o->noise : 1) * test_normal(&noise);
 }
@@ -234,20 +249,24 @@ synthetic make_synthetic(const synthetic_options *o)
 {
     synthetic s = {0};
     size_t elem = o->dtype == XKV_F32 ? 4 : 2;
-    double *row = calloc(o->heads * o->head_dim, sizeof *row);
+    uint32_t width = o->heads * o->head_dim;
+    double *row = calloc(width, sizeof *row);
 
     make_planes(&s, o);
     make_rope(&s, o);
     s.positions = calloc(o->tokens + 1, sizeof *s.positions);
     for (uint32_t t = 0; t < o->tokens; t++)
         s.positions[t] = o->first_position + (int32_t)t;
-    for (uint32_t p = 0; p < o->layers * 2; p++)
+    for (uint32_t p = 0; p < o->layers * 2; p++) {
+        double *directions = make_directions(o, p, width);
         for (uint32_t t = 0; t < o->tokens; t++) {
-            make_row(&s, o, p, t, row);
+            make_row(&s, o, directions, p, t, row);
             turn(&s, &s.planes[p], s.positions[t], 1, row);
-            for (uint32_t i = 0; i < o->heads * o->head_dim; i++)
-                store((uint8_t *)s.views[p].data + ((size_t)t * o->heads * o->head_dim + i) * elem, o->dtype, row[i]);
+            for (uint32_t i = 0; i < width; i++)
+                store((uint8_t *)s.views[p].data + ((size_t)t * width + i) * elem, o->dtype, row[i]);
         }
+        free(directions);
+    }
     s.geometry = (xkv_geometry){.layer_count = o->layers,
                                 .plane_count = o->layers * 2,
                                 .rope_count = 1,
