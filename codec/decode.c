@@ -1,5 +1,6 @@
 #include "dict.h"
 #include "entry_internal.h"
+#include "moves.h"
 #include "parts.h"
 #include "scalar.h"
 #include "svdq.h"
@@ -18,6 +19,7 @@ typedef struct worker {
     float *rows;                    /* [XKV_TILE_ROWS][width] */
     int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage unless kept */
     xkv_rotator rotator;
+    xkv_rotator mover; /* of exact rows, when positions are asked for */
 } worker;
 
 /* The side part of a coded group, checked. */
@@ -36,6 +38,7 @@ typedef struct decoder {
     const xkv_container *c;
     const xkv_view *views; /* NULL: check only */
     uint32_t first, end;   /* tokens asked for */
+    xkv_moves moves;
     xkv_pool *pool;
     uint32_t threads;
     worker *workers; /* [threads] */
@@ -98,6 +101,27 @@ static xkv_status load_part(decoder *d, worker *w, uint32_t part, const uint8_t 
 
 /* --- Rows to views ------------------------------------------------------------------------------------------------ */
 
+/* Exact rows of tokens [t0, t1) at other positions: what has a RoPE turns by the way between the two. */
+static xkv_status scatter_moved(decoder *d, worker *w, const uint8_t *matrix, uint32_t t0, uint32_t t1)
+{
+    size_t elem = xkv_group_element_size(&d->c->geometry, d->g), width = d->g->width;
+
+    for (uint32_t t = t0; t < t1; t++) {
+        uint32_t row = t - d->first;
+        size_t column = 0;
+        d->kernels->to_f32(d->c->geometry.planes[d->g->planes[0]].dtype, matrix + (t - t0) * width * elem, w->rows,
+                           width);
+        XKV_TRY(xkv_rotate_rows(d->ctx, &w->mover, d->g, &d->moves.distances[row], 1, w->rows));
+        for (uint32_t i = 0; i < d->g->plane_count; i++) {
+            const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
+            if (p->rope != XKV_NO_ROPE)
+                xkv_view_scatter(d->kernels, w->rows + column, width, p, row, row + 1, &d->views[d->g->planes[i]]);
+            column += xkv_plane_width(p);
+        }
+    }
+    return XKV_OK;
+}
+
 /* Exact rows of tokens [t0, t1), as the engine holds them. */
 static xkv_status scatter_exact(decoder *d, worker *w, const uint8_t *matrix, uint32_t t0, uint32_t t1)
 {
@@ -107,15 +131,16 @@ static xkv_status scatter_exact(decoder *d, worker *w, const uint8_t *matrix, ui
         const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
         const xkv_view *view = &d->views[d->g->planes[i]];
         size_t width = xkv_plane_width(p);
-        if (view->dtype == p->dtype)
+        bool moved = d->moves.distances && p->rope != XKV_NO_ROPE;
+        if (view->dtype == p->dtype && !moved)
             xkv_view_scatter_bytes(matrix + column, row_bytes, p, t0 - d->first, t1 - d->first, view);
-        for (uint32_t t = t0; view->dtype != p->dtype && t < t1; t++) {
+        for (uint32_t t = t0; view->dtype != p->dtype && !moved && t < t1; t++) {
             d->kernels->to_f32(p->dtype, matrix + (t - t0) * row_bytes + column, w->rows, width);
             xkv_view_scatter(d->kernels, w->rows, width, p, t - d->first, t - d->first + 1, view);
         }
         column += width * elem;
     }
-    return XKV_OK;
+    return d->views && d->moves.distances ? scatter_moved(d, w, matrix, t0, t1) : XKV_OK;
 }
 
 /* Tokens [*t0, *t1) cut to those asked for; false when none is left. */
@@ -191,7 +216,7 @@ static xkv_status finish_tile(decoder *d, worker *w, uint32_t t0, uint32_t t1)
     if (!cut_range(d, &first, &t1))
         return XKV_OK;
     rows = w->rows + (first - t0) * width;
-    XKV_TRY(xkv_rotate_rows(d->ctx, &w->rotator, d->g, first, t1 - first, rows));
+    XKV_TRY(xkv_rotate_rows(d->ctx, &w->rotator, d->g, d->moves.positions + (first - d->first), t1 - first, rows));
     for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
         const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
         xkv_view_scatter(d->kernels, rows + column, width, p, first - d->first, t1 - d->first,
@@ -537,6 +562,8 @@ static xkv_status init(decoder *d)
     XKV_TRY(XKV_NEW_ZERO(d->ctx, d->threads, &d->workers));
     for (uint32_t i = 0; i < d->threads; i++) {
         XKV_TRY(xkv_rotator_init(d->ctx, &d->c->geometry, d->kernels, false, &d->workers[i].rotator));
+        if (d->moves.distances)
+            XKV_TRY(xkv_rotator_init(d->ctx, &d->moves.geometry, d->kernels, false, &d->workers[i].mover));
         d->workers[i].zstd = ZSTD_createDCtx();
         if (!d->workers[i].zstd)
             return xkv_fail(d->ctx, XKV_ERROR_MEMORY, "zstd: no memory for a context");
@@ -552,9 +579,12 @@ static void fini(decoder *d)
     for (uint32_t i = 0; d->workers && i < d->threads; i++) {
         if (d->workers[i].rotator.geometry)
             xkv_rotator_free(d->ctx, &d->workers[i].rotator);
+        if (d->workers[i].mover.geometry)
+            xkv_rotator_free(d->ctx, &d->workers[i].mover);
         ZSTD_freeDCtx(d->workers[i].zstd);
     }
     xkv_release(d->ctx, d->workers);
+    xkv_moves_free(d->ctx, &d->moves);
     xkv_pool_free(d->ctx, d->pool);
 }
 
@@ -621,6 +651,9 @@ xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read
     d.first = o.first_token;
     d.end = o.first_token + o.token_count;
     d.first_chunk = d.first / entry->c.chunk_tokens;
+    XKV_TRY_GOTO(xkv_moves_create(ctx, &entry->c, d.first, o.token_count, o.first_group, o.first_group + o.group_count,
+                                  o.positions, &d.moves),
+                 out);
     XKV_TRY_GOTO(init(&d), out);
     XKV_TRY_GOTO(restore_groups(&d, &o), out);
 out:

@@ -51,11 +51,12 @@ static void rotate_row(xkv_rotator *r, const xkv_group *g, int32_t position, flo
     }
 }
 
-xkv_status xkv_rotate_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, uint32_t t0, uint32_t rows, float *x)
+xkv_status xkv_rotate_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, const int32_t *positions, uint32_t rows,
+                           float *x)
 {
     XKV_TRY(make_tables(ctx, r, g));
     for (uint32_t t = 0; t < rows; t++)
-        rotate_row(r, g, r->geometry->positions[t0 + t], x + (size_t)t * g->width);
+        rotate_row(r, g, positions[t], x + (size_t)t * g->width);
     return XKV_OK;
 }
 
@@ -69,7 +70,7 @@ xkv_status xkv_gather_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, con
         xkv_view_gather(r->kernels, &views[g->planes[i]], p, t0, t1, x + column, g->width);
         column += xkv_plane_width(p);
     }
-    return xkv_rotate_rows(ctx, r, g, t0, t1 - t0, x);
+    return xkv_rotate_rows(ctx, r, g, r->geometry->positions + t0, t1 - t0, x);
 }
 
 uint64_t xkv_raw16_bytes(const xkv_geometry *geometry)

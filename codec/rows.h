@@ -18,9 +18,9 @@ XKV_MUST_CHECK xkv_status xkv_rotator_init(xkv_ctx *ctx, const xkv_geometry *geo
                                            bool inverse, xkv_rotator *r);
 void xkv_rotator_free(xkv_ctx *ctx, xkv_rotator *r);
 
-/* Rotate (or un-rotate) the planes of `g` that have a RoPE in rows [rows][g->width] of the tokens from t0 on. */
-XKV_MUST_CHECK xkv_status xkv_rotate_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, uint32_t t0, uint32_t rows,
-                                          float *x);
+/* Rotate (or un-rotate) the planes of `g` that have a RoPE in rows [rows][g->width] by positions [rows]. */
+XKV_MUST_CHECK xkv_status xkv_rotate_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, const int32_t *positions,
+                                          uint32_t rows, float *x);
 
 /* Tokens [t0, t1) of g's planes from views (of which token 0 is row 0) into x [t1 - t0][g->width], un-rotated. */
 XKV_MUST_CHECK xkv_status xkv_gather_rows(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g, const xkv_view *views,

@@ -247,6 +247,9 @@ typedef struct xkv_read_options {
     void *group_ready_user;
     xkv_progress_fn progress;
     void *progress_user;
+    /* [token_count, filled in] RoPE positions that K is to be rotated for, of any order and distance that an int32_t
+     * holds; NULL: those it was computed at. Rows that are stored exactly turn once more, in f32. */
+    const int32_t *positions;
 } xkv_read_options;
 
 static inline xkv_read_options xkv_read_options_default(void)
@@ -261,8 +264,9 @@ static inline xkv_read_options xkv_read_options_default(void)
  * goes to row(0) of each view. Only the chunks that hold asked tokens are read; every part is checked before any of its
  * elements is handed out. On one machine the bits of a row do not depend on the range or the number of threads.
  * `options` may be NULL. Memory: one group's components in f32, one chunk per thread, and up to 32 MiB of a cross
- * stage. On error the views' contents are undefined and must not be used. Errors: ARGUMENT (range), CHECKSUM, CORRUPT,
- * TRUNCATED, LIMIT, MEMORY, CANCELLED, and what the input returns. */
+ * stage. On error the views' contents are undefined and must not be used. Errors: ARGUMENT (range, positions),
+ * UNSUPPORTED (other positions for a K whose RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT,
+ * MEMORY, CANCELLED, and what the input returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                  const xkv_view *views);
 

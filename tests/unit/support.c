@@ -301,6 +301,12 @@ void plane_row(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t
     turn(s, p, s->positions[t], -1, row);
 }
 
+void moved_row(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, int32_t position, double *row)
+{
+    plane_row(s, data, plane, t, row);
+    turn(s, &s->planes[plane], position, 1, row);
+}
+
 /* --- Packing --- */
 
 xkv_ctx *new_ctx(uint32_t threads)

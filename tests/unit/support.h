@@ -80,6 +80,8 @@ double element(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t
 /* Elements of a row of a plane; row t of plane p in `data`, K before RoPE. */
 uint32_t row_width(const xkv_plane *p);
 void plane_row(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, double *row);
+/* The same after RoPE at another position than its own. */
+void moved_row(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, int32_t position, double *row);
 
 /* --- Packing --- */
 

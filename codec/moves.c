@@ -1,0 +1,72 @@
+#include "moves.h"
+
+/* moves = to - from; *any: one is not 0. */
+static xkv_status subtract(xkv_ctx *ctx, const int32_t *to, const int32_t *from, uint32_t count, int32_t *moves,
+                           bool *any)
+{
+    *any = false;
+    for (uint32_t i = 0; i < count; i++) {
+        if (__builtin_sub_overflow(to[i], from[i], &moves[i]))
+            return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "position %d cannot be moved to %d: too far", (int)from[i],
+                            (int)to[i]);
+        *any |= moves[i] != 0;
+    }
+    return XKV_OK;
+}
+
+/* A K whose rotation the entry does not know cannot be turned. */
+static xkv_status check_ropes(xkv_ctx *ctx, const xkv_container *c, uint32_t group, uint32_t group_end)
+{
+    for (uint32_t i = group; i < group_end; i++)
+        for (uint32_t j = 0; j < c->groups[i].plane_count; j++) {
+            const xkv_plane *p = &c->geometry.planes[c->groups[i].planes[j]];
+            if ((p->kind == XKV_PLANE_K || p->kind == XKV_PLANE_K_ROPE) && p->rope == XKV_NO_ROPE)
+                return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
+                                "%s of layer %u has no known RoPE: it cannot be moved to other positions",
+                                xkv_plane_kind_name(p->kind), p->layer);
+        }
+    return XKV_OK;
+}
+
+static xkv_status copy_ropes(xkv_ctx *ctx, const xkv_geometry *geometry, xkv_moves *m)
+{
+    XKV_TRY(XKV_NEW(ctx, geometry->rope_count, &m->ropes));
+    for (uint32_t i = 0; i < geometry->rope_count; i++) { /* the rows have their scale already */
+        m->ropes[i] = geometry->ropes[i];
+        m->ropes[i].scale = 1;
+    }
+    m->geometry = *geometry;
+    m->geometry.ropes = m->ropes;
+    return XKV_OK;
+}
+
+xkv_status xkv_moves_create(xkv_ctx *ctx, const xkv_container *c, uint32_t first, uint32_t count, uint32_t group,
+                            uint32_t group_end, const int32_t *positions, xkv_moves *m)
+{
+    const int32_t *stored = c->geometry.positions + first;
+    xkv_status status = XKV_OK;
+    bool any;
+
+    *m = (xkv_moves){.positions = stored};
+    if (!positions)
+        return XKV_OK;
+    XKV_TRY(XKV_NEW(ctx, count, &m->distances));
+    XKV_TRY_GOTO(subtract(ctx, positions, stored, count, m->distances, &any), out);
+    if (!any)
+        goto out;
+    m->positions = positions;
+    XKV_TRY_GOTO(check_ropes(ctx, c, group, group_end), out);
+    XKV_TRY_GOTO(copy_ropes(ctx, &c->geometry, m), out);
+    return XKV_OK;
+out:
+    xkv_moves_free(ctx, m);
+    m->positions = stored;
+    return status;
+}
+
+void xkv_moves_free(xkv_ctx *ctx, xkv_moves *m)
+{
+    xkv_release(ctx, m->distances);
+    xkv_release(ctx, m->ropes);
+    *m = (xkv_moves){0};
+}
