@@ -372,20 +372,14 @@ static xkv_status check_geometry(xkv_ctx *ctx, const xkv_geometry *theirs, const
     return XKV_OK;
 }
 
-/* Fill in what 0 stands for, and check range and positions. */
-static xkv_status resolve(xkv_ctx *ctx, const xkv_hook_hit *hit, const xkv_geometry *theirs, xkv_hook_load_options *o)
+/* Fill in what 0 stands for, and check the range. */
+static xkv_status resolve(xkv_ctx *ctx, const xkv_hook_hit *hit, xkv_hook_load_options *o)
 {
     if (o->first_token >= hit->tokens || o->token_count > hit->tokens - o->first_token)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "tokens %u + %u of %u reusable ones", o->first_token, o->token_count,
                         hit->tokens);
     if (o->token_count == 0)
         o->token_count = hit->tokens - o->first_token;
-    for (uint32_t i = 0; o->positions != NULL && i < o->token_count; i++) {
-        int32_t theirs_at = theirs->positions[o->first_token + i];
-        if (o->positions[i] != theirs_at)
-            return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "token %u: at position %d in the entry, asked at %d",
-                            o->first_token + i, (int)theirs_at, (int)o->positions[i]);
-    }
     return XKV_OK;
 }
 
@@ -399,7 +393,6 @@ typedef struct load {
     xkv_hook_load_options o;
     uint32_t group_count;
     double callback_seconds;
-    bool began; /* views may have been touched */
 } load;
 
 /* Open the entry once for all loads of the hit. */
@@ -448,11 +441,11 @@ static xkv_status read_rows(load *l, const xkv_view *views)
     l->group_count = info.group_count;
     o.first_token = l->o.first_token;
     o.token_count = l->o.token_count;
+    o.positions = l->o.positions;
     if (l->o.group_ready != NULL) {
         o.group_ready = announce;
         o.group_ready_user = l;
     }
-    l->began = true;
     return xkv_entry_read(l->ctx, l->entry, &o, views);
 }
 
@@ -462,7 +455,7 @@ static xkv_status run_load(load *l, const xkv_geometry *geometry, const xkv_view
     XKV_TRY(xkv_copy_options(l->ctx, options, &l->o, sizeof l->o));
     XKV_TRY(open_entry(l));
     XKV_TRY(check_geometry(l->ctx, xkv_entry_geometry(l->entry), geometry, views));
-    XKV_TRY(resolve(l->ctx, l->hit, xkv_entry_geometry(l->entry), &l->o));
+    XKV_TRY(resolve(l->ctx, l->hit, &l->o));
     return read_rows(l, views);
 }
 
@@ -518,8 +511,7 @@ static void count_load(const load *l, xkv_status status, double seconds)
         hook->counters.loads_damaged++;
     else if (status == XKV_ERROR_CANCELLED)
         hook->counters.loads_cancelled++;
-    else if (!l->began &&
-             (status == XKV_ERROR_ARGUMENT || status == XKV_ERROR_UNSUPPORTED || status == XKV_ERROR_MISMATCH))
+    else if (status == XKV_ERROR_ARGUMENT || status == XKV_ERROR_UNSUPPORTED || status == XKV_ERROR_MISMATCH)
         hook->counters.loads_refused++;
     else
         hook->counters.loads_failed++;

@@ -147,7 +147,8 @@ typedef struct xkv_hook_load_options {
     size_t struct_size;
     uint32_t first_token,
         token_count;          /* tokens [first, first+count); count 0: to the last reusable one. Default: all */
-    const int32_t *positions; /* [token_count] where the engine wants the rows; NULL: where they were computed */
+    const int32_t *positions; /* [token_count, filled in] where the engine wants the rows: K is rotated for these
+                                 positions, as in xkv_read_options; NULL: where they were computed */
     /* Called on the thread that loads when the asked tokens of a group are in their views, in order of layers: layers
      * 0 .. layers-1 are now complete. Return non-zero to stop. NULL: none. */
     int (*group_ready)(void *user, uint32_t group, uint32_t layers);
@@ -176,10 +177,10 @@ static inline xkv_hook_load_options xkv_hook_load_options_default(void)
  * An entry that turns out damaged (FORMAT, CORRUPT, CHECKSUM, TRUNCATED) goes into quarantine: no match finds it again;
  * loads of it that run at the same time fail as well, or give right rows. Other failures leave it in the store.
  *
- * Errors: ARGUMENT (range, views), VERSION and FEATURE (only a newer program can read it), UNSUPPORTED (other positions
- * than the entry's), MISMATCH (geometry; the entry's dictionary is gone, missing or damaged: then no match finds the
- * entry until it is put again), CORRUPT (also: an earlier load of this hit found it damaged), CHECKSUM, TRUNCATED,
- * CANCELLED, LIMIT, MEMORY, IO, BACKEND. */
+ * Errors: ARGUMENT (range, positions, views), VERSION and FEATURE (only a newer program can read it), UNSUPPORTED
+ * (other positions for keys whose RoPE the entry does not know), MISMATCH (geometry; the entry's dictionary is gone,
+ * missing or damaged: then no match finds the entry until it is put again), CORRUPT (also: an earlier load of this hit
+ * found it damaged), CHECKSUM, TRUNCATED, CANCELLED, LIMIT, MEMORY, IO, BACKEND. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_hook_load(xkv_ctx *ctx, xkv_hook_hit *hit, const xkv_geometry *geometry,
                                                 const xkv_view *views, const xkv_hook_load_options *options);
 

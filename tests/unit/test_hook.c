@@ -500,28 +500,61 @@ static void time_in_callbacks_is_not_the_load_s(void **state)
     free_engine(e);
 }
 
-static void shifted_positions_are_refused(void **state)
+/* Rows of [first, first + count) as they come at `positions`: rotated again in f64, rounded to f16 once. */
+static void assert_moved(const engine *e, uint32_t first, uint32_t count, const int32_t *positions)
+{
+    double row[16];
+    for (uint32_t p = 0; p < 2 * LAYERS; p++)
+        for (uint32_t i = 0; i < count; i++) {
+            moved_row(&e->source, e->source.data, p, first + i, positions[i], row);
+            for (uint32_t d = 0; d < 16; d++)
+                assert_true(fabs(element(&e->source, e->cache, p, i, d) - row[d]) <= fabs(row[d]) / 2048 + 4e-6);
+        }
+}
+
+static void rows_come_at_other_positions(void **state)
 {
     (void)state;
     engine *e = make_engine(NULL);
     xkv_hook_load_options o = xkv_hook_load_options_default();
-    int32_t positions[TOKENS];
-    for (int32_t i = 0; i < TOKENS; i++)
-        positions[i] = i + (i == TOKENS - 1);
+    int32_t positions[TOKENS + 1];
+    for (int32_t i = 0; i <= TOKENS; i++)
+        positions[i] = i + 321;
     o.positions = positions;
-    assert_int_equal(xkv_hook_load(t.ctx, e->hit, &e->source.geometry, e->views, &o), XKV_ERROR_UNSUPPORTED);
-    assert_non_null(strstr(xkv_ctx_error(t.ctx), "token 599: at position 599 in the entry, asked at 600"));
-    assert_true(is_untouched(e));
-    o.first_token = 1; /* positions[0] is that of token 1 now */
-    o.token_count = 100;
-    assert_int_equal(xkv_hook_load(t.ctx, e->hit, &e->source.geometry, e->views, &o), XKV_ERROR_UNSUPPORTED);
-    o.positions = positions + 1;
     assert_ok(t.ctx, xkv_hook_load(t.ctx, e->hit, &e->source.geometry, e->views, &o));
+    assert_moved(e, 0, TOKENS, positions);
+    o.first_token = 77; /* positions[0] is that of token 77 now */
+    o.token_count = 100;
+    assert_ok(t.ctx, xkv_hook_load(t.ctx, e->hit, &e->source.geometry, e->views, &o));
+    assert_moved(e, 77, 100, positions);
     o.token_count = TOKENS;
     assert_int_equal(xkv_hook_load(t.ctx, e->hit, &e->source.geometry, e->views, &o), XKV_ERROR_ARGUMENT);
-    assert_int_equal(counters().loads_refused, 3);
-    assert_int_equal(counters().loads_ok, 1);
+    assert_int_equal(counters().loads_refused, 1);
+    assert_int_equal(counters().loads_ok, 2);
     free_engine(e);
+}
+
+/* The rows of make_rows() do not say how they are rotated. */
+static void unknown_ropes_stay_where_they_are(void **state)
+{
+    (void)state;
+    xkv_hook_load_options o = xkv_hook_load_options_default();
+    rows *got = make_rows(NULL, 100), *untouched = make_rows(NULL, 100);
+    xkv_hook_hit *hit;
+    int32_t tokens[101], positions[100];
+    make_tokens(8, 50000, tokens, 101);
+    save(tokens, 100);
+    assert_int_equal(match(tokens, 101, NULL, &hit).tokens, 100);
+    for (int32_t i = 0; i < 100; i++)
+        positions[i] = i + (i == 99);
+    o.positions = positions;
+    assert_int_equal(xkv_hook_load(t.ctx, hit, &got->geometry, got->views, &o), XKV_ERROR_UNSUPPORTED);
+    assert_memory_equal(got->data, untouched->data, sizeof got->data);
+    assert_int_equal(counters().loads_refused, 1);
+    load_rows(hit, tokens, 0, 100);
+    xkv_hook_hit_close(hit);
+    free(got);
+    free(untouched);
 }
 
 /* Every way in which the engine may differ from the entry: one change of its geometry. */
@@ -787,7 +820,8 @@ int main(void)
         TEST(only_what_must_be_loaded_costs),
         TEST(groups_are_announced_in_order),
         TEST(time_in_callbacks_is_not_the_load_s),
-        TEST(shifted_positions_are_refused),
+        TEST(rows_come_at_other_positions),
+        TEST(unknown_ropes_stay_where_they_are),
         TEST(other_geometries_are_refused),
         TEST(element_types_may_differ),
         TEST(dictionaries_must_be_in_the_store),
