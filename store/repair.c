@@ -13,6 +13,7 @@ typedef struct repair {
     xkv_store *store; /* its folders; its index is the new one */
     xkv_index *old;   /* NULL: cannot be read */
     uint32_t kind;    /* of the blobs at this pass */
+    uint64_t next_id; /* above those of all blobs */
     xkv_repair_report report;
 } repair;
 
@@ -163,6 +164,24 @@ static xkv_status check_key(repair *r, const found *f)
                : xkv_fail(r->ctx, XKV_ERROR_CORRUPT, "blob: its key does not follow from its tokens [SB6]");
 }
 
+/* A writer that is killed before it commits leaves a blob whose id the next one takes, too. Usually its name in tmp/
+ * tells; where it does not, both blobs are sound, and the one that comes second gets an id of its own. */
+static xkv_status settle_id(repair *r, found *f)
+{
+    const int blobs = r->store->folders.blobs;
+    xkv_known_blob k = {.id = f->item.id};
+    memcpy(k.hash, f->item.blob, 32);
+    XKV_TRY(xkv_index_read(r->ctx, r->store->index, xkv_find_blob, &k));
+    if (!k.taken || k.found)
+        return XKV_OK;
+    const xkv_blob_name before = xkv_blob_name_of(f->item.blob, f->item.id);
+    f->item.id = r->next_id++;
+    const xkv_blob_name after = xkv_blob_name_of(f->item.blob, f->item.id);
+    if (renameat(blobs, before.text, blobs, after.text) != 0 || (fsync(blobs) != 0 && errno != EINVAL))
+        return xkv_fail_errno(r->ctx, "rename the blob", before.text, errno);
+    return XKV_OK;
+}
+
 static xkv_status insert_blob(repair *r, found *f, const xkv_input *file)
 {
     xkv_change change = {.store = r->store, .body = insert_body, .user = f};
@@ -173,6 +192,7 @@ static xkv_status insert_blob(repair *r, found *f, const xkv_input *file)
         note_head(f);
         keep_uses(r, &f->item);
     }
+    XKV_TRY(settle_id(r, f));
     return xkv_store_change(r->ctx, &change);
 }
 
@@ -192,23 +212,19 @@ static xkv_status take_file(repair *r, found *f, const int *fd)
     return insert_blob(r, f, &file);
 }
 
-static xkv_status keep_id(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+/* It stays where it is. */
+static void leave_newer(repair *r, const char *name)
 {
-    const found *f = change->user;
-    (void)txn;
-    meta->next_id = xkv_max64(meta->next_id, f->item.id + 1);
-    return XKV_OK;
-}
-
-/* It stays where it is, and its id taken. */
-static xkv_status leave_newer(repair *r, found *f, const char *name)
-{
-    xkv_change change = {.store = r->store, .body = keep_id, .user = f};
     if (r->kind != XKV_BLOB_ENTRY)
-        return XKV_OK;
+        return;
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: left alone: %s", name, xkv_ctx_error(r->ctx));
     r->report.newer++;
-    return xkv_store_change(r->ctx, &change);
+}
+
+/* Whether a file has the name of a blob; else it is not ours. */
+static bool is_blob_name(const char *text, uint8_t hash[32], uint64_t *id)
+{
+    return xkv_blob_name_parse(text, hash, id) && *id != 0 && *id != UINT64_MAX;
 }
 
 static xkv_status take_blob(void *user, const char *text)
@@ -217,8 +233,8 @@ static xkv_status take_blob(void *user, const char *text)
     found f = {.r = r};
     int fd = -1;
     XKV_TRY(xkv_check_cancel(r->ctx));
-    if (!xkv_blob_name_parse(text, f.item.blob, &f.item.id) || f.item.id == 0 || f.item.id == UINT64_MAX)
-        return XKV_OK; /* not ours */
+    if (!is_blob_name(text, f.item.blob, &f.item.id))
+        return XKV_OK;
     xkv_blob_name name = xkv_blob_name_of(f.item.blob, f.item.id);
     if (was_removed(r, &f.item)) {
         xkv_blob_unlink(&r->store->folders, &name);
@@ -233,19 +249,36 @@ static xkv_status take_blob(void *user, const char *text)
     xkv_release(r->ctx, f.symbols);
     xkv_release(r->ctx, f.names);
     if (xkv_is_newer(status))
-        return leave_newer(r, &f, name.text);
+        leave_newer(r, name.text);
     if (!xkv_is_damage(status))
-        return status;
+        return xkv_is_newer(status) ? XKV_OK : status;
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: damaged, into quarantine: %s", name.text, xkv_ctx_error(r->ctx));
     xkv_blob_quarantine(&r->store->folders, &name);
     r->report.quarantined++;
     return XKV_OK;
 }
 
-static xkv_status drop_temp(void *user, const char *name)
+/* A temporary file with the name of a blob: where the old index does not know that one, its writer was killed before
+ * the commit, and neither name stays. */
+static xkv_status drop_temp(void *user, const char *text)
 {
     const repair *r = user;
-    (void)unlinkat(r->store->folders.temp, name, 0);
+    xkv_known_blob k;
+    if (r->old != NULL && is_blob_name(text, k.hash, &k.id) &&
+        xkv_index_read(r->ctx, r->old, xkv_find_blob, &k) == XKV_OK && !k.found) {
+        xkv_blob_name name = xkv_blob_name_of(k.hash, k.id);
+        xkv_blob_unlink(&r->store->folders, &name);
+    }
+    (void)unlinkat(r->store->folders.temp, text, 0);
+    return XKV_OK;
+}
+
+static xkv_status note_id(void *user, const char *text)
+{
+    repair *r = user;
+    xkv_known_blob k;
+    if (is_blob_name(text, k.hash, &k.id))
+        r->next_id = xkv_max64(r->next_id, k.id + 1);
     return XKV_OK;
 }
 
@@ -281,6 +314,8 @@ static xkv_status begin_new(repair *r, uint64_t byte_cap)
         fresh.bytes = fresh.entries = fresh.pinned = fresh.namespaces = fresh.dictionaries = 0;
     }
     xkv_ctx_begin(r->ctx);
+    XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, note_id, r));
+    r->next_id = fresh.next_id = xkv_max64(fresh.next_id, r->next_id);
     XKV_TRY(make_new(r->ctx, r->store->folders.root));
     XKV_TRY(open_path(r->ctx, r->store, "index.new", false, &r->store->index));
     return xkv_index_put_meta(r->ctx, r->store->index, &fresh);

@@ -339,47 +339,50 @@ typedef struct tidy {
     uint64_t removed;
 } tidy;
 
-typedef struct known {
-    uint64_t id;
-    uint8_t hash[32];
-    bool found;
-} known;
-
-static xkv_status look_up_blob(xkv_txn *txn, void *user)
+static void compare_known(xkv_known_blob *k, uint64_t id, const uint8_t hash[32])
 {
-    known *k = user;
-    xkv_item item;
-    xkv_status status = xkv_txn_get_item(txn, k->id, &item);
-    if (status == XKV_OK)
-        k->found = memcmp(item.blob, k->hash, 32) == 0;
-    if (status != XKV_ERROR_NOT_FOUND)
-        return status;
+    k->taken = k->taken || id == k->id;
+    k->found = k->found || (id == k->id && memcmp(hash, k->hash, 32) == 0);
+}
+
+static xkv_status find_among_dicts(xkv_txn *txn, xkv_known_blob *k)
+{
     xkv_key from = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
     uint8_t value[XKV_VALUE_MAX];
     size_t size = 0;
     for (;;) {
         xkv_dict_record dict;
-        status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
         if (status != XKV_OK)
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         xkv_dict_record_decode(value, &dict);
-        if (dict.id == k->id && memcmp(dict.blob, k->hash, 32) == 0)
-            k->found = true;
+        compare_known(k, dict.id, dict.blob);
         from = key;
         from.bytes[from.size++] = 0;
     }
 }
 
+xkv_status xkv_find_blob(xkv_txn *txn, void *user)
+{
+    xkv_known_blob *k = user;
+    xkv_item item;
+    k->taken = k->found = false;
+    xkv_status status = xkv_txn_get_item(txn, k->id, &item);
+    if (status == XKV_OK)
+        compare_known(k, item.id, item.blob);
+    return status == XKV_ERROR_NOT_FOUND ? find_among_dicts(txn, k) : status;
+}
+
 /* Whether the index knows the blob of this name. `surely`: in a write transaction, which changes nothing, but comes
  * after every commit; a reader may still see what was before that of a process which was killed as it committed. */
-static xkv_status is_known(tidy *t, const char *name, bool surely, known *k, bool *is_name)
+static xkv_status is_known(tidy *t, const char *name, bool surely, xkv_known_blob *k, bool *is_name)
 {
     k->found = false;
     *is_name = xkv_blob_name_parse(name, k->hash, &k->id);
     if (!*is_name)
         return XKV_OK;
-    return surely && !t->store->read_only ? xkv_index_write(t->ctx, t->store->index, look_up_blob, k)
-                                          : xkv_index_read(t->ctx, t->store->index, look_up_blob, k);
+    return surely && !t->store->read_only ? xkv_index_write(t->ctx, t->store->index, xkv_find_blob, k)
+                                          : xkv_index_read(t->ctx, t->store->index, xkv_find_blob, k);
 }
 
 /* A temporary file that nobody has locked was left by a killed process. Under a final name it may be linked to the
@@ -389,7 +392,7 @@ static xkv_status tidy_temp(void *user, const char *name)
 {
     tidy *t = user;
     const xkv_folders *f = &t->store->folders;
-    known k;
+    xkv_known_blob k;
     bool is_name;
     XKV_TRY(is_known(t, name, false, &k, &is_name));
     int fd = openat(f->temp, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
@@ -413,7 +416,7 @@ static xkv_status tidy_temp(void *user, const char *name)
 xkv_status xkv_store_is_orphan(xkv_ctx *ctx, xkv_store *store, const char *name, bool *orphan)
 {
     tidy t = {.ctx = ctx, .store = store};
-    known k;
+    xkv_known_blob k;
     bool is_name;
     int fd = -1;
     *orphan = false;

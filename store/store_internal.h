@@ -194,9 +194,18 @@ void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens);
 
 /* --- Tidying (store.c) --- */
 
-/* Remove what killed processes have left: temporary files, blobs that were to be deleted. */
+/* Body of a transaction: what the index knows of a blob. */
+typedef struct xkv_known_blob {
+    uint64_t id;
+    uint8_t hash[32];
+    bool taken; /* an entry or a dictionary has the id */
+    bool found; /* and this is its blob */
+} xkv_known_blob;
+XKV_MUST_CHECK xkv_status xkv_find_blob(xkv_txn *txn, void *user);
+
 /* Whether a file among the blobs is known to nobody, and nobody is about to make it known. */
 XKV_MUST_CHECK xkv_status xkv_store_is_orphan(xkv_ctx *ctx, xkv_store *store, const char *name, bool *orphan);
+/* Remove what killed processes have left: temporary files, blobs that were to be deleted. */
 XKV_MUST_CHECK xkv_status xkv_store_tidy(xkv_ctx *ctx, xkv_store *store, uint64_t *leftovers);
 
 #endif

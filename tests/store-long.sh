@@ -1,6 +1,6 @@
 #!/bin/bash
-# store-long.sh - the long forms of the store's tests, about 40 minutes: 2,000 killed writers, 8 processes of 4 threads
-# for 10 minutes, a hook under mixed load for another 10, a wrong bit in every byte of the index, a million entries.
+# store-long.sh - the long forms of the store's tests, about 45 minutes: twice 2,000 killed writers, 8 processes of 4
+# threads for 10 minutes, a hook under mixed load for another 10, a wrong bit in every byte of the index, a million entries.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests/install-packages.sh test

@@ -474,12 +474,58 @@ static void the_process_is_killed(void **state)
     try_all(attempt_killed);
 }
 
+/* A put is killed at its n-th call while another process has the store open, whose next put may take the same id; then
+ * the store is repaired. True when it was not killed. */
+static bool attempt_same_id(long n, bool lose_index)
+{
+    static const change none = {.name = "two puts", .first_lost = 1};
+    char path[128];
+    int status;
+    prepare();
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        if (xkv_store_open(t.ctx, t.path, NULL, &t.store) != XKV_OK)
+            _exit(1);
+        calls = 0;
+        fail_at = n;
+        (void)!put_number(ENTRIES);
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_ok(t.ctx, put_number(10));
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    snprintf(path, sizeof path, "%s/index/data.mdb", t.path);
+    if (lose_index)
+        assert_int_equal(unlink(path), 0);
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, NULL, &t.store));
+    check(&none);
+    assert_true(look_up(10));
+    remove_folder(&t);
+    return !WIFSIGNALED(status);
+}
+
+static void ids_of_killed_puts_are_taken_again(void **state)
+{
+    (void)state;
+    mode = KILL;
+    for (int lose_index = 0; lose_index < 2; lose_index++) {
+        long n = 1;
+        while (!attempt_same_id(n, lose_index))
+            n++;
+        assert_true(n > 20);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(calls_fail_once),
         cmocka_unit_test(the_disk_is_full),
         cmocka_unit_test(the_process_is_killed),
+        cmocka_unit_test(ids_of_killed_puts_are_taken_again),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,7 +1,7 @@
 /* test_store_stress.c - many processes and threads on one store, and writers that are killed at any moment.
  *
  * The default form takes seconds. With XKV_LONG_TESTS in the environment: 8 processes of 4 threads for 10 minutes, and
- * 2,000 kills (tests/store-long.sh). */
+ * 2,000 kills (tests/store-long.sh). XKV_TEST_SEED: other moments of the kills. */
 #include "store_support.h"
 
 #include <dirent.h>
@@ -17,7 +17,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NUMBERS = 60, LONGEST = 300 };
+/* SMALL_CAP: room for about a quarter of the prompts. */
+enum { NUMBERS = 60, LONGEST = 300, SMALL_CAP = 150000 };
 
 static test_store t;
 static xkv_namespace ns;
@@ -273,8 +274,24 @@ enum { GONE, COMMITTED, COMING, LEAVING };
 /* What the writers have been promised, in memory that outlives them. */
 static _Atomic uint8_t *promised;
 
-/* Each of two writers has the numbers of its own, so that what one promises the other does not change. */
-static void write_until_killed(uint64_t random, uint32_t part)
+/* Under a cap only pinned entries are promised to stay. */
+static bool is_pinned(uint32_t number)
+{
+    return number % 8 < 2;
+}
+
+static xkv_status put_promise(xkv_ctx *ctx, xkv_store *store, uint32_t number)
+{
+    int32_t tokens[LONGEST];
+    uint32_t count = prompt_of(number, tokens);
+    xkv_put_options o = xkv_put_options_default();
+    o.pin = is_pinned(number);
+    return put_rows(ctx, store, &ns, tokens, count, &o, NULL);
+}
+
+/* Each of two writers has the numbers of its own, so that what one promises the other does not change; but for what it
+ * evicts. */
+static void write_until_killed(uint64_t random, uint32_t part, bool capped)
 {
     xkv_ctx *ctx = NULL;
     xkv_store *store = NULL;
@@ -283,11 +300,16 @@ static void write_until_killed(uint64_t random, uint32_t part)
         _exit(1);
     for (;;) {
         uint32_t number = (uint32_t)(test_random(&random) % (NUMBERS / 2)) * 2 + part;
+        if (test_random(&random) % 64 == 0 && !is_fair(xkv_store_collect(ctx, store, 0, NULL)))
+            _exit(4);
         if (test_random(&random) % 3 > 0) {
-            if (promised[number] == COMMITTED)
+            if (promised[number] == COMMITTED && !capped)
                 continue;
             promised[number] = COMING;
-            promised[number] = put_number(ctx, store, number) == XKV_OK ? COMMITTED : GONE;
+            xkv_status status = put_promise(ctx, store, number);
+            if (!is_fair(status))
+                _exit(3);
+            promised[number] = status == XKV_OK ? COMMITTED : GONE;
             continue;
         }
         if (look_up(ctx, store, number, &m) < 0)
@@ -297,7 +319,7 @@ static void write_until_killed(uint64_t random, uint32_t part)
             continue; /* another one serves it */
         promised[number] = LEAVING;
         xkv_status status = xkv_store_remove(ctx, store, &ns, m.id);
-        if (status == XKV_OK)
+        if (status == XKV_OK || status == XKV_ERROR_NOT_FOUND)
             promised[number] = GONE;
     }
 }
@@ -333,78 +355,105 @@ static uint64_t folder_bytes(const char *name, int *count)
     return bytes;
 }
 
+/* What one number must be now, and is promised from now on. */
+static void check_promise(uint32_t number, bool capped)
+{
+    xkv_match m;
+    int32_t tokens[LONGEST];
+    int found = look_up(t.ctx, t.store, number, &m);
+    bool whole = found == (int)prompt_of(number, tokens);
+    assert_true(found >= 0);
+    if (promised[number] == COMMITTED && !whole && (!capped || is_pinned(number)))
+        fail_msg("entry %u is lost", number);
+    whole = whole && m.entry_tokens == m.tokens;
+    if (promised[number] == GONE && whole)
+        fail_msg("entry %u is back", number);
+    promised[number] = whole ? COMMITTED : GONE;
+}
+
 /* Nothing promised is lost, nothing removed comes back, nothing is wrong, no space is leaked. */
-static void check_after_kill(void)
+static void check_after_kill(int kills, bool capped)
 {
     xkv_store_stats s;
     int files;
+    (void)folder_bytes("tmp", &files);
+    assert_true(files <= kills);
     assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, NULL, &t.store));
     assert_sound();
-    for (uint32_t i = 0; i < NUMBERS; i++) {
-        xkv_match m;
-        int32_t tokens[LONGEST];
-        int found = look_up(t.ctx, t.store, i, &m);
-        bool whole = found == (int)prompt_of(i, tokens);
-        assert_true(found >= 0);
-        if (promised[i] == COMMITTED && !whole)
-            fail_msg("entry %u is lost", i);
-        whole = whole && m.entry_tokens == m.tokens;
-        if (promised[i] == GONE && whole)
-            fail_msg("entry %u is back", i);
-        promised[i] = whole ? COMMITTED : GONE;
-    }
+    for (uint32_t i = 0; i < NUMBERS; i++)
+        check_promise(i, capped);
     assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
     assert_int_equal(s.corrupt, 0);
     assert_int_equal(folder_bytes("blobs", &files), s.bytes);
     assert_int_equal(files, s.entries);
     assert_int_equal(folder_bytes("tmp", &files), 0);
     assert_int_equal(files, 0);
+    if (s.byte_cap > 0 && s.bytes > s.byte_cap)
+        fail_msg("%llu bytes above the cap", (unsigned long long)(s.bytes - s.byte_cap));
     xkv_store_close(t.ctx, t.store);
     t.store = NULL;
+}
+
+/* Let two writers, or now and then one that repairs and compacts, work for a moment, and kill them. How many. */
+static int kill_some(uint64_t *random, bool maintain, bool capped)
+{
+    const struct timespec pause = {0, (long)(test_random(random) % 30000000)};
+    const int count = maintain ? 1 : 2;
+    pid_t children[2] = {0};
+    for (int j = 0; j < count; j++) {
+        uint64_t seed = test_random(random);
+        children[j] = fork();
+        assert_true(children[j] >= 0);
+        if (children[j] == 0 && maintain)
+            maintain_until_killed(seed);
+        if (children[j] == 0)
+            write_until_killed(seed, (uint32_t)j, capped);
+        if (j == 0)
+            nanosleep(&pause, NULL); /* the second one opens what the first one is writing to */
+    }
+    nanosleep(&pause, NULL);
+    for (int j = 0; j < count; j++) {
+        int status;
+        kill(children[j], SIGKILL);
+        assert_int_equal(waitpid(children[j], &status, 0), children[j]);
+        if (!WIFSIGNALED(status))
+            fail_msg("a writer ended with %d", WEXITSTATUS(status));
+    }
+    return count;
+}
+
+static void kill_writers(uint64_t cap)
+{
+    const char *seed = getenv("XKV_TEST_SEED");
+    uint64_t random = seed != NULL ? strtoull(seed, NULL, 10) : 5;
+    const int rounds = is_long() ? 2000 : 60;
+    promised = mmap(NULL, NUMBERS, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(promised != MAP_FAILED);
+    make_store(&t, cap);
+    ns = make_namespace(NULL);
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    for (int i = 0; i < rounds; i++) {
+        int kills = kill_some(&random, i % 5 == 4, cap > 0);
+        if (i % 3 == 0) /* what was removed does not come back from blobs that are still there, either */
+            assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
+        check_after_kill(kills, cap > 0);
+    }
+    munmap((void *)(uintptr_t)promised, NUMBERS);
+    remove_folder(&t);
 }
 
 static void killed_writers_lose_nothing(void **state)
 {
     (void)state;
-    const int kills = is_long() ? 2000 : 60;
-    uint64_t random = 5;
-    promised = mmap(NULL, NUMBERS, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    assert_true(promised != MAP_FAILED);
-    make_store(&t, 0);
-    ns = make_namespace(NULL);
-    xkv_store_close(t.ctx, t.store);
-    t.store = NULL;
-    for (int i = 0; i < kills; i++) {
-        const struct timespec pause = {0, (long)(test_random(&random) % 30000000)};
-        pid_t children[2] = {0};
-        int writers = i % 5 == 4 ? 1 : 2;
-        for (int j = 0; j < writers; j++) {
-            uint64_t seed = test_random(&random);
-            children[j] = fork();
-            assert_true(children[j] >= 0);
-            if (children[j] == 0) {
-                if (i % 5 == 4)
-                    maintain_until_killed(seed);
-                else
-                    write_until_killed(seed, (uint32_t)j);
-            }
-            if (j == 0)
-                nanosleep(&pause, NULL); /* the second one opens what the first one is writing to */
-        }
-        nanosleep(&pause, NULL);
-        for (int j = 0; j < writers; j++) {
-            int status;
-            kill(children[j], SIGKILL);
-            assert_int_equal(waitpid(children[j], &status, 0), children[j]);
-            if (!WIFSIGNALED(status))
-                fail_msg("a writer ended with %d", WEXITSTATUS(status));
-        }
-        if (i % 3 == 0) /* what was removed does not come back from blobs that are still there, either */
-            assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
-        check_after_kill();
-    }
-    munmap((void *)(uintptr_t)promised, NUMBERS);
-    remove_folder(&t);
+    kill_writers(0);
+}
+
+/* Each put evicts, and what is pinned stays. */
+static void killed_writers_under_a_cap(void **state)
+{
+    (void)state;
+    kill_writers(SMALL_CAP);
 }
 
 int main(int argc, char **argv)
@@ -413,6 +462,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(processes_and_threads_share_a_store),
         cmocka_unit_test(processes_change_the_cap),
         cmocka_unit_test(killed_writers_lose_nothing),
+        cmocka_unit_test(killed_writers_under_a_cap),
     };
     if (argc > 1) /* only the test of this name */
         cmocka_set_test_filter(argv[1]);
