@@ -324,9 +324,15 @@ xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[1
 
 /* --- Eviction and expiry ------------------------------------------------------------------------------------------ */
 
-/* The next record of USED or EXPIRES from `from` on: its numbers and the entry. A damaged record, or one that points to
- * no entry, is of no use and goes; one whose entry cannot be read stays for a repair. */
-static xkv_status next_item(xkv_txn *txn, xkv_key *from, uint64_t *first, xkv_item *item)
+/* Whether the entry stands in USED or EXPIRES under this time. */
+static bool is_listed(const xkv_item *item, uint8_t table, uint64_t time)
+{
+    return table == XKV_TABLE_USED ? item->pinned == 0 && item->used == time : item->expires == time;
+}
+
+/* The next record of USED or EXPIRES from `from` on: its time and the entry. A damaged record, or one that is not of
+ * its entry any more, is of no use and goes; one whose entry cannot be read stays for a repair. */
+static xkv_status next_item(xkv_txn *txn, xkv_key *from, uint64_t *time, xkv_item *item)
 {
     for (;;) {
         xkv_key key = {.size = 0};
@@ -335,10 +341,12 @@ static xkv_status next_item(xkv_txn *txn, xkv_key *from, uint64_t *first, xkv_it
             return status;
         *from = key;
         from->bytes[from->size++] = 0;
-        *first = xkv_key_u64(&key, 1);
+        *time = xkv_key_u64(&key, 1);
         if (status == XKV_OK && key.size == 17)
             status = xkv_txn_get_item(txn, xkv_key_u64(&key, 9), item);
         else
+            status = XKV_ERROR_NOT_FOUND;
+        if (status == XKV_OK && !is_listed(item, key.bytes[0], *time))
             status = XKV_ERROR_NOT_FOUND;
         if (status == XKV_ERROR_NOT_FOUND)
             XKV_TRY(xkv_txn_delete(txn, &key));

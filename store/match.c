@@ -30,6 +30,7 @@ typedef struct lookup {
     uint32_t symbol_count, min_tokens;
     const uint8_t (*keys)[32]; /* or an engine's keys */
     uint32_t key_count;
+    uint64_t now;
     xkv_item item;
     bool has_dict; /* whether the dictionary it needs is there */
     xkv_match match;
@@ -150,14 +151,21 @@ static xkv_status examine(xkv_ctx *ctx, lookup *l, const int *fd)
 
 /* --- Outcomes ----------------------------------------------------------------------------------------------------- */
 
-/* An entry that is expired goes, when this process may write; then a shorter one may serve. */
+static bool is_expired(const xkv_item *item, uint64_t now)
+{
+    return item->expires != 0 && item->expires <= now;
+}
+
+/* An entry that is expired goes, when this process may write; then a shorter one may serve. Another process may have
+ * renewed it since it was found. */
 static xkv_status drop_expired(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
+    const lookup *l = change->user;
     xkv_item item;
-    xkv_status status = xkv_txn_get_item(txn, *(const uint64_t *)change->user, &item);
+    xkv_status status = xkv_txn_get_item(txn, l->match.id, &item);
     if (status != XKV_OK)
         return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
-    if (item.expires == 0)
+    if (!is_expired(&item, l->now))
         return XKV_OK;
     meta->expirations++;
     return xkv_entry_remove(txn, meta, &item, &change->removed, -1);
@@ -179,7 +187,7 @@ static bool is_missing(xkv_ctx *ctx, const lookup *l)
 /* What the search gave is of no use; *again when another try may find another one. */
 static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *again)
 {
-    xkv_change change = {.store = l->store, .body = drop_expired, .user = &l->match.id};
+    xkv_change change = {.store = l->store, .body = drop_expired, .user = l};
     *again = false;
     switch (l->match.reason) {
     case XKV_MATCH_EXPIRED:
@@ -203,13 +211,13 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
 }
 
 /* What the status of the search means. */
-static uint32_t reason_of(xkv_status status, const lookup *l, uint64_t now)
+static uint32_t reason_of(xkv_status status, const lookup *l)
 {
     if (status == XKV_ERROR_NOT_FOUND)
         return XKV_MATCH_NONE;
     if (xkv_is_damage(status))
         return XKV_MATCH_CORRUPT;
-    if (l->item.expires != 0 && l->item.expires <= now)
+    if (is_expired(&l->item, l->now))
         return XKV_MATCH_EXPIRED;
     return l->has_dict ? XKV_MATCH_FOUND : XKV_MATCH_NO_DICTIONARY;
 }
@@ -251,12 +259,12 @@ void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens)
 /* --- The search --------------------------------------------------------------------------------------------------- */
 
 /* Once: in the index, then in the blob. *fd is open when the reason is FOUND. */
-static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, uint64_t now, int *fd)
+static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
 {
     l->match = (xkv_match){0};
     memset(&l->item, 0, sizeof l->item);
     xkv_status status = xkv_index_read(ctx, l->store->index, find, l);
-    l->match.reason = reason_of(status, l, now);
+    l->match.reason = reason_of(status, l);
     if (status != XKV_OK || l->match.reason != XKV_MATCH_FOUND)
         return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
     xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);
@@ -283,12 +291,12 @@ static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, uint64_t now
 
 static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
 {
-    uint64_t now = xkv_store_now(l->store);
     xkv_status status = XKV_OK;
     bool again = true;
     *fd = -1;
+    l->now = xkv_store_now(l->store);
     for (int i = 0; again && i < ATTEMPTS; i++) {
-        status = attempt(ctx, l, find, now, fd);
+        status = attempt(ctx, l, find, fd);
         again = false;
         if (l->match.reason != XKV_MATCH_FOUND)
             status = settle_miss(ctx, l, status, &again);
@@ -381,9 +389,10 @@ static xkv_status get(xkv_ctx *ctx, lookup *l, int *fd)
 {
     const uint64_t id = l->match.id;
     bool again;
+    l->now = xkv_store_now(l->store);
     xkv_status status = xkv_index_read(ctx, l->store->index, find_by_id, l);
     if (status == XKV_OK) {
-        l->match.reason = reason_of(status, l, xkv_store_now(l->store));
+        l->match.reason = reason_of(status, l);
         if (l->match.reason != XKV_MATCH_FOUND)
             return settle_miss(ctx, l, status, &again);
         xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);

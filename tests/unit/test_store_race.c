@@ -1,0 +1,175 @@
+/* test_store_race.c - what another process does to a store at the worst moment of a call of this one: between what it
+ * reads and what it does because of that.
+ *
+ * The moments are those at which the library asks for the time, and at which it opens a blob: for the latter this
+ * program defines openat() itself. */
+#include "store_support.h"
+
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { SIZE = 40 };
+
+static test_store t;
+static xkv_namespace ns;
+static uint64_t now;           /* seconds */
+static void (*at_clock)(void); /* runs once, when the time is asked for the second time */
+static void (*at_blob)(void);  /* runs once, before a blob is opened */
+static int clock_calls;
+static char logged[4096]; /* all messages */
+
+#pragma GCC visibility push(default)
+
+int openat(int at, const char *path, int flags, ...)
+{
+    mode_t mode = 0;
+    void (*moment)(void) = at_blob;
+    if (flags & O_CREAT) {
+        va_list args;
+        va_start(args, flags);
+        mode = (mode_t)va_arg(args, unsigned);
+        va_end(args);
+    }
+    if (moment != NULL && strlen(path) == 81) {
+        at_blob = NULL;
+        moment();
+    }
+    return (int)syscall(SYS_openat, at, path, flags, mode);
+}
+
+#pragma GCC visibility pop
+
+static uint64_t test_clock(void *user)
+{
+    void (*moment)(void) = at_clock;
+    (void)user;
+    if (moment != NULL && ++clock_calls == 2) {
+        at_clock = NULL;
+        moment();
+    }
+    return now * 1000000u;
+}
+
+static void keep_log(void *user, xkv_log_level level, const char *message)
+{
+    size_t used = strlen(logged);
+    (void)user;
+    (void)level;
+    snprintf(logged + used, sizeof logged - used, "%s\n", message);
+}
+
+static void open_store(uint32_t access)
+{
+    xkv_store_options o = xkv_store_options_default();
+    o.clock = test_clock;
+    o.access = access;
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+}
+
+static int setup(void **state)
+{
+    xkv_ctx_options o = xkv_ctx_options_default();
+    (void)state;
+    make_folder(&t);
+    xkv_ctx_free(t.ctx);
+    o.threads = 1;
+    o.log = keep_log;
+    assert_int_equal(xkv_ctx_create(&o, &t.ctx), XKV_OK);
+    ns = make_namespace(NULL);
+    now = 100;
+    clock_calls = 0;
+    logged[0] = '\0';
+    assert_ok(t.ctx, xkv_store_create(t.ctx, t.path, NULL));
+    open_store(XKV_STORE_READ_WRITE);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    at_clock = at_blob = NULL;
+    remove_folder(&t);
+    return 0;
+}
+
+static void put(uint64_t seed, uint64_t ttl)
+{
+    int32_t tokens[SIZE];
+    xkv_put_options o = xkv_put_options_default();
+    o.ttl = ttl;
+    make_tokens(seed, 50000, tokens, SIZE);
+    assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, SIZE, &o, NULL));
+}
+
+static xkv_match look_up(uint64_t seed)
+{
+    int32_t tokens[SIZE];
+    xkv_match m;
+    xkv_hit *hit = NULL;
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
+    make_tokens(seed, 50000, tokens, SIZE);
+    assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit));
+    xkv_hit_close(t.ctx, hit);
+    return m;
+}
+
+/* A child that opens the store, at a time of its own, and does something. */
+static void in_another_process(uint64_t time, void (*what)(void))
+{
+    int status;
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        now = time;
+        t.store = NULL;
+        open_store(XKV_STORE_READ_WRITE);
+        what();
+        xkv_store_close(t.ctx, t.store);
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
+/* --- Expiry ------------------------------------------------------------------------------------------------------- */
+
+static void put_again(void)
+{
+    put(1, 1000);
+}
+
+static void renew(void)
+{
+    in_another_process(105, put_again);
+}
+
+/* The lookup has seen that the entry is expired; by the time it may remove it, the entry is not. */
+static void a_renewed_entry_does_not_expire(void **state)
+{
+    (void)state;
+    xkv_store_stats s;
+    put(1, 10);
+    now = 120;
+    at_clock = renew;
+    assert_int_equal(look_up(1).reason, XKV_MATCH_FOUND);
+    assert_null(at_clock);
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+    assert_int_equal(s.expirations, 0);
+    assert_int_equal(s.entries, 1);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(a_renewed_entry_does_not_expire, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
