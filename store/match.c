@@ -34,6 +34,9 @@ typedef struct lookup {
     xkv_item item;
     bool has_dict; /* whether the dictionary it needs is there */
     xkv_match match;
+    uint64_t declined[ATTEMPTS]; /* entries that are of no use and stay: others may serve in their place */
+    uint32_t declined_count;
+    xkv_match best; /* the first of them; its reason 0: none */
 } lookup;
 
 /* --- In the index ------------------------------------------------------------------------------------------------- */
@@ -63,27 +66,62 @@ static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
     return find_need(txn, l);
 }
 
+static bool is_expired(const xkv_item *item, uint64_t now)
+{
+    return item->expires != 0 && item->expires <= now;
+}
+
+/* If nothing else is found, the first entry in the way is the reason. */
+static void note_best(lookup *l, uint32_t reason)
+{
+    if (l->best.reason == XKV_MATCH_FOUND)
+        l->best = (xkv_match){
+            .reason = reason, .entry_tokens = l->item.tokens, .id = l->match.id, .bytes = l->item.file_size};
+}
+
+/* What a lookup that may write would remove, one that may not steps over. */
+static xkv_status serves(xkv_txn *txn, void *user, uint64_t id, bool *yes)
+{
+    lookup *l = user;
+    *yes = false;
+    for (uint32_t i = 0; i < l->declined_count; i++) {
+        if (l->declined[i] == id)
+            return XKV_OK;
+    }
+    XKV_TRY(get_found(txn, l, id));
+    *yes = !l->store->read_only || !is_expired(&l->item, l->now);
+    if (!*yes)
+        note_best(l, XKV_MATCH_EXPIRED);
+    return XKV_OK;
+}
+
 static xkv_status find_by_symbols(xkv_txn *txn, void *user)
 {
     lookup *l = user;
     xkv_space space;
     uint64_t id = 0;
     XKV_TRY(xkv_txn_get_space(txn, l->ns->id, &space));
-    XKV_TRY(xkv_trie_find(txn, space.root, l->symbols, l->symbol_count, &id));
-    return get_found(txn, l, id);
+    return xkv_trie_find_serving(txn, space.root, l->symbols, l->symbol_count, serves, l, &id);
 }
 
-/* An entry that has page i, and how many tokens that stands for; both are as they were when there is none. */
-static xkv_status find_page(xkv_txn *txn, const lookup *l, uint32_t i, uint64_t *id, uint32_t *tokens)
+/* An entry that serves and has page i, and how many tokens that stands for; both are as they were when there is none.
+ */
+static xkv_status find_page(xkv_txn *txn, lookup *l, uint32_t i, uint64_t *id, uint32_t *tokens)
 {
     uint8_t hash[16], value[XKV_VALUE_MAX];
     size_t size = 0;
     xkv_key key;
     xkv_page_hash(l->ns->id, l->keys[i], hash);
-    const xkv_key from = xkv_key_page(hash, 0);
-    XKV_TRY(xkv_txn_seek(txn, &from, 17, &key, value, &size));
-    if (key.size != 25 || size != 8)
-        return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "a page key of %zu bytes in the index [SI3]", key.size);
+    xkv_key from = xkv_key_page(hash, 0);
+    for (bool yes = false; !yes;) {
+        XKV_TRY(xkv_txn_seek(txn, &from, 17, &key, value, &size));
+        if (key.size != 25 || size != 8)
+            return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "a page key of %zu bytes in the index [SI3]",
+                            key.size);
+        XKV_TRY(serves(txn, l, xkv_key_u64(&key, 17), &yes));
+        from = key;
+        from.bytes[from.size++] = 0;
+    }
     *id = xkv_key_u64(&key, 17);
     *tokens = (uint32_t)xkv_load64(value);
     return XKV_OK;
@@ -151,11 +189,6 @@ static xkv_status examine(xkv_ctx *ctx, lookup *l, const int *fd)
 
 /* --- Outcomes ----------------------------------------------------------------------------------------------------- */
 
-static bool is_expired(const xkv_item *item, uint64_t now)
-{
-    return item->expires != 0 && item->expires <= now;
-}
-
 /* An entry that is expired goes, when this process may write; then a shorter one may serve. Another process may have
  * renewed it since it was found. */
 static xkv_status drop_expired(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
@@ -184,6 +217,16 @@ static bool is_missing(xkv_ctx *ctx, const lookup *l)
     return locked && fd < 0;
 }
 
+/* The entry stays and is of no use to this lookup. True when another one may serve. */
+static bool decline(lookup *l)
+{
+    if (l->match.id == 0 || l->declined_count == ATTEMPTS)
+        return false;
+    note_best(l, l->match.reason);
+    l->declined[l->declined_count++] = l->match.id;
+    return true;
+}
+
 /* What the search gave is of no use; *again when another try may find another one. */
 static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *again)
 {
@@ -191,19 +234,21 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
     *again = false;
     switch (l->match.reason) {
     case XKV_MATCH_EXPIRED:
-        *again = !l->store->read_only && xkv_store_change(ctx, &change) == XKV_OK;
+        *again = (!l->store->read_only && xkv_store_change(ctx, &change) == XKV_OK) || decline(l);
         return XKV_OK;
     case XKV_MATCH_CORRUPT:
         if (l->match.id != 0)
             xkv_store_quarantine(ctx, l->store, l->match.id, xkv_ctx_error(ctx));
-        *again = !l->store->read_only && l->match.id != 0;
+        *again = decline(l);
         return XKV_OK;
     case XKV_MATCH_GONE:
         if (is_missing(ctx, l))
             xkv_store_quarantine(ctx, l->store, l->match.id, "its blob is missing");
-        *again = true;
+        *again = decline(l);
         return XKV_OK;
+    case XKV_MATCH_NO_DICTIONARY:
     case XKV_MATCH_NEWER:
+        *again = decline(l);
         return XKV_OK;
     default:
         return status;
@@ -302,6 +347,10 @@ static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
             status = settle_miss(ctx, l, status, &again);
     }
     XKV_TRY(status);
+    if (l->match.reason != XKV_MATCH_FOUND && l->best.reason != XKV_MATCH_FOUND) {
+        l->match = l->best;
+        return XKV_OK;
+    }
     l->match.entry_tokens = l->item.tokens;
     l->match.bytes = l->item.file_size;
     if (l->match.reason != XKV_MATCH_FOUND)

@@ -67,21 +67,136 @@ static xkv_status must(xkv_txn *txn, uint64_t node, xkv_status status)
 
 /* --- Walking down ------------------------------------------------------------------------------------------------- */
 
-xkv_status xkv_trie_find(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count, uint64_t *id)
+/* The last edge on the way of the symbols, and where it hangs. */
+static xkv_status descend(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count, place *at,
+                          xkv_edge *edge)
 {
-    xkv_edge edge = {.child = root};
-    xkv_status status = XKV_OK;
-    for (bool first = true; edge.child != 0 && edge.depth < count; first = false) {
+    *edge = (xkv_edge){.child = root};
+    for (bool first = true; edge->child != 0 && edge->depth < count; first = false) {
+        const place next_at = {edge->child, symbols[edge->depth], false};
         xkv_edge next = {0};
-        status = get_edge(txn, &(place){edge.child, symbols[edge.depth], false}, &next);
+        xkv_status status = get_edge(txn, &next_at, &next);
         if (status == XKV_ERROR_NOT_FOUND && !first)
             break; /* all entries below the node agree with the prompt as far as any does */
         XKV_TRY(status);
-        if (next.depth <= edge.depth)
-            return fail_tree(txn, edge.child); /* or the walk might not end */
-        edge = next;
+        if (next.depth <= edge->depth)
+            return fail_tree(txn, edge->child); /* or the walk might not end */
+        *edge = next;
+        *at = next_at;
     }
+    return XKV_OK;
+}
+
+xkv_status xkv_trie_find(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count, uint64_t *id)
+{
+    place at = {0};
+    xkv_edge edge;
+    XKV_TRY(descend(txn, root, symbols, count, &at, &edge));
     *id = edge.entry;
+    return XKV_OK;
+}
+
+/* --- Walking around ----------------------------------------------------------------------------------------------- */
+
+/* The first edge of a node whose key is not below `from`; then `from` is behind it. NOT_FOUND: there is none. */
+static xkv_status next_edge(xkv_txn *txn, uint64_t node, xkv_key *from, place *at, xkv_edge *edge)
+{
+    const size_t prefix = xkv_key_end(node).size;
+    uint8_t value[XKV_VALUE_MAX];
+    size_t size = 0;
+    xkv_key key;
+    XKV_TRY(xkv_txn_seek(txn, from, prefix, &key, value, &size));
+    if (size != XKV_EDGE_SIZE || (key.size != prefix && key.size != prefix + 4))
+        return fail_tree(txn, node);
+    bool at_end = key.size == prefix;
+    *at = (place){node, at_end ? 0 : xkv_key_u32(&key, prefix), at_end};
+    xkv_edge_decode(value, edge);
+    *from = key;
+    from->bytes[from->size++] = 0; /* the next key there can be */
+    return XKV_OK;
+}
+
+/* A search for an entry that serves. */
+typedef struct hunt {
+    xkv_serves_fn serves;
+    void *user;
+    uint32_t edges; /* that may still be looked at: a damaged tree may have loops */
+    uint64_t id;    /* of the entry, once found */
+} hunt;
+
+enum { MOST_EDGES = 8192 };
+
+/* From a node that was gone through back to the one above, behind the edge between them. */
+static xkv_status ascend(xkv_txn *txn, uint64_t *node, xkv_key *from)
+{
+    xkv_node up = {0};
+    XKV_TRY(must(txn, *node, get_node(txn, *node, &up)));
+    *from = xkv_key_edge(up.parent, up.symbol);
+    from->bytes[from->size++] = 0;
+    *node = up.parent;
+    return XKV_OK;
+}
+
+/* Go through the entries below a node, but for those below the edge at `without`. NOT_FOUND: none serves. */
+static xkv_status hunt_below(xkv_txn *txn, hunt *h, uint64_t top, const place *without)
+{
+    uint64_t node = top;
+    xkv_key from = xkv_key_end(node);
+    while (h->edges-- > 0) {
+        place at;
+        xkv_edge edge;
+        bool serves = false;
+        xkv_status status = next_edge(txn, node, &from, &at, &edge);
+        if (status == XKV_ERROR_NOT_FOUND && node != top) {
+            XKV_TRY(ascend(txn, &node, &from));
+            continue;
+        }
+        XKV_TRY(status);
+        if (without != NULL && node == top && at.at_end == without->at_end && at.symbol == without->symbol)
+            continue;
+        if (edge.child != 0) {
+            node = edge.child;
+            from = xkv_key_end(node);
+            continue;
+        }
+        XKV_TRY(h->serves(txn, h->user, edge.entry, &serves));
+        h->id = edge.entry;
+        if (serves)
+            return XKV_OK;
+    }
+    h->edges = 0;
+    return XKV_ERROR_NOT_FOUND;
+}
+
+/* All entries below the last edge agree with the prompt equally far; those beside it as far as its node; and so on
+ * upwards. */
+static xkv_status hunt_upwards(xkv_txn *txn, hunt *h, uint64_t root, place at, const xkv_edge *edge)
+{
+    xkv_status status = edge->child != 0 ? hunt_below(txn, h, edge->child, NULL) : XKV_ERROR_NOT_FOUND;
+    while (status == XKV_ERROR_NOT_FOUND && at.node != root && h->edges > 0) {
+        xkv_node up = {0};
+        status = hunt_below(txn, h, at.node, &at);
+        if (status != XKV_ERROR_NOT_FOUND)
+            return status;
+        XKV_TRY(must(txn, at.node, get_node(txn, at.node, &up)));
+        at = (place){up.parent, up.symbol, false};
+    }
+    return status;
+}
+
+xkv_status xkv_trie_find_serving(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count,
+                                 xkv_serves_fn serves, void *user, uint64_t *id)
+{
+    hunt h = {serves, user, MOST_EDGES, 0};
+    place at = {0};
+    xkv_edge edge;
+    bool yes = false;
+    XKV_TRY(descend(txn, root, symbols, count, &at, &edge));
+    h.id = edge.entry;
+    XKV_TRY(serves(txn, user, edge.entry, &yes));
+    if (!yes)
+        XKV_TRY(hunt_upwards(txn, &h, root, at, &edge));
+    *id = h.id;
     return XKV_OK;
 }
 
@@ -154,22 +269,12 @@ xkv_status xkv_trie_insert(xkv_txn *txn, xkv_meta *meta, uint64_t root, const ui
 /* The first edges of a node, at most two: *count of them. */
 static xkv_status first_edges(xkv_txn *txn, uint64_t node, place places[2], xkv_edge edges[2], int *count)
 {
-    xkv_key from = xkv_key_end(node), key;
-    const size_t prefix = from.size;
+    xkv_key from = xkv_key_end(node);
     for (*count = 0; *count < 2; ++*count) {
-        uint8_t value[XKV_VALUE_MAX];
-        size_t size = 0;
-        xkv_status status = xkv_txn_seek(txn, &from, prefix, &key, value, &size);
+        xkv_status status = next_edge(txn, node, &from, &places[*count], &edges[*count]);
         if (status == XKV_ERROR_NOT_FOUND)
             return XKV_OK;
         XKV_TRY(status);
-        if (size != XKV_EDGE_SIZE || (key.size != prefix && key.size != prefix + 4))
-            return fail_tree(txn, node);
-        bool at_end = key.size == prefix;
-        places[*count] = (place){node, at_end ? 0 : xkv_key_u32(&key, prefix), at_end};
-        xkv_edge_decode(value, &edges[*count]);
-        from = key;
-        from.bytes[from.size++] = 0; /* the next key there can be */
     }
     return XKV_OK;
 }

@@ -230,7 +230,9 @@ typedef struct xkv_match {
 typedef struct xkv_hit xkv_hit;
 
 /* Find the entry with the longest common prefix with `prompt`, compared token by token, and keep it from eviction, by
- * other processes too, until xkv_hit_close(). What is not FOUND is a miss: XKV_OK with the reason. `min_tokens`:
+ * other processes too, until xkv_hit_close(). What cannot serve (expired, damaged, without its dictionary, ...) is
+ * stepped over; it is the reason of the miss if no other entry serves. What is not FOUND is a miss: XKV_OK with the
+ * reason. `min_tokens`:
  * shorter ones are misses. `hit_p` may be NULL, only to ask: that is no use of the entry and counts neither as hit nor
  * as miss. Errors: ARGUMENT, IO, MEMORY. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,

@@ -467,6 +467,111 @@ static void expired_entries_cannot_be_got(void **state)
     assert_int_equal(xkv_store_get(t.ctx, t.store, &ns, id, &m, &hit), XKV_ERROR_NOT_FOUND);
 }
 
+/* A prompt of a small tree: 12 ways to begin that part early or late, cut off somewhere. Even ones live for ten
+ * seconds.
+ */
+static uint32_t ageing_prompt(uint64_t number, int32_t tokens[LONGEST])
+{
+    make_tokens(number % 12, 2, tokens, LONGEST);
+    tokens[8] = (int32_t)(number % 3);
+    return 3 + (uint32_t)(number * 7 % (LONGEST - 3));
+}
+
+/* The longest common prefix with an entry that lives. */
+static uint32_t longest_alive(const int32_t query[LONGEST], uint64_t numbers)
+{
+    uint32_t longest = 0;
+    for (uint64_t i = 1; i < numbers; i += 2) {
+        int32_t tokens[LONGEST];
+        uint32_t n = 0, count = ageing_prompt(i, tokens);
+        while (n < count && tokens[n] == query[n])
+            n++;
+        longest = n > longest ? n : longest;
+    }
+    return longest;
+}
+
+static void open_read_only_at(uint64_t seconds)
+{
+    xkv_store_options o = xkv_store_options_default();
+    test_time = seconds * 1000000u;
+    o.clock = test_clock;
+    o.access = XKV_STORE_READ_ONLY;
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+}
+
+/* What is expired stays in a store that is open read-only, and hides nothing there. */
+static void expired_entries_hide_no_others(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    enum { NUMBERS = 200 };
+    xkv_put_options o = xkv_put_options_default();
+    int32_t tokens[LONGEST];
+    uint32_t hits = 0;
+    open_at(100);
+    for (uint64_t i = 0; i < NUMBERS; i++) {
+        uint32_t count = ageing_prompt(i, tokens);
+        o.ttl = i % 2 == 0 ? 10 : 0;
+        assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, count, &o, NULL));
+    }
+    open_read_only_at(120);
+    for (uint64_t i = 0; i < NUMBERS; i++) {
+        (void)ageing_prompt(i, tokens);
+        uint32_t expected = longest_alive(tokens, NUMBERS);
+        assert_int_equal(match(&ns, tokens, LONGEST).tokens, expected);
+        hits += expected > 0;
+    }
+    assert_true(hits > NUMBERS / 2);
+}
+
+static void expired_entries_hide_no_others_by_keys(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_put_options o = xkv_put_options_default();
+    int32_t tokens[64];
+    xkv_page_key names[8];
+    uint8_t keys[8][32];
+    xkv_match m;
+    make_tokens(5, 50000, tokens, 64);
+    assert_ok(t.ctx, xkv_chain_sglang(t.ctx, tokens, 64, 8, names));
+    for (size_t i = 0; i < 8; i++)
+        memcpy(keys[i], names[i].key, 32);
+    o.keys = names;
+    open_at(100);
+    for (uint32_t pages = 8; pages > 2; pages--) { /* of 8 to 3 pages; the one of 5 stays */
+        o.key_count = pages;
+        o.ttl = pages == 5 ? 0 : 10;
+        assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, 8 * pages, &o, NULL));
+    }
+    open_read_only_at(120);
+    assert_ok(t.ctx, xkv_store_match_keys(t.ctx, t.store, &ns, (const uint8_t(*)[32])keys, 8, &m, NULL));
+    assert_int_equal(m.reason, XKV_MATCH_FOUND);
+    assert_int_equal(m.keys, 5);
+    assert_int_equal(m.tokens, 40);
+}
+
+/* Where nothing else serves, the reason is the one that was in the way. */
+static void an_expired_entry_is_the_reason(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    xkv_put_options o = xkv_put_options_default();
+    int32_t tokens[50];
+    open_at(100);
+    o.ttl = 10;
+    uint64_t id = put_numbered(&ns, 0, &o);
+    open_read_only_at(120);
+    make_tokens(0, 50000, tokens, 50);
+    xkv_match m = match(&ns, tokens, 50);
+    assert_int_equal(m.reason, XKV_MATCH_EXPIRED);
+    assert_int_equal(m.id, id);
+    assert_int_equal(m.entry_tokens, 50);
+}
+
 /* --- Restarts and counters ---------------------------------------------------------------------------------------- */
 
 static void counters_survive(void **state)
@@ -738,6 +843,9 @@ int main(void)
         TEST(many_are_evicted_with_few_descriptors),
         TEST(expired_entries_are_misses),
         TEST(expired_entries_cannot_be_got),
+        TEST(expired_entries_hide_no_others),
+        TEST(expired_entries_hide_no_others_by_keys),
+        TEST(an_expired_entry_is_the_reason),
         TEST(counters_survive),
         TEST(asking_counts_nothing),
         TEST(a_store_is_opened_once),
