@@ -85,7 +85,7 @@ static int open_env(xkv_index *index)
     if (error == 0)
         error = mdb_dbi_open(txn, NULL, 0, &index->dbi);
     mdb_txn_abort(txn);
-    if (error == 0 && !index->read_only)
+    if (error == 0)
         error = mdb_reader_check(index->env, NULL); /* slots of killed processes would keep old pages for ever */
     if (error != 0) {
         mdb_env_close(index->env);
@@ -200,22 +200,31 @@ static int reopen(xkv_index *index)
     return error;
 }
 
-/* Mend what can be: true when it is worth another attempt. */
+/* Give up the reader slots of killed processes, whose old pages are never used again; true when there were any. */
+static bool clear_readers(xkv_index *index)
+{
+    int dead = 0, error = MDB_PANIC;
+    pthread_rwlock_rdlock(&index->gate);
+    if (index->env != NULL)
+        error = mdb_reader_check(index->env, &dead);
+    pthread_rwlock_unlock(&index->gate);
+    return error == 0 && dead > 0;
+}
+
+/* Mend what can be: true when it is worth another attempt. The map grows only when nobody dead holds pages of it. */
 static bool mend(xkv_index *index, int error, int attempt)
 {
     if (attempt >= 40)
         return false;
     switch (error) {
     case MDB_MAP_FULL:
-        return change_map(index, true) == 0;
+        return clear_readers(index) || change_map(index, true) == 0;
     case MDB_MAP_RESIZED:
         return change_map(index, false) == 0;
     case MDB_PANIC:
         return attempt < 2 && reopen(index) == 0;
-    case MDB_READERS_FULL: {
-        int dead = 0;
-        return mdb_reader_check(index->env, &dead) == 0 && dead > 0;
-    }
+    case MDB_READERS_FULL:
+        return clear_readers(index);
     default:
         return false;
     }
@@ -412,10 +421,7 @@ xkv_status xkv_index_copy(xkv_ctx *ctx, xkv_index *index, const char *folder)
 
 void xkv_index_clear_readers(xkv_index *index)
 {
-    pthread_rwlock_rdlock(&index->gate);
-    if (index->env != NULL)
-        (void)mdb_reader_check(index->env, NULL); /* if it fails, the next one to open the store tries again */
-    pthread_rwlock_unlock(&index->gate);
+    (void)clear_readers(index); /* if it fails, the next one to open the store tries again */
 }
 
 void xkv_index_sizes(xkv_index *index, uint64_t *used, uint64_t *map)

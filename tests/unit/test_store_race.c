@@ -6,6 +6,8 @@
 #include "store_support.h"
 
 #include <fcntl.h>
+#include <lmdb.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -166,10 +168,59 @@ static void a_renewed_entry_does_not_expire(void **state)
     assert_int_equal(s.entries, 1);
 }
 
+/* --- Readers ------------------------------------------------------------------------------------------------------ */
+
+/* A process that is killed while it reads the index. */
+static void kill_a_reader(void)
+{
+    char path[128], ready;
+    int ends[2], status;
+    snprintf(path, sizeof path, "%s/index", t.path);
+    assert_int_equal(pipe(ends), 0);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        MDB_env *env = NULL;
+        MDB_txn *txn = NULL;
+        bool reads = mdb_env_create(&env) == 0 && mdb_env_open(env, path, MDB_NOTLS, 0600) == 0 &&
+                     mdb_txn_begin(env, NULL, MDB_RDONLY, &txn) == 0;
+        (void)!write(ends[1], reads ? "y" : "n", 1);
+        for (;;)
+            pause();
+    }
+    assert_int_equal(read(ends[0], &ready, 1), 1);
+    assert_int_equal(ready, 'y');
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+/* Pages that it could still have read are used again before the map grows. */
+static void killed_readers_hold_no_pages(void **state)
+{
+    (void)state;
+    xkv_store_options o = xkv_store_options_default();
+    xkv_store_stats s;
+    o.map_size = 256 * 1024;
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+    put(0, 0);
+    kill_a_reader();
+    for (uint64_t i = 1; i < 100; i++) {
+        put(i, 0);
+        assert_ok(t.ctx, xkv_store_remove(t.ctx, t.store, &ns, i + 1));
+    }
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+    assert_int_equal(s.map_bytes, o.map_size);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(a_renewed_entry_does_not_expire, setup, teardown),
+        cmocka_unit_test_setup_teardown(killed_readers_hold_no_pages, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
