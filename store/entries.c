@@ -4,6 +4,7 @@
 #include "sha256.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <unistd.h>
 
 /* --- Lists of what was removed ------------------------------------------------------------------------------------ */
@@ -600,53 +601,83 @@ xkv_status xkv_store_flush(xkv_ctx *ctx, xkv_store *store)
 
 /* --- Quarantine --------------------------------------------------------------------------------------------------- */
 
-static xkv_status take_out(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+/* An entry, or a dictionary, that was found to be damaged. */
+typedef struct bad_blob {
+    uint64_t id;
+    const uint8_t *dict_id; /* NULL: an entry */
+    bool known;             /* the index still has it: nobody was faster */
+} bad_blob;
+
+static xkv_status find_bad_item(xkv_txn *txn, bad_blob *bad, xkv_item *item)
 {
-    xkv_item item;
-    xkv_status status = xkv_txn_get_item(txn, *(const uint64_t *)change->user, &item);
-    if (status == XKV_ERROR_NOT_FOUND)
-        return XKV_OK; /* another one was faster */
-    XKV_TRY(status);
-    meta->corrupt++;
-    return xkv_entry_remove(txn, meta, &item, &change->quarantine, -1);
+    xkv_status status = xkv_txn_get_item(txn, bad->id, item);
+    bad->known = status != XKV_ERROR_NOT_FOUND;
+    return bad->known ? status : XKV_OK;
 }
 
-typedef struct bad_dict {
-    const uint8_t *dict_id;
-    uint64_t id;
-} bad_dict;
-
 /* Unless it was replaced meanwhile. */
+static xkv_status find_bad_dict(xkv_txn *txn, bad_blob *bad, xkv_dict_record *dict)
+{
+    xkv_status status = xkv_txn_get_dict(txn, bad->dict_id, dict);
+    bad->known = status != XKV_ERROR_NOT_FOUND && (status != XKV_OK || dict->id == bad->id);
+    return bad->known ? status : XKV_OK;
+}
+
+static xkv_status find_bad(xkv_txn *txn, void *user)
+{
+    bad_blob *bad = user;
+    xkv_item item;
+    xkv_dict_record dict;
+    return bad->dict_id == NULL ? find_bad_item(txn, bad, &item) : find_bad_dict(txn, bad, &dict);
+}
+
+static xkv_status take_out(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    bad_blob *bad = change->user;
+    xkv_item item;
+    XKV_TRY(find_bad_item(txn, bad, &item));
+    meta->corrupt += bad->known;
+    return bad->known ? xkv_entry_remove(txn, meta, &item, &change->quarantine, -1) : XKV_OK;
+}
+
 static xkv_status take_out_dict(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
-    const bad_dict *bad = change->user;
+    bad_blob *bad = change->user;
     xkv_dict_record dict;
-    xkv_status status = xkv_txn_get_dict(txn, bad->dict_id, &dict);
-    if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && dict.id != bad->id))
-        return XKV_OK;
-    XKV_TRY(status);
-    meta->corrupt++;
-    return xkv_dict_remove(txn, meta, bad->dict_id, &dict, &change->quarantine);
+    XKV_TRY(find_bad_dict(txn, bad, &dict));
+    meta->corrupt += bad->known;
+    return bad->known ? xkv_dict_remove(txn, meta, bad->dict_id, &dict, &change->quarantine) : XKV_OK;
+}
+
+/* What another process has removed since it was found is not damaged: nothing is logged or counted. */
+static void quarantine(xkv_ctx *ctx, xkv_store *store, bad_blob *bad, const char *why)
+{
+    const char *kind = bad->dict_id == NULL ? "entry" : "dictionary";
+    xkv_change change = {.store = store, .body = bad->dict_id == NULL ? take_out : take_out_dict, .user = bad};
+    char text[256];
+    snprintf(text, sizeof text, "%s", why); /* often the message of `ctx`, which may get another one */
+    xkv_status status =
+        store->read_only ? xkv_index_read(ctx, store->index, find_bad, bad) : xkv_store_change(ctx, &change);
+    if (status == XKV_OK && !bad->known)
+        return;
+    bool gone = status == XKV_OK && !store->read_only;
+    xkv_logf(ctx, XKV_LOG_WARNING, "%s: %s %llu is damaged and %s: %s", store->path, kind, (unsigned long long)bad->id,
+             gone ? "was put into quarantine" : "could not be put into quarantine", text);
+    if (gone)
+        return;
+    pthread_mutex_lock(&store->mutex);
+    store->pending.corrupt++;
+    pthread_mutex_unlock(&store->mutex);
 }
 
 void xkv_store_quarantine_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t dict_id[16], uint64_t id, const char *why)
 {
-    bad_dict bad = {dict_id, id};
-    xkv_change change = {.store = store, .body = take_out_dict, .user = &bad};
-    xkv_status status = store->read_only ? XKV_ERROR_UNSUPPORTED : xkv_store_change(ctx, &change);
-    xkv_logf(ctx, XKV_LOG_WARNING, "%s: dictionary %llu %s: %s", store->path, (unsigned long long)id,
-             status == XKV_OK ? "was put into quarantine" : "could not be put into quarantine", why);
+    bad_blob bad = {.id = id, .dict_id = dict_id};
+    quarantine(ctx, store, &bad, why);
 }
 
 void xkv_store_quarantine(xkv_ctx *ctx, xkv_store *store, uint64_t id, const char *why)
 {
-    xkv_change change = {.store = store, .body = take_out, .user = &id};
-    xkv_status status = store->read_only ? XKV_ERROR_UNSUPPORTED : xkv_store_change(ctx, &change);
-    xkv_logf(ctx, XKV_LOG_WARNING, "%s: entry %llu is damaged and %s: %s", store->path, (unsigned long long)id,
-             status == XKV_OK ? "was put into quarantine" : "could not be put into quarantine", why);
-    if (status != XKV_OK) {
-        pthread_mutex_lock(&store->mutex);
-        store->pending.corrupt++;
-        pthread_mutex_unlock(&store->mutex);
-    }
+    bad_blob bad = {.id = id};
+    quarantine(ctx, store, &bad, why);
 }

@@ -243,7 +243,7 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
         return XKV_OK;
     case XKV_MATCH_GONE:
         if (is_missing(ctx, l))
-            xkv_store_quarantine(ctx, l->store, l->match.id, "its blob is missing");
+            xkv_store_quarantine(ctx, l->store, l->match.id, "its blob is missing"); /* unless its record went first */
         *again = decline(l);
         return XKV_OK;
     case XKV_MATCH_NO_DICTIONARY:

@@ -168,6 +168,39 @@ static void a_renewed_entry_does_not_expire(void **state)
     assert_int_equal(s.entries, 1);
 }
 
+/* --- Eviction ----------------------------------------------------------------------------------------------------- */
+
+static void remove_all(void)
+{
+    assert_ok(t.ctx, xkv_store_remove_namespace(t.ctx, t.store, &ns, NULL));
+}
+
+static void evict(void)
+{
+    in_another_process(100, remove_all);
+}
+
+/* The lookup has found the entry in the index; by the time it opens the blob, it is gone. That is no damage. */
+static void what_goes_meanwhile_is_a_plain_miss(void **state)
+{
+    (void)state;
+    static const uint32_t accesses[] = {XKV_STORE_READ_WRITE, XKV_STORE_READ_ONLY};
+    for (size_t i = 0; i < 2; i++) {
+        xkv_store_stats s;
+        open_store(XKV_STORE_READ_WRITE);
+        put(1, 0);
+        open_store(accesses[i]);
+        logged[0] = '\0';
+        at_blob = evict;
+        uint32_t reason = look_up(1).reason;
+        assert_null(at_blob);
+        assert_true(reason == XKV_MATCH_NONE || reason == XKV_MATCH_GONE);
+        assert_string_equal(logged, "");
+        assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+        assert_int_equal(s.corrupt, 0);
+    }
+}
+
 /* --- Readers ------------------------------------------------------------------------------------------------------ */
 
 /* A process that is killed while it reads the index. */
@@ -220,6 +253,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(a_renewed_entry_does_not_expire, setup, teardown),
+        cmocka_unit_test_setup_teardown(what_goes_meanwhile_is_a_plain_miss, setup, teardown),
         cmocka_unit_test_setup_teardown(killed_readers_hold_no_pages, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
