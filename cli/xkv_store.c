@@ -69,7 +69,7 @@ static const char help[] =
     "  pin, unpin STORE ID...  keep entries from eviction\n"
     "  gc STORE              remove what is expired, orphaned or in quarantine: --cap, --compact\n"
     "  verify STORE          check every file and record: --decode\n"
-    "  repair STORE          rebuild the index from the files\n"
+    "  repair STORE          rebuild the index and the properties from the files\n"
     "  export STORE ID       one entry with its tokens as a file, -o FILE\n"
     "  import STORE FILE...  what export wrote\n"
     "A PROMPT is a list of tokens (1,2,3), a file with such a list, or an engine's file; - is standard input.\n"
@@ -462,6 +462,18 @@ static cli_exit run_verify(cli *c, uint32_t count, char **arguments)
     return wrong == 0 ? CLI_OK : CLI_BAD_INPUT;
 }
 
+static void print_repaired(cli *c, const xkv_repair_report *r)
+{
+    const store_tool *tool = c->user;
+    char newer[80] = "";
+    if (r->newer > 0)
+        snprintf(newer, sizeof newer, ", %" PRIu64 " that only a newer program can read", r->newer);
+    cli_note(c, "%s: %" PRIu64 " entries and %" PRIu64 " dictionaries%s, %" PRIu64 " damaged files in quarantine%s%s",
+             tool->path, r->entries, r->dictionaries, newer, r->quarantined,
+             r->kept_uses ? "" : "; pins and times of use are lost",
+             r->lost_properties ? "; the properties of the store were damaged and are made anew" : "");
+}
+
 static cli_exit run_repair(cli *c, uint32_t count, char **arguments)
 {
     const store_tool *tool = c->user;
@@ -470,13 +482,12 @@ static cli_exit run_repair(cli *c, uint32_t count, char **arguments)
     (void)arguments;
     xkv_status status = xkv_store_repair(c->ctx, tool->path, tool->key, 0, &r);
     if (status == XKV_OK && c->json)
-        cli_json_print(json_pack("{s:b, s:I, s:I, s:I, s:b}", "ok", 1, "entries", (json_int_t)r.entries, "dictionaries",
-                                 (json_int_t)r.dictionaries, "quarantined", (json_int_t)r.quarantined, "kept_uses",
-                                 (int)r.kept_uses));
+        cli_json_print(json_pack("{s:b, s:I, s:I, s:I, s:I, s:b, s:b}", "ok", 1, "entries", (json_int_t)r.entries,
+                                 "dictionaries", (json_int_t)r.dictionaries, "quarantined", (json_int_t)r.quarantined,
+                                 "newer", (json_int_t)r.newer, "kept_uses", (int)r.kept_uses, "lost_properties",
+                                 (int)r.lost_properties));
     else if (status == XKV_OK)
-        cli_note(c, "%s: %" PRIu64 " entries and %" PRIu64 " dictionaries, %" PRIu64 " damaged files in quarantine%s",
-                 tool->path, r.entries, r.dictionaries, r.quarantined,
-                 r.kept_uses ? "" : "; pins and times of use are lost");
+        print_repaired(c, &r);
     return report(c, status);
 }
 

@@ -221,16 +221,31 @@ static xkv_status check_head(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t size
     return problem == NULL ? XKV_OK : xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %s", problem);
 }
 
-xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head)
+/* The bytes of the head, as they were written. */
+static xkv_status read_head_bytes(xkv_ctx *ctx, const xkv_input *file, uint8_t b[XKV_BLOB_HEAD])
 {
-    uint8_t b[XKV_BLOB_HEAD];
-    if (file->size < sizeof b)
+    if (file->size < XKV_BLOB_HEAD)
         return xkv_fail(ctx, XKV_ERROR_TRUNCATED, "blob: %llu bytes are no blob [SB1]", (unsigned long long)file->size);
-    XKV_TRY(file->read(file->user, ctx, 0, b, sizeof b));
+    XKV_TRY(file->read(file->user, ctx, 0, b, XKV_BLOB_HEAD));
     if (memcmp(b, magic, sizeof magic) != 0)
         return xkv_fail(ctx, XKV_ERROR_FORMAT, "blob: wrong magic [SB1]");
     if (xkv_load64(b + 248) != XXH3_64bits(b, 248))
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the head does not match [SB1]");
+    return XKV_OK;
+}
+
+xkv_status xkv_blob_is_sealed(xkv_ctx *ctx, const xkv_input *file, bool *sealed)
+{
+    uint8_t b[XKV_BLOB_HEAD];
+    XKV_TRY(read_head_bytes(ctx, file, b));
+    *sealed = (xkv_load32(b + 24) & 1) != 0;
+    return XKV_OK;
+}
+
+xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head)
+{
+    uint8_t b[XKV_BLOB_HEAD];
+    XKV_TRY(read_head_bytes(ctx, file, b));
     if (xkv_load16(b + 10) > READ_VERSION)
         return xkv_fail(ctx, XKV_ERROR_VERSION, "blob: version %u [SB2]", xkv_load16(b + 10));
     if (xkv_load32(b + 24) > 1)

@@ -75,6 +75,9 @@ XKV_MUST_CHECK xkv_status xkv_blob_plain(xkv_ctx *ctx, const uint8_t *key, const
                                          xkv_input *plain);
 /* Write what it holds as an unencrypted blob file. */
 XKV_MUST_CHECK xkv_status xkv_blob_copy_plain(xkv_ctx *ctx, const xkv_input *plain, const xkv_output *output);
+/* Whether the head of a blob file, which nobody has authenticated, says that it is encrypted. FORMAT, CHECKSUM,
+ * TRUNCATED [SB1]. */
+XKV_MUST_CHECK xkv_status xkv_blob_is_sealed(xkv_ctx *ctx, const xkv_input *file, bool *sealed);
 /* Read and check the head of an open blob, or of an exported file. CORRUPT [SB1 - SB4]. */
 XKV_MUST_CHECK xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head);
 /* Read the first *count symbols, or all if there are fewer, and check them; more may come, as *count then says. With

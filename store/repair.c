@@ -294,9 +294,9 @@ static xkv_status open_path(xkv_ctx *ctx, const xkv_store *store, const char *na
 }
 
 /* Counters go on from those of the old index; without it the cap comes from the properties. */
-static xkv_status begin_new(repair *r, uint64_t byte_cap)
+static xkv_status begin_new(repair *r)
 {
-    xkv_meta meta = {0}, fresh = {.next_id = 1, .next_node = 1, .byte_cap = byte_cap};
+    xkv_meta meta = {0}, fresh = {.next_id = 1, .next_node = 1, .byte_cap = r->store->properties.byte_cap};
     bool lock_there;
     xkv_status status = xkv_store_check_index(r->ctx, r->store->folders.root, &lock_there);
     if (status == XKV_ERROR_IO)
@@ -321,16 +321,17 @@ static xkv_status begin_new(repair *r, uint64_t byte_cap)
     return xkv_index_put_meta(r->ctx, r->store->index, &fresh);
 }
 
-static xkv_status rebuild(repair *r, uint64_t byte_cap)
+static xkv_status rebuild(repair *r)
 {
     xkv_meta meta;
-    XKV_TRY(begin_new(r, byte_cap));
+    XKV_TRY(begin_new(r));
     XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.temp, drop_temp, r));
     r->kind = XKV_BLOB_DICT; /* first, to count what uses them */
     XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
     r->kind = XKV_BLOB_ENTRY;
     XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
     XKV_TRY(xkv_index_get_meta(r->ctx, r->store->index, &meta));
+    r->store->properties.byte_cap = meta.byte_cap;
     r->report.entries = meta.entries;
     r->report.dictionaries = meta.dictionaries;
     return XKV_OK;
@@ -352,14 +353,26 @@ static xkv_status compact(repair *r)
     return status;
 }
 
+static xkv_status recover_properties(repair *r, const uint8_t *key)
+{
+    xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: its properties are made anew: %s", r->store->path, xkv_ctx_error(r->ctx));
+    XKV_TRY(xkv_properties_recover(r->ctx, r->store, key, &r->store->properties));
+    xkv_logf(r->ctx, XKV_LOG_INFO, "%s: blocks of %u tokens, as its blobs show", r->store->path,
+             r->store->properties.block_tokens);
+    return XKV_OK;
+}
+
 static xkv_status run(repair *r, const char *path, const uint8_t *key, int compact_only)
 {
-    uint64_t byte_cap = 0;
-    bool alone = false;
-    XKV_TRY(xkv_store_open_folders(r->ctx, path, true, r->store, &alone));
-    byte_cap = r->store->properties.byte_cap;
+    bool alone = false, lost = false;
+    XKV_TRY(xkv_store_open_folders(r->ctx, path, true, compact_only ? NULL : &lost, r->store, &alone));
+    r->report.lost_properties = lost;
+    if (lost)
+        XKV_TRY(recover_properties(r, key));
     XKV_TRY(xkv_store_take_key(r->ctx, r->store, key));
-    xkv_status status = compact_only ? compact(r) : rebuild(r, byte_cap);
+    xkv_status status = compact_only ? compact(r) : rebuild(r);
+    if (status == XKV_OK && lost)
+        status = xkv_properties_write(r->ctx, r->store->folders.root, &r->store->properties);
     xkv_index_close(r->ctx, r->old);
     xkv_index_close(r->ctx, r->store->index);
     r->store->index = NULL;

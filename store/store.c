@@ -71,13 +71,17 @@ static void encode_properties(const xkv_properties *p, uint8_t bytes[XKV_PROPERT
 
 static xkv_status decode_properties(xkv_ctx *ctx, const uint8_t *bytes, ssize_t size, xkv_properties *p)
 {
+    if (size == XKV_PROPERTIES_SIZE && xkv_load64(bytes + 56) != XXH3_64bits(bytes, 56))
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM,
+                        "the checksum of the file \"store\" does not match: repair makes it anew [SO3]");
     if (size < 12 || memcmp(bytes, magic, sizeof magic) != 0)
         return xkv_fail(ctx, XKV_ERROR_FORMAT, "not a store: the file \"store\" has another magic [SO1]");
     if (xkv_load16(bytes + 10) == 0 || xkv_load16(bytes + 10) > READ_VERSION)
         return xkv_fail(ctx, XKV_ERROR_VERSION, "the store has version %u, this program reads up to %u [SO2]",
                         xkv_load16(bytes + 10), READ_VERSION);
-    if (size != XKV_PROPERTIES_SIZE || xkv_load64(bytes + 56) != XXH3_64bits(bytes, 56))
-        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the checksum of the file \"store\" does not match [SO3]");
+    if (size != XKV_PROPERTIES_SIZE)
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the file \"store\" has not %d bytes: repair makes it anew [SO3]",
+                        XKV_PROPERTIES_SIZE);
     *p = (xkv_properties){.block_tokens = xkv_load32(bytes + 12),
                           .encrypted = xkv_load32(bytes + 24),
                           .byte_cap = xkv_load64(bytes + 16)};
@@ -287,7 +291,18 @@ static xkv_status take_lock(xkv_ctx *ctx, xkv_store *store, bool exclusive, bool
     return xkv_fail(ctx, XKV_ERROR_IO, "%s is locked, perhaps for a repair", store->path);
 }
 
-xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, xkv_store *store, bool *alone)
+/* With `lost`: whether they are damaged or lost, in a way that a newer program's are not. */
+static xkv_status read_properties(xkv_ctx *ctx, xkv_store *store, bool *lost)
+{
+    xkv_status status = xkv_properties_read(ctx, store->folders.root, &store->properties);
+    if (lost == NULL || !xkv_is_damage(status))
+        return status;
+    *lost = true;
+    return XKV_OK;
+}
+
+xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, bool *lost_properties,
+                                  xkv_store *store, bool *alone)
 {
     struct stat st;
     xkv_folders *f = &store->folders;
@@ -296,7 +311,7 @@ xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive
         return xkv_fail_errno(ctx, "examine the folder", path, errno);
     store->device = st.st_dev;
     store->inode = st.st_ino;
-    XKV_TRY(xkv_properties_read(ctx, f->root, &store->properties));
+    XKV_TRY(read_properties(ctx, store, lost_properties));
     XKV_TRY(open_folder(ctx, f->root, "blobs", &f->blobs));
     XKV_TRY(open_folder(ctx, f->root, "tmp", &f->temp));
     XKV_TRY(open_folder(ctx, f->root, "quarantine", &f->quarantine));
@@ -540,7 +555,7 @@ static xkv_status open_store(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
 {
     bool alone = false;
     uint64_t leftovers = 0;
-    XKV_TRY(xkv_store_open_folders(ctx, store->path, false, store, &alone));
+    XKV_TRY(xkv_store_open_folders(ctx, store->path, false, NULL, store, &alone));
     XKV_TRY(xkv_store_take_key(ctx, store, o->key));
     if (!register_store(store))
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "%s is already open in this process", store->path);

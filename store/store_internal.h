@@ -79,14 +79,20 @@ XKV_MUST_CHECK xkv_status xkv_properties_read(xkv_ctx *ctx, int root, xkv_proper
 /* Write it under another name, sync, rename; not by two processes at once. */
 XKV_MUST_CHECK xkv_status xkv_properties_write(xkv_ctx *ctx, int root, const xkv_properties *p);
 
+/* Those that the blobs show, but for the cap, when the file is damaged or lost; `key` as for opening. MISMATCH [SO6].
+ */
+XKV_MUST_CHECK xkv_status xkv_properties_recover(xkv_ctx *ctx, const xkv_store *store, const uint8_t *key,
+                                                 xkv_properties *p);
+
 /* Use `key` for the blobs, if it is that of the properties (NULL: none is needed). MISMATCH [SO6]. */
 XKV_MUST_CHECK xkv_status xkv_store_take_key(xkv_ctx *ctx, xkv_store *store, const uint8_t *key);
 void xkv_store_forget_key(xkv_store *store);
 
 /* Open the folders of a store and lock it: alone when nobody else has it open (*alone), else with the others.
- * `exclusive`: fail unless alone, and stay so. What failed is closed again. */
-XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, xkv_store *store,
-                                                 bool *alone);
+ * `exclusive`: fail unless alone, and stay so. Properties that are damaged or lost are an error, or with
+ * `lost_properties` noted there. What failed is closed again. */
+XKV_MUST_CHECK xkv_status xkv_store_open_folders(xkv_ctx *ctx, const char *path, bool exclusive, bool *lost_properties,
+                                                 xkv_store *store, bool *alone);
 void xkv_store_close_folders(xkv_store *store);
 /* LMDB opens its files by name: the folder "index" and the files in it must not be links to somewhere else. Errors: IO
  * [SO5]; CORRUPT [SO4]: there is no index. */

@@ -347,12 +347,16 @@ typedef struct xkv_repair_report {
     uint64_t quarantined;           /* blobs that were damaged */
     uint64_t newer;                 /* blobs that only a newer program can read: left alone, and not in the index */
     uint32_t kept_uses;             /* non-zero: pins, times of use and counters of the old index could be read */
+    uint32_t lost_properties;       /* non-zero: those of the store were damaged or lost, and were made anew: the cap as
+                                       the old index had it, or none; the size of blocks as it follows from the keys of
+                                       prompts, or the default where all are shorter */
 } xkv_repair_report;
 
-/* Rebuild the index of the store at `path` from its blobs; entries whose dictionary is damaged or missing are kept, and
- * are found again once it is put. With `compact_only` copy a sound index without its free pages instead. The store must
- * not be open anywhere. `key`: as for opening. A failure leaves the old index as it was. Errors: IO (also: in use;
- * symbolic links, which are removed by hand), FORMAT, VERSION, NO_SPACE, MEMORY, CANCELLED. */
+/* Rebuild the index of the store at `path` from its blobs, and its properties, if they are damaged; entries whose
+ * dictionary is damaged or missing are kept, and are found again once it is put. With `compact_only` copy a sound index
+ * without its free pages instead. The store must not be open anywhere. `key`: as for opening. A failure leaves the old
+ * index as it was. Errors: IO (also: in use; symbolic links, which are removed by hand), FORMAT, VERSION, NO_SPACE,
+ * MEMORY, CANCELLED. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
                                                    xkv_repair_report *report);
 

@@ -179,12 +179,16 @@ out_is '300 of 300 tokens, entry 7 of 300 tokens, SIZE'
 run 0 xkv-store gc -q --compact s
 run 0 xkv-store verify -q s
 
-# A store of another version, links, folders that others can write to.
+# Damaged properties, links, folders that others can write to.
 cp -r s t
 printf '\x02' | dd of=t/store bs=1 seek=10 conv=notrunc status=none
 run 3 xkv-store stat t
-err_has 'the store has version 2, this program reads up to 1 \[SO2\]$'
-cp s/store t/store
+err_has 'the checksum of the file "store" does not match: repair makes it anew \[SO3\]$'
+run 0 xkv-store repair t
+err_has 'the properties of the store were damaged and are made anew$'
+run 0 xkv-store repair --json t
+out_has '"newer":0,"kept_uses":true,"lost_properties":false'
+cmp s/store t/store
 chmod g+w t
 run 1 xkv-store stat t
 err_has 'others can write to the folder t: mode 720 \[SO5\]$'

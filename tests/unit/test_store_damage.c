@@ -126,6 +126,14 @@ static xkv_status put_number(uint64_t number)
     return put_rows(t.ctx, t.store, &ns, tokens, SIZE, NULL, NULL);
 }
 
+static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)st;
+    (void)type;
+    (void)ftw;
+    return remove(path);
+}
+
 static int setup(void **state)
 {
     (void)state;
@@ -337,8 +345,13 @@ static void bad_properties(void **state)
     assert_refused(XKV_ERROR_FORMAT, "[SO1]");
     f->data[10] = 2;
     write_file("store", f->data, f->size);
+    assert_refused(XKV_ERROR_CHECKSUM, "[SO3]");
+    xkv_store64(f->data + 56, XXH3_64bits(f->data, 56));
+    write_file("store", f->data, f->size);
     assert_refused(XKV_ERROR_VERSION, "[SO2]");
+    assert_int_equal(xkv_store_repair(t.ctx, t.path, NULL, 0, NULL), XKV_ERROR_VERSION);
     f->data[10] = 1;
+    xkv_store64(f->data + 56, XXH3_64bits(f->data, 56));
     write_file("store", f->data, f->size - 1);
     assert_refused(XKV_ERROR_CHECKSUM, "[SO3]");
     f->data[30] = 1;
@@ -357,6 +370,72 @@ static void bad_properties(void **state)
     xkv_store64(f->data + 56, XXH3_64bits(f->data, 56));
     write_file("store", f->data, f->size);
     assert_ok(t.ctx, open_store());
+}
+
+/* A store of other properties, with prompts of one block and of several. */
+static void make_other_store(uint32_t block_tokens, const uint8_t *key)
+{
+    xkv_store_properties p = xkv_store_properties_default();
+    xkv_store_options o = xkv_store_options_default();
+    p.block_tokens = block_tokens;
+    p.byte_cap = 123456789;
+    p.key = o.key = key;
+    snprintf(t.path, sizeof t.path, "%s/other", t.folder);
+    assert_ok(t.ctx, xkv_store_create(t.ctx, t.path, &p));
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+    for (uint64_t i = 0; i < ENTRIES; i++) {
+        int32_t tokens[SIZE];
+        prompt_tokens(i, tokens);
+        assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, (uint32_t)(SIZE - 3 * i), NULL, NULL));
+    }
+    close_store();
+}
+
+/* The repair finds what the file has said: the very bytes. */
+static void assert_made_anew(const uint8_t *key, const uint8_t *expected)
+{
+    xkv_repair_report r;
+    size_t size = 0;
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, key, 0, &r));
+    assert_int_equal(r.lost_properties, 1);
+    assert_int_equal(r.entries, ENTRIES);
+    uint8_t *now = read_file("store", &size);
+    assert_int_equal(size, 64);
+    assert_memory_equal(now, expected, 64);
+    free(now);
+}
+
+static void lost_properties_are_made_anew(void **state)
+{
+    (void)state;
+    static const uint32_t blocks[] = {1, 7, 20, 23, 256};
+    static const uint8_t key[32] = {1, 2, 3}, wrong[32] = {4};
+    char before[sizeof t.path], file[256];
+    restore_files();
+    memcpy(before, t.path, sizeof before);
+    for (size_t i = 0; i < 2 * 5; i++) {
+        const uint8_t *with = i % 2 == 0 ? NULL : key;
+        size_t size = 0;
+        make_other_store(blocks[i / 2], with);
+        uint8_t *bytes = read_file("store", &size);
+        for (size_t bit = 0; bit < 8 * size; bit += i < 2 ? 1 : 37) {
+            bytes[bit / 8] = (uint8_t)(bytes[bit / 8] ^ 1u << bit % 8);
+            write_file("store", bytes, size);
+            bytes[bit / 8] = (uint8_t)(bytes[bit / 8] ^ 1u << bit % 8);
+            assert_refused(XKV_ERROR_CHECKSUM, "repair makes it anew [SO3]");
+            if (with != NULL) {
+                assert_int_equal(xkv_store_repair(t.ctx, t.path, wrong, 0, NULL), XKV_ERROR_MISMATCH);
+                assert_int_equal(xkv_store_repair(t.ctx, t.path, NULL, 0, NULL), XKV_ERROR_MISMATCH);
+            }
+            assert_made_anew(with, bytes);
+        }
+        full_path("store", file);
+        assert_int_equal(unlink(file), 0);
+        assert_made_anew(with, bytes);
+        free(bytes);
+        nftw(t.path, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+        memcpy(t.path, before, sizeof before);
+    }
 }
 
 /* Replace NAME by a link to the same thing elsewhere. */
@@ -734,6 +813,7 @@ int main(void)
         TEST(a_wrong_bit_in_a_neighbour),
         TEST(a_wrong_bit_in_the_index),
         TEST(bad_properties),
+        TEST(lost_properties_are_made_anew),
         TEST(links_are_refused),
         TEST(repair_follows_no_links),
         TEST(folders_of_others_are_refused),
