@@ -562,7 +562,6 @@ static xkv_status open_store(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
     XKV_TRY(open_index(ctx, store, o, alone));
     if (alone && flock(store->folders.root, LOCK_SH | LOCK_NB) != 0)
         return xkv_fail_errno(ctx, "lock", store->path, errno);
-    XKV_TRY(xkv_ctx_create(NULL, &store->own));
     if (store->read_only)
         return XKV_OK;
     XKV_TRY(xkv_store_tidy(ctx, store, &leftovers));
@@ -575,13 +574,12 @@ static xkv_status open_store(xkv_ctx *ctx, xkv_store *store, const xkv_store_opt
 /* Free everything but what is pending. */
 static void drop_store(xkv_ctx *ctx, xkv_store *store)
 {
-    for (size_t i = 0; i < XKV_DICT_CACHE; i++)
-        xkv_dict_close(store->own, store->dicts[i].dict);
-    xkv_ctx_free(store->own);
+    xkv_store_drop_dicts(store);
     xkv_index_close(ctx, store->index);
     unregister_store(store);
     xkv_store_close_folders(store);
     xkv_store_forget_key(store);
+    pthread_cond_destroy(&store->dict_loaded);
     pthread_mutex_destroy(&store->mutex);
     xkv_release(ctx, store);
 }
@@ -608,6 +606,7 @@ xkv_status xkv_store_open(xkv_ctx *ctx, const char *path, const xkv_store_option
     store->read_only =
         o.access == XKV_STORE_READ_ONLY || (o.access == XKV_STORE_AUTO && on_read_only_file_system(path));
     xkv_status status = pthread_mutex_init(&store->mutex, NULL) == 0 ? XKV_OK : XKV_ERROR_MEMORY;
+    pthread_cond_init(&store->dict_loaded, NULL); /* which never fails here */
     if (status == XKV_OK)
         status = open_store(ctx, store, &o);
     if (status != XKV_OK) {

@@ -29,7 +29,9 @@ typedef struct xkv_pending {
 /* A dictionary in memory; `users` hits hold it. */
 typedef struct xkv_cached_dict {
     uint8_t id[16];
-    xkv_dict *dict; /* NULL: an empty slot */
+    xkv_ctx *own;     /* the dictionary belongs to it */
+    xkv_dict *dict;   /* NULL: an empty slot, or */
+    uint32_t loading; /* 1: a thread decodes it, and is its only user */
     uint32_t users;
     uint64_t used;
 } xkv_cached_dict;
@@ -58,8 +60,8 @@ struct xkv_store {
 
     pthread_mutex_t mutex; /* of all below */
     xkv_pending pending;
-    uint64_t flushed; /* when what was pending was last written */
-    xkv_ctx *own;     /* dictionaries belong to it */
+    uint64_t flushed;           /* when what was pending was last written */
+    pthread_cond_t dict_loaded; /* a dictionary was decoded, or could not be */
     xkv_cached_dict dicts[XKV_DICT_CACHE];
     uint64_t dict_clock;
 
@@ -186,6 +188,7 @@ void xkv_store_quarantine_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t dic
 XKV_MUST_CHECK xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], bool look_only,
                                              xkv_cached_dict **slot_p);
 void xkv_store_leave_dict(xkv_store *store, xkv_cached_dict *slot); /* accepts NULL */
+void xkv_store_drop_dicts(xkv_store *store);                        /* all; none is in use */
 
 /* A hit of an entry to look at it, whatever its age: nothing goes into quarantine because of it. NOT_FOUND without a
  * message: its blob is not there. */

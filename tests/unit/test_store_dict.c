@@ -7,10 +7,15 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { ENTRIES = 3, TOKENS = 64 };
@@ -21,6 +26,33 @@ static memory dict_file;
 static uint8_t dict_id[16];
 static xkv_dict *dict;
 static uint64_t ids[ENTRIES];
+
+/* Runs once, before the blob of the dictionary is opened: this program defines openat() itself. */
+static void (*at_dict)(void);
+static _Atomic int dict_opens;
+
+#pragma GCC visibility push(default)
+
+int openat(int at, const char *path, int flags, ...)
+{
+    mode_t mode = 0;
+    if (flags & O_CREAT) {
+        va_list args;
+        va_start(args, flags);
+        mode = (mode_t)va_arg(args, unsigned);
+        va_end(args);
+    }
+    if (strlen(path) == XKV_BLOB_NAME && strcmp(path + 64, ".0000000000000001") == 0) {
+        void (*moment)(void) = at_dict;
+        at_dict = NULL;
+        dict_opens++;
+        if (moment != NULL)
+            moment();
+    }
+    return (int)syscall(SYS_openat, at, path, flags, mode);
+}
+
+#pragma GCC visibility pop
 
 static synthetic sample(uint64_t seed)
 {
@@ -340,6 +372,90 @@ static void loads_of_the_hook_do_not_blame_the_entry(void **state)
     free_synthetic(&s);
 }
 
+/* --- Threads ------------------------------------------------------------------------------------------------------ */
+
+enum { READERS = 6 };
+
+static void *ask_stats(void *user)
+{
+    xkv_store_stats s;
+    xkv_ctx *ctx = new_ctx(1);
+    *(xkv_status *)user = xkv_store_get_stats(ctx, t.store, &s);
+    xkv_ctx_free(ctx);
+    return NULL;
+}
+
+static void *open_first(void *user)
+{
+    xkv_match m;
+    xkv_hit *hit = NULL;
+    const xkv_entry *entry = NULL;
+    xkv_ctx *ctx = new_ctx(1);
+    xkv_status status = xkv_store_get(ctx, t.store, &ns, ids[0], &m, &hit);
+    if (status == XKV_OK && hit != NULL)
+        status = xkv_hit_entry(ctx, hit, &entry);
+    xkv_hit_close(ctx, hit);
+    xkv_ctx_free(ctx);
+    *(xkv_status *)user = status;
+    return NULL;
+}
+
+/* While the dictionary is decoded: a thread that needs nothing of it goes on; those that need it too wait, which they
+ * do until this returns. */
+static pthread_t readers[READERS];
+static xkv_status reader_status[READERS], stats_status;
+static int stats_joined;
+
+static void others_come(void)
+{
+    pthread_t asker;
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 10;
+    assert_int_equal(pthread_create(&asker, NULL, ask_stats, &stats_status), 0);
+    stats_joined = pthread_timedjoin_np(asker, NULL, &until);
+    for (size_t i = 0; i < READERS && stats_joined == 0; i++)
+        assert_int_equal(pthread_create(&readers[i], NULL, open_first, &reader_status[i]), 0);
+}
+
+static void nobody_else_waits_for_a_dictionary(void **state)
+{
+    (void)state;
+    xkv_hit *hit;
+    assert_int_equal(match(0, &hit).reason, XKV_MATCH_FOUND);
+    dict_opens = 0;
+    at_dict = others_come;
+    assert_ok(t.ctx, read_hit(hit));
+    assert_null(at_dict);
+    assert_int_equal(stats_joined, 0);
+    assert_ok(t.ctx, stats_status);
+    for (size_t i = 0; i < READERS; i++) {
+        pthread_join(readers[i], NULL);
+        assert_int_equal(reader_status[i], XKV_OK);
+    }
+    assert_int_equal(dict_opens, 1); /* decoded once */
+    xkv_hit_close(t.ctx, hit);
+}
+
+/* One after another finds that it is of no use; it goes once. */
+static void all_who_wait_hear_of_a_bad_dictionary(void **state)
+{
+    (void)state;
+    xkv_hit *hit;
+    assert_int_equal(match(0, &hit).reason, XKV_MATCH_FOUND);
+    damage_dict_blob();
+    at_dict = others_come;
+    assert_int_equal(read_hit(hit), XKV_ERROR_MISMATCH);
+    assert_int_equal(stats_joined, 0);
+    for (size_t i = 0; i < READERS; i++) {
+        pthread_join(readers[i], NULL);
+        assert_true(reader_status[i] == XKV_ERROR_MISMATCH || reader_status[i] == XKV_OK);
+    }
+    xkv_hit_close(t.ctx, hit);
+    assert_int_equal(stats().corrupt, 1);
+    assert_int_equal(stats().entries, ENTRIES);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -351,6 +467,8 @@ int main(void)
         TEST(a_bad_dictionary_is_put_again),
         TEST(verifying_changes_nothing),
         TEST(loads_of_the_hook_do_not_blame_the_entry),
+        TEST(nobody_else_waits_for_a_dictionary),
+        TEST(all_who_wait_hear_of_a_bad_dictionary),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
