@@ -22,17 +22,14 @@ static xkv_status fill_walk(xkv_txn *txn, void *user)
     walk *w = user;
     xkv_key from = xkv_key_id(XKV_TABLE_ITEM, w->after), key;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
     w->count = 0;
     for (uint32_t seen = 0; seen < 4096 && w->count < 64; seen++) {
         xkv_item *item = &w->items[w->count];
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
         w->done = status == XKV_ERROR_NOT_FOUND;
         if (w->done)
             return XKV_OK;
         XKV_TRY(status);
-        if (size != XKV_ITEM_SIZE || key.size != 9)
-            return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "an entry's record has %zu bytes [SI3]", size);
         xkv_item_decode(value, item);
         w->count += memcmp(item->space, w->ns->id, 32) == 0;
         w->after = xkv_key_u64(&key, 1) + 1;
@@ -265,10 +262,9 @@ static xkv_status unused_dicts_body(xkv_txn *txn, xkv_meta *meta, xkv_change *ch
 {
     xkv_key from = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
     for (;;) {
         xkv_dict_record dict;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
         if (status == XKV_ERROR_NOT_FOUND)
             return XKV_OK;
         XKV_TRY(status);

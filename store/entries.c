@@ -252,15 +252,14 @@ static xkv_status find_users(xkv_txn *txn, const uint8_t dict_id[16], uint64_t *
     for (*users = 0;;) {
         xkv_key key = {.size = 0};
         xkv_item item;
-        size_t size = 0;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
         if (status == XKV_ERROR_NOT_FOUND)
             return XKV_OK;
         if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0 || key.size >= XKV_KEY_MAX))
             return status;
         from = key;
         from.bytes[from.size++] = 0;
-        if (status != XKV_OK || size != XKV_ITEM_SIZE)
+        if (status != XKV_OK)
             continue;
         xkv_item_decode(value, &item);
         *users += memcmp(item.dict, dict_id, sizeof item.dict) == 0;
@@ -337,13 +336,13 @@ static xkv_status next_item(xkv_txn *txn, xkv_key *from, uint64_t *time, xkv_ite
 {
     for (;;) {
         xkv_key key = {.size = 0};
-        xkv_status status = xkv_txn_seek(txn, from, 1, &key, NULL, NULL);
+        xkv_status status = xkv_txn_seek(txn, from, 1, &key, NULL);
         if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0 || key.size >= XKV_KEY_MAX))
             return status;
         *from = key;
         from->bytes[from->size++] = 0;
         *time = xkv_key_u64(&key, 1);
-        if (status == XKV_OK && key.size == 17)
+        if (status == XKV_OK)
             status = xkv_txn_get_item(txn, xkv_key_u64(&key, 9), item);
         else
             status = XKV_ERROR_NOT_FOUND;

@@ -308,26 +308,28 @@ static uint64_t checksum(const void *key, size_t key_size, const void *value, si
     return XXH3_64bits(bytes, key_size + size);
 }
 
-bool xkv_record_is_sound(const void *key, size_t key_size, const void *value, size_t value_size)
+const char *xkv_stored_problem(const void *key, size_t key_size, const void *value, size_t value_size)
 {
     if (key_size > XKV_KEY_MAX || value_size < CHECKSUM || value_size > XKV_VALUE_MAX + CHECKSUM)
-        return false;
+        return "its size is impossible [SI3]";
     size_t size = value_size - CHECKSUM;
-    return xkv_load64((const uint8_t *)value + size) == checksum(key, key_size, value, size);
+    if (xkv_load64((const uint8_t *)value + size) != checksum(key, key_size, value, size))
+        return "its checksum does not match [SI2]";
+    return xkv_record_problem(key, key_size, value, size);
 }
 
 static xkv_status fail_record(xkv_txn *txn, const xkv_key *key, const char *what)
 {
-    return xkv_fail(txn->ctx, XKV_ERROR_CORRUPT, "record '%c' of %zu key bytes in the index %s: %s [SI2]",
-                    key->bytes[0], key->size, txn->index->path, what);
+    return xkv_fail(txn->ctx, XKV_ERROR_CORRUPT,
+                    "record '%c' of %zu key bytes in the index %s, which repair rebuilds: %s", key->bytes[0], key->size,
+                    txn->index->path, what);
 }
 
 /* Check the value that the map holds. */
 static xkv_status check_value(xkv_txn *txn, const xkv_key *key, const MDB_val *v)
 {
-    if (!xkv_record_is_sound(key->bytes, key->size, v->mv_data, v->mv_size))
-        return fail_record(txn, key, "its checksum does not match");
-    return XKV_OK;
+    const char *problem = xkv_stored_problem(key->bytes, key->size, v->mv_data, v->mv_size);
+    return problem == NULL ? XKV_OK : fail_record(txn, key, problem);
 }
 
 static xkv_status fail_txn(xkv_txn *txn, int error)
@@ -353,7 +355,7 @@ xkv_status xkv_txn_get(xkv_txn *txn, const xkv_key *key, uint8_t *value, size_t 
         return fail_txn(txn, error);
     XKV_TRY(check_value(txn, key, &v));
     if (v.mv_size != size + CHECKSUM)
-        return fail_record(txn, key, "its size is wrong");
+        return fail_record(txn, key, "its size is not the one of its table [SI3]");
     memcpy(value, v.mv_data, size);
     return XKV_OK;
 }
@@ -376,21 +378,18 @@ xkv_status xkv_txn_delete(xkv_txn *txn, const xkv_key *key)
     return error == 0 || error == MDB_NOTFOUND ? XKV_OK : fail_txn(txn, error);
 }
 
-static xkv_status take_record(xkv_txn *txn, const MDB_val *k, const MDB_val *v, xkv_key *key, uint8_t *value,
-                              size_t *count)
+static xkv_status take_record(xkv_txn *txn, const MDB_val *k, const MDB_val *v, xkv_key *key, uint8_t *value)
 {
     memset(key->bytes, 0, sizeof key->bytes); /* a damaged index may hold shorter keys than are looked at */
     memcpy(key->bytes, k->mv_data, k->mv_size);
     key->size = k->mv_size;
     XKV_TRY(check_value(txn, key, v));
-    if (value == NULL)
-        return XKV_OK;
-    *count = v->mv_size - CHECKSUM;
-    memcpy(value, v->mv_data, *count);
+    if (value != NULL)
+        memcpy(value, v->mv_data, v->mv_size - CHECKSUM);
     return XKV_OK;
 }
 
-xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t prefix, xkv_key *key, uint8_t *value, size_t *count)
+xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t prefix, xkv_key *key, uint8_t *value)
 {
     MDB_cursor *cursor;
     MDB_val k = key_value(from), v;
@@ -402,9 +401,9 @@ xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t prefix, xkv_ke
     if (status == XKV_OK && (k.mv_size < prefix || memcmp(k.mv_data, from->bytes, prefix) != 0))
         status = XKV_ERROR_NOT_FOUND;
     if (status == XKV_OK && k.mv_size > XKV_KEY_MAX)
-        status = fail_record(txn, from, "the next key is too long");
+        status = fail_record(txn, from, "the next key is too long [SI3]");
     if (status == XKV_OK)
-        status = take_record(txn, &k, &v, key, value, count);
+        status = take_record(txn, &k, &v, key, value);
     mdb_cursor_close(cursor);
     return status;
 }
@@ -445,7 +444,7 @@ xkv_status xkv_txn_get_meta(xkv_txn *txn, xkv_meta *meta)
     xkv_key key = xkv_key_meta();
     xkv_status status = xkv_txn_get(txn, &key, value, sizeof value);
     if (status == XKV_ERROR_NOT_FOUND)
-        return fail_record(txn, &key, "it is not there");
+        return fail_record(txn, &key, "it is not there [SI2]");
     XKV_TRY(status);
     xkv_meta_decode(value, meta);
     return XKV_OK;

@@ -34,15 +34,15 @@ XKV_MUST_CHECK xkv_status xkv_index_write(xkv_ctx *ctx, xkv_index *index, xkv_tx
 
 xkv_ctx *xkv_txn_ctx(const xkv_txn *txn);
 
-/* Read a record of `size` bytes. NOT_FOUND without a message; CORRUPT [SI2]. */
+/* Read a record, of the `size` bytes that its table has. NOT_FOUND without a message; CORRUPT [SI2, SI3]. */
 XKV_MUST_CHECK xkv_status xkv_txn_get(xkv_txn *txn, const xkv_key *key, uint8_t *value, size_t size);
 XKV_MUST_CHECK xkv_status xkv_txn_put(xkv_txn *txn, const xkv_key *key, const uint8_t *value, size_t size);
 /* Whether or not it is there. */
 XKV_MUST_CHECK xkv_status xkv_txn_delete(xkv_txn *txn, const xkv_key *key);
-/* The first record whose key is not below `from` and begins with the same `prefix` bytes: its key, and *count bytes of
- * its value, at most XKV_VALUE_MAX. NOT_FOUND without a message; CORRUPT. `value` may be NULL. */
-XKV_MUST_CHECK xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t prefix, xkv_key *key, uint8_t *value,
-                                       size_t *count);
+/* The first record whose key is not below `from` and begins with the same `prefix` bytes: its key, and its value of the
+ * size that its table has, at most XKV_VALUE_MAX. NOT_FOUND without a message. CORRUPT [SI2, SI3]: with the key, of a
+ * size that may be any, unless that is too long: then key->size is as it was. `value` may be NULL. */
+XKV_MUST_CHECK xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t prefix, xkv_key *key, uint8_t *value);
 
 /* Copy to a new environment in `folder`, without free pages. */
 XKV_MUST_CHECK xkv_status xkv_index_copy(xkv_ctx *ctx, xkv_index *index, const char *folder);
@@ -73,11 +73,12 @@ XKV_MUST_CHECK xkv_status xkv_txn_put_mark(xkv_txn *txn, const xkv_key *key);
 /* --- index_check.c --- */
 
 /* Check every page of the snapshot `txn_id` of the environment's file at `path`: headers, bounds of every record, and
- * that each page is used once (spec/store.md, section 7); *damaged records have a wrong checksum. NOT_FOUND, without a
- * message, when no meta page has that snapshot any more. Errors: CORRUPT [SI1], IO, MEMORY. */
+ * that each page is used once (spec/store.md, section 7); *damaged records are not what they must be [SI2, SI3].
+ * NOT_FOUND, without a message, when no meta page has that snapshot any more. Errors: CORRUPT [SI1], IO, MEMORY. */
 XKV_MUST_CHECK xkv_status xkv_index_check_file(xkv_ctx *ctx, const char *path, uint64_t txn_id, uint64_t *damaged);
-/* Whether a value ends with the checksum of its key and itself. */
-bool xkv_record_is_sound(const void *key, size_t key_size, const void *value, size_t value_size);
+/* What is wrong with a record as it lies in the map: its checksum [SI2], or what xkv_record_problem() says. NULL:
+ * nothing. */
+const char *xkv_stored_problem(const void *key, size_t key_size, const void *value, size_t value_size);
 /* Check the meta pages alone, before LMDB maps the file; an absent or empty file is sound. Errors: CORRUPT [SI1],
  * VERSION, IO. */
 XKV_MUST_CHECK xkv_status xkv_index_check_meta(xkv_ctx *ctx, const char *path);

@@ -2,7 +2,7 @@
  *
  * LMDB has no checksums and trusts its file: a wrong bit in a page header, a page number or an offset can make it read
  * beyond the map. So a store walks its file once on opening and refuses it when any page is not what it must be. Of the
- * records, which are read later, only those with a wrong checksum are counted: one whose key has changed would
+ * records, which are read later, those that are not what they must be are only counted: one whose key has changed would
  * otherwise just not be found.
  *
  *     meta page 0 | meta page 1 | pages ...           the meta page with the higher transaction counts
@@ -57,7 +57,7 @@ typedef struct walk {
     tree found;           /* counted in the tree being walked */
     const uint8_t *last;  /* node of the last record, NULL: none yet */
     const uint8_t *least; /* branch node whose key the next one must not be below */
-    uint64_t damaged;     /* records with a wrong checksum */
+    uint64_t damaged;     /* records that are not what they must be */
 } walk;
 
 static xkv_status fail_page(const walk *w, uint64_t page, const char *what)
@@ -330,7 +330,7 @@ static xkv_status check_leaf_node(walk *w, uint64_t page, const uint8_t *node)
         XKV_TRY(check_big_data(w, page, node, size, &data));
     if (w->kind == FREE_TREE)
         return check_free_list(w, page, data, size);
-    w->damaged += !xkv_record_is_sound(node + NODE_HEADER, key_size, data, size);
+    w->damaged += xkv_stored_problem(node + NODE_HEADER, key_size, data, size) != NULL;
     return XKV_OK;
 }
 

@@ -109,15 +109,11 @@ static xkv_status find_by_symbols(xkv_txn *txn, void *user)
 static xkv_status find_page(xkv_txn *txn, lookup *l, uint32_t i, uint64_t *id, uint32_t *tokens)
 {
     uint8_t hash[16], value[XKV_VALUE_MAX];
-    size_t size = 0;
     xkv_key key;
     xkv_page_hash(l->ns->id, l->keys[i], hash);
     xkv_key from = xkv_key_page(hash, 0);
     for (bool yes = false; !yes;) {
-        XKV_TRY(xkv_txn_seek(txn, &from, 17, &key, value, &size));
-        if (key.size != 25 || size != 8)
-            return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "a page key of %zu bytes in the index [SI3]",
-                            key.size);
+        XKV_TRY(xkv_txn_seek(txn, &from, 17, &key, value));
         XKV_TRY(serves(txn, l, xkv_key_u64(&key, 17), &yes));
         from = key;
         from.bytes[from.size++] = 0;

@@ -72,6 +72,56 @@ xkv_key xkv_key_page(const uint8_t page[16], uint64_t id)
     return k;
 }
 
+/* --- Shapes ------------------------------------------------------------------------------------------------------- */
+
+/* Sizes of the keys and values of each table. */
+static const struct {
+    uint8_t table, key_size, other_key_size; /* EDGE: of an entry that ends at the node */
+    uint8_t size;
+} shapes[] = {
+    {XKV_TABLE_DICT, 17, 17, XKV_DICT_SIZE},
+    {XKV_TABLE_ITEM, 9, 9, XKV_ITEM_SIZE},
+    {XKV_TABLE_NAMES, 17, 17, 16},
+    {XKV_TABLE_KEY, 33, 33, 8},
+    {XKV_TABLE_USED, 17, 17, 0},
+    {XKV_TABLE_META, 1, 1, XKV_META_SIZE},
+    {XKV_TABLE_SPACE, 33, 33, XKV_SPACE_SIZE},
+    {XKV_TABLE_NODE, 9, 9, XKV_NODE_SIZE},
+    {XKV_TABLE_PAGE, 25, 25, 8},
+    {XKV_TABLE_EDGE, 13, 9, XKV_EDGE_SIZE},
+    {XKV_TABLE_EXPIRES, 17, 17, 0},
+    {XKV_TABLE_TRASH, 9, 9, 32},
+};
+
+/* Fields that can have one value only, and flags. */
+static bool has_known_fields(uint8_t table, const uint8_t *value)
+{
+    switch (table) {
+    case XKV_TABLE_EDGE:
+        return xkv_load32(value + 20) == 0;
+    case XKV_TABLE_NODE:
+        return xkv_load32(value + 12) == 0;
+    case XKV_TABLE_ITEM:
+        return xkv_load32(value + 68) <= 1 && xkv_load32(value + 80) <= 1 && xkv_load64(value + 208) == 0;
+    default:
+        return true;
+    }
+}
+
+const char *xkv_record_problem(const uint8_t *key, size_t key_size, const uint8_t *value, size_t size)
+{
+    for (size_t i = 0; key_size > 0 && i < sizeof shapes / sizeof *shapes; i++) {
+        if (shapes[i].table != key[0])
+            continue;
+        if (key_size != shapes[i].key_size && key_size != shapes[i].other_key_size)
+            return "its key has a wrong size [SI3]";
+        if (size != shapes[i].size)
+            return "its value has a wrong size [SI3]";
+        return has_known_fields(key[0], value) ? NULL : "a reserved field is not 0, or a flag not 0 or 1 [SI3]";
+    }
+    return "it is of no known table [SI3]";
+}
+
 /* --- Values ------------------------------------------------------------------------------------------------------- */
 
 /* The fields of xkv_meta in the order of the record: all u64, none between them. */

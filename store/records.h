@@ -94,6 +94,10 @@ typedef struct xkv_dict_record {
     uint8_t blob[32];
 } xkv_dict_record;
 
+/* What is wrong with a record whose checksum is right, before any of its fields is used [SI3]: a table that there is
+ * none of, sizes of key or value that the table's records do not have, reserved fields and flags. NULL: nothing. */
+const char *xkv_record_problem(const uint8_t *key, size_t key_size, const uint8_t *value, size_t size);
+
 void xkv_meta_encode(const xkv_meta *meta, uint8_t value[XKV_META_SIZE]);
 void xkv_meta_decode(const uint8_t value[XKV_META_SIZE], xkv_meta *meta);
 void xkv_space_encode(const xkv_space *space, uint8_t value[XKV_SPACE_SIZE]);

@@ -364,10 +364,9 @@ static xkv_status find_among_dicts(xkv_txn *txn, xkv_known_blob *k)
 {
     xkv_key from = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
     for (;;) {
         xkv_dict_record dict;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
         if (status != XKV_OK)
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         xkv_dict_record_decode(value, &dict);
@@ -396,8 +395,12 @@ static xkv_status is_known(tidy *t, const char *name, bool surely, xkv_known_blo
     *is_name = xkv_blob_name_parse(name, k->hash, &k->id);
     if (!*is_name)
         return XKV_OK;
-    return surely && !t->store->read_only ? xkv_index_write(t->ctx, t->store->index, xkv_find_blob, k)
-                                          : xkv_index_read(t->ctx, t->store->index, xkv_find_blob, k);
+    xkv_status status = surely && !t->store->read_only ? xkv_index_write(t->ctx, t->store->index, xkv_find_blob, k)
+                                                       : xkv_index_read(t->ctx, t->store->index, xkv_find_blob, k);
+    if (status != XKV_ERROR_CORRUPT)
+        return status;
+    k->found = true; /* perhaps: a record that may speak of it is damaged */
+    return XKV_OK;
 }
 
 /* A temporary file that nobody has locked was left by a killed process. Under a final name it may be linked to the
@@ -452,41 +455,52 @@ xkv_status xkv_store_is_orphan(xkv_ctx *ctx, xkv_store *store, const char *name,
 typedef struct trash {
     uint64_t after;
     uint64_t id;
+    bool damaged; /* the record; then without */
     uint8_t hash[32];
 } trash;
 
 static xkv_status next_trash(xkv_txn *txn, void *user)
 {
     trash *t = user;
-    xkv_key from = xkv_key_id(XKV_TABLE_TRASH, t->after), key;
+    xkv_key from = xkv_key_id(XKV_TABLE_TRASH, t->after), key = {.size = 0};
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
-    XKV_TRY(xkv_txn_seek(txn, &from, 1, &key, value, &size));
+    xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
     t->id = xkv_key_u64(&key, 1);
-    memcpy(t->hash, value, sizeof t->hash);
-    return XKV_OK;
+    t->damaged = status == XKV_ERROR_CORRUPT && key.size > 0;
+    if (status == XKV_OK)
+        memcpy(t->hash, value, sizeof t->hash);
+    return t->damaged ? XKV_OK : status;
 }
 
-/* Blobs whose deletion a killed process has committed and not done. */
+/* Whether the blob is gone and noted, so that its record may go; false: there was no room for the note. */
+static bool delete_blob(const tidy *t, const trash *next)
+{
+    xkv_blob_name name = xkv_blob_name_of(next->hash, next->id);
+    bool gone = xkv_blob_unlink(&t->store->folders, &name);
+    xkv_pending *p = &t->store->pending;
+    pthread_mutex_lock(&t->store->mutex);
+    bool full = gone && p->trash_count == XKV_DONE_TRASH;
+    if (gone && !full)
+        p->trash[p->trash_count++] = next->id;
+    pthread_mutex_unlock(&t->store->mutex);
+    return !full;
+}
+
+/* Blobs whose deletion a killed process has committed and not done. Behind a damaged record the blob stays, as an
+ * orphan. */
 static xkv_status empty_trash(tidy *t)
 {
     trash next = {0};
-    for (;;) {
+    while (next.after != UINT64_MAX) {
         xkv_status status = xkv_index_read(t->ctx, t->store->index, next_trash, &next);
         if (status != XKV_OK)
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
-        xkv_blob_name name = xkv_blob_name_of(next.hash, next.id);
-        bool gone = xkv_blob_unlink(&t->store->folders, &name);
-        xkv_pending *p = &t->store->pending;
-        pthread_mutex_lock(&t->store->mutex);
-        bool full = gone && p->trash_count == XKV_DONE_TRASH;
-        if (gone && !full)
-            p->trash[p->trash_count++] = next.id;
-        pthread_mutex_unlock(&t->store->mutex);
-        if (full)
+        bool done = next.damaged || delete_blob(t, &next);
+        if (!done)
             XKV_TRY(xkv_store_flush(t->ctx, t->store));
-        next.after = next.id + !full;
+        next.after = next.id + done;
     }
+    return XKV_OK;
 }
 
 xkv_status xkv_store_tidy(xkv_ctx *ctx, xkv_store *store, uint64_t *leftovers)

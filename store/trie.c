@@ -103,11 +103,8 @@ static xkv_status next_edge(xkv_txn *txn, uint64_t node, xkv_key *from, place *a
 {
     const size_t prefix = xkv_key_end(node).size;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
     xkv_key key;
-    XKV_TRY(xkv_txn_seek(txn, from, prefix, &key, value, &size));
-    if (size != XKV_EDGE_SIZE || (key.size != prefix && key.size != prefix + 4))
-        return fail_tree(txn, node);
+    XKV_TRY(xkv_txn_seek(txn, from, prefix, &key, value));
     bool at_end = key.size == prefix;
     *at = (place){node, at_end ? 0 : xkv_key_u32(&key, prefix), at_end};
     xkv_edge_decode(value, edge);

@@ -77,17 +77,16 @@ static xkv_status fill(xkv_txn *txn, void *user)
 {
     verify *v = user;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
     for (v->count = 0; v->count < BATCH;) {
         xkv_key key = {.size = 0};
-        xkv_status status = xkv_txn_seek(txn, &v->next, 1, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &v->next, 1, &key, value);
         if (status == XKV_ERROR_NOT_FOUND)
             return XKV_OK;
         if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0))
             return status;
         v->next = key;
         v->next.bytes[v->next.size++] = 0;
-        if (status != XKV_OK || size != XKV_ITEM_SIZE || key.size != 9)
+        if (status != XKV_OK)
             note(v, &v->report->damaged, xkv_key_u64(&key, 1), "its record is damaged");
         else
             xkv_item_decode(value, &v->items[v->count++]);
@@ -195,11 +194,8 @@ static xkv_status next_dict(xkv_txn *txn, void *user)
 {
     dict_walk *w = user;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
     xkv_key key;
-    XKV_TRY(xkv_txn_seek(txn, &w->next, 1, &key, value, &size));
-    if (size != XKV_DICT_SIZE)
-        return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "a dictionary's record has %zu bytes [SI3]", size);
+    XKV_TRY(xkv_txn_seek(txn, &w->next, 1, &key, value));
     xkv_dict_record_decode(value, &w->dict);
     w->next = key;
     w->next.bytes[w->next.size++] = 0;

@@ -45,12 +45,11 @@ static xkv_status read_all(xkv_txn *txn, void *user)
 {
     xkv_key from = {.size = 0}, key;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size;
     (void)user;
     from.bytes[from.size++] = 0;
     for (int i = 0; i < 100000; i++) {
         key.size = 0;
-        xkv_status status = xkv_txn_seek(txn, &from, 0, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 0, &key, value);
         if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0 || key.size >= XKV_KEY_MAX))
             return status;
         from = key;
