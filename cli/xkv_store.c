@@ -445,19 +445,21 @@ static cli_exit run_verify(cli *c, uint32_t count, char **arguments)
     cli_progress_end(c);
     if (status != XKV_OK)
         return report(c, status);
-    uint64_t wrong = r.damaged + r.missing + r.unreachable + r.wrong_sums;
+    uint64_t wrong = r.damaged + r.missing + r.unreachable + r.wrong_sums + r.bad_records;
     if (c->json)
-        cli_json_print(json_pack(
-            "{s:b, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o}", "ok", wrong == 0, "entries", (json_int_t)r.entries,
-            "dictionaries", (json_int_t)r.dictionaries, "bytes", (json_int_t)r.bytes, "damaged", (json_int_t)r.damaged,
-            "missing", (json_int_t)r.missing, "unreachable", (json_int_t)r.unreachable, "orphans",
-            (json_int_t)r.orphans, "wrong_sums", (json_int_t)r.wrong_sums, "first", cli_json_string(r.first)));
+        cli_json_print(json_pack("{s:b, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o}", "ok", wrong == 0, "entries",
+                                 (json_int_t)r.entries, "dictionaries", (json_int_t)r.dictionaries, "bytes",
+                                 (json_int_t)r.bytes, "damaged", (json_int_t)r.damaged, "missing",
+                                 (json_int_t)r.missing, "unreachable", (json_int_t)r.unreachable, "orphans",
+                                 (json_int_t)r.orphans, "wrong_sums", (json_int_t)r.wrong_sums, "bad_records",
+                                 (json_int_t)r.bad_records, "first", cli_json_string(r.first)));
     else if (wrong == 0)
         cli_note(c, "%s: OK, %" PRIu64 " entries, %s%s", tool->path, r.entries, cli_size_text(r.bytes).text,
                  r.orphans > 0 ? ", and orphaned files; gc removes them" : "");
     if (wrong > 0)
-        cli_error(c, "%s: %" PRIu64 " damaged, %" PRIu64 " missing, %" PRIu64 " unreachable; %s", tool->path, r.damaged,
-                  r.missing, r.unreachable, r.first);
+        cli_error(c,
+                  "%s: %" PRIu64 " damaged, %" PRIu64 " missing, %" PRIu64 " unreachable, %" PRIu64 " bad records; %s",
+                  tool->path, r.damaged, r.missing, r.unreachable, r.bad_records, r.first);
     c->reported = c->json;
     return wrong == 0 ? CLI_OK : CLI_BAD_INPUT;
 }

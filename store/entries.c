@@ -107,23 +107,27 @@ static xkv_status delete_names(xkv_txn *txn, const xkv_item *item)
     for (uint32_t i = 0; i < item->names; i++) {
         xkv_key name = xkv_key_pair(XKV_TABLE_NAMES, item->id, i);
         uint8_t hash[16];
-        XKV_TRY(xkv_txn_get(txn, &name, hash, sizeof hash));
-        xkv_key page = xkv_key_page(hash, item->id);
-        XKV_TRY(xkv_txn_delete(txn, &page));
+        xkv_status status = xkv_txn_get(txn, &name, hash, sizeof hash);
+        if (status == XKV_OK) {
+            xkv_key page = xkv_key_page(hash, item->id);
+            XKV_TRY(xkv_txn_delete(txn, &page));
+        } else if (status != XKV_ERROR_NOT_FOUND && status != XKV_ERROR_CORRUPT) {
+            return status; /* damaged: its page key leads nowhere from now on, which lookups step over */
+        }
         XKV_TRY(xkv_txn_delete(txn, &name));
     }
     return XKV_OK;
 }
 
 /* Count one user of the entry's dictionary more or less. One that is not there, after a repair that did not find it,
- * counts its users when it is put. */
+ * counts its users when it is put. Nothing is counted in a damaged record. */
 static xkv_status count_user(xkv_txn *txn, const xkv_item *item, int change)
 {
     xkv_dict_record dict;
     if (!xkv_item_needs_dict(item))
         return XKV_OK;
     xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
-    if (status == XKV_ERROR_NOT_FOUND)
+    if (status == XKV_ERROR_NOT_FOUND || status == XKV_ERROR_CORRUPT)
         return XKV_OK;
     XKV_TRY(status);
     dict.users = change > 0 ? dict.users + 1 : dict.users - (dict.users > 0);
@@ -194,7 +198,8 @@ static xkv_status find_common(xkv_txn *txn, xkv_meta *meta, xkv_store *store, ui
         XKV_TRY(status);
         status = xkv_txn_get_item(txn, id, &nearest);
         if (status == XKV_ERROR_NOT_FOUND)
-            return xkv_fail(ctx, XKV_ERROR_CORRUPT, "entry %llu has no record [SI4]", (unsigned long long)id);
+            return xkv_fail(ctx, XKV_ERROR_CORRUPT, "entry %llu has no record: repair rebuilds the index [SI4]",
+                            (unsigned long long)id);
         XKV_TRY(status);
         status = read_symbols(ctx, store, &nearest, &theirs);
         if (xkv_is_damage(status) || status == XKV_ERROR_NOT_FOUND) {
@@ -324,8 +329,7 @@ xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[1
 
 /* --- Eviction and expiry ------------------------------------------------------------------------------------------ */
 
-/* Whether the entry stands in USED or EXPIRES under this time. */
-static bool is_listed(const xkv_item *item, uint8_t table, uint64_t time)
+bool xkv_item_is_listed(const xkv_item *item, uint8_t table, uint64_t time)
 {
     return table == XKV_TABLE_USED ? item->pinned == 0 && item->used == time : item->expires == time;
 }
@@ -346,7 +350,7 @@ static xkv_status next_item(xkv_txn *txn, xkv_key *from, uint64_t *time, xkv_ite
             status = xkv_txn_get_item(txn, xkv_key_u64(&key, 9), item);
         else
             status = XKV_ERROR_NOT_FOUND;
-        if (status == XKV_OK && !is_listed(item, key.bytes[0], *time))
+        if (status == XKV_OK && !xkv_item_is_listed(item, key.bytes[0], *time))
             status = XKV_ERROR_NOT_FOUND;
         if (status == XKV_ERROR_NOT_FOUND)
             XKV_TRY(xkv_txn_delete(txn, &key));
@@ -503,8 +507,8 @@ static xkv_status write_use(xkv_txn *txn, xkv_meta *meta, uint64_t id, uint64_t 
 {
     xkv_item before, after;
     xkv_status status = xkv_txn_get_item(txn, id, &before);
-    if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && before.used >= time))
-        return XKV_OK;
+    if (status == XKV_ERROR_NOT_FOUND || status == XKV_ERROR_CORRUPT || (status == XKV_OK && before.used >= time))
+        return XKV_OK; /* nobody's change shall fail for an order of use */
     XKV_TRY(status);
     after = before;
     after.used = time;

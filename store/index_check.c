@@ -62,8 +62,8 @@ typedef struct walk {
 
 static xkv_status fail_page(const walk *w, uint64_t page, const char *what)
 {
-    return xkv_fail(w->ctx, XKV_ERROR_CORRUPT, "the index %s: page %llu: %s [SI1]", w->path, (unsigned long long)page,
-                    what);
+    return xkv_fail(w->ctx, XKV_ERROR_CORRUPT, "the index %s, which repair rebuilds: page %llu: %s [SI1]", w->path,
+                    (unsigned long long)page, what);
 }
 
 /* --- Meta pages --------------------------------------------------------------------------------------------------- */

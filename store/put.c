@@ -91,8 +91,10 @@ static xkv_status has_names(xkv_txn *txn, const put *p, const xkv_item *before, 
         xkv_key name = xkv_key_pair(XKV_TABLE_NAMES, before->id, i);
         uint8_t hash[16], theirs[16];
         xkv_page_hash(p->item.space, p->names[i].key, hash);
-        XKV_TRY(xkv_txn_get(txn, &name, theirs, sizeof theirs));
-        *has = memcmp(hash, theirs, sizeof hash) == 0;
+        xkv_status status = xkv_txn_get(txn, &name, theirs, sizeof theirs);
+        *has = status == XKV_OK && memcmp(hash, theirs, sizeof hash) == 0; /* a damaged record has none */
+        if (status != XKV_ERROR_CORRUPT)
+            XKV_TRY(status);
     }
     return XKV_OK;
 }
@@ -105,18 +107,37 @@ static void inherit(put *p, const xkv_item *before)
         p->item.expires = before->expires;
 }
 
+/* The entry of this very prompt by the tree, where the record of its key is damaged; that is made right. */
+static xkv_status find_by_tree(xkv_txn *txn, const put *p, const xkv_key *key, xkv_item *item)
+{
+    xkv_space space;
+    uint64_t id = 0;
+    XKV_TRY(xkv_txn_get_space(txn, p->item.space, &space));
+    XKV_TRY(xkv_trie_find(txn, space.root, p->symbols, p->item.symbols, &id));
+    XKV_TRY(xkv_txn_get_item(txn, id, item));
+    return memcmp(item->key, p->item.key, 32) == 0 ? xkv_txn_put_u64(txn, key, id) : XKV_ERROR_NOT_FOUND;
+}
+
+/* The entry of this very prompt. NOT_FOUND without a message. */
+static xkv_status find_same(xkv_txn *txn, const put *p, xkv_item *item)
+{
+    const xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, p->item.key, 32);
+    uint64_t id = 0;
+    xkv_status status = xkv_txn_get_u64(txn, &key, &id);
+    if (status == XKV_ERROR_CORRUPT)
+        return find_by_tree(txn, p, &key, item);
+    XKV_TRY(status);
+    return xkv_txn_get_item(txn, id, item);
+}
+
 /* Sets report.existed. An entry that is expired makes room; so does one without the page keys, when there is one to
  * take its place: page keys lie in the blob. */
 static xkv_status renew_existing(xkv_txn *txn, xkv_meta *meta, put *p, xkv_removed *removed, bool replace)
 {
     bool has = true;
-    xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, p->item.key, 32);
     xkv_item before;
-    uint64_t id = 0;
     p->report.existed = 0;
-    xkv_status status = xkv_txn_get_u64(txn, &key, &id);
-    if (status == XKV_OK)
-        status = xkv_txn_get_item(txn, id, &before);
+    xkv_status status = find_same(txn, p, &before);
     if (status == XKV_ERROR_NOT_FOUND)
         return XKV_OK;
     XKV_TRY(status);
@@ -139,7 +160,8 @@ static xkv_status find_body(xkv_txn *txn, void *user)
 {
     put *p = user;
     xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, p->item.key, 32);
-    return xkv_txn_get_u64(txn, &key, &p->report.id);
+    xkv_status status = xkv_txn_get_u64(txn, &key, &p->report.id);
+    return status == XKV_ERROR_CORRUPT ? XKV_OK : status; /* the change that follows makes it right */
 }
 
 static xkv_status renew_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)

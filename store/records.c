@@ -93,16 +93,19 @@ static const struct {
     {XKV_TABLE_TRASH, 9, 9, 32},
 };
 
-/* Fields that can have one value only, and flags. */
-static bool has_known_fields(uint8_t table, const uint8_t *value)
+/* Fields that can have one value only, and flags. An entry's id is also in its key. */
+static bool has_known_fields(const uint8_t *key, const uint8_t *value)
 {
-    switch (table) {
+    xkv_key id = xkv_key_id(XKV_TABLE_ITEM, 0);
+    switch (key[0]) {
     case XKV_TABLE_EDGE:
         return xkv_load32(value + 20) == 0;
     case XKV_TABLE_NODE:
         return xkv_load32(value + 12) == 0;
     case XKV_TABLE_ITEM:
-        return xkv_load32(value + 68) <= 1 && xkv_load32(value + 80) <= 1 && xkv_load64(value + 208) == 0;
+        id = xkv_key_id(XKV_TABLE_ITEM, xkv_load64(value));
+        return memcmp(id.bytes, key, id.size) == 0 && xkv_load32(value + 68) <= 1 && xkv_load32(value + 80) <= 1 &&
+               xkv_load64(value + 208) == 0;
     default:
         return true;
     }
@@ -117,7 +120,9 @@ const char *xkv_record_problem(const uint8_t *key, size_t key_size, const uint8_
             return "its key has a wrong size [SI3]";
         if (size != shapes[i].size)
             return "its value has a wrong size [SI3]";
-        return has_known_fields(key[0], value) ? NULL : "a reserved field is not 0, or a flag not 0 or 1 [SI3]";
+        return has_known_fields(key, value)
+                   ? NULL
+                   : "its id is not that of its key, a reserved field not 0, or a flag not 0 or 1 [SI3]";
     }
     return "it is of no known table [SI3]";
 }

@@ -201,6 +201,18 @@ XKV_MUST_CHECK xkv_status xkv_store_find(xkv_ctx *ctx, xkv_store *store, const x
                                          xkv_hit **hit_p);
 void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens);
 
+/* --- Verifying --- */
+
+typedef struct xkv_records_report {
+    uint64_t bad;                    /* records that are damaged or contradict others; but for those of entries */
+    uint64_t spaces, entries, bytes; /* namespaces, and what they count */
+    char first[256];                 /* what was wrong first; "" */
+} xkv_records_report;
+/* Every record of the index, but for the blobs they speak of. */
+XKV_MUST_CHECK xkv_status xkv_verify_records(xkv_ctx *ctx, xkv_store *store, xkv_records_report *report);
+/* Whether the entry stands in USED or EXPIRES under this time. */
+bool xkv_item_is_listed(const xkv_item *item, uint8_t table, uint64_t time);
+
 /* --- Tidying (store.c) --- */
 
 /* Body of a transaction: what the index knows of a blob. */

@@ -55,7 +55,8 @@ static xkv_status put_node(xkv_txn *txn, uint64_t id, const place *from)
 
 static xkv_status fail_tree(xkv_txn *txn, uint64_t node)
 {
-    return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "the tree of prompts contradicts itself at node %llu [SI4]",
+    return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT,
+                    "the tree of prompts contradicts itself at node %llu: repair rebuilds the index [SI4]",
                     (unsigned long long)node);
 }
 

@@ -18,7 +18,9 @@ typedef struct verify {
     xkv_item items[BATCH]; /* read in one transaction */
     uint32_t count;
     uint64_t bytes, pinned; /* sums over the records */
-    uint32_t *symbols;      /* of the entry at hand */
+    uint64_t dict_bytes;    /* of them, of dictionaries */
+    xkv_records_report records;
+    uint32_t *symbols; /* of the entry at hand */
     const xkv_item *item;
 } verify;
 
@@ -47,6 +49,17 @@ static bool has_mark(xkv_txn *txn, uint8_t table, uint64_t time, uint64_t id)
     return xkv_txn_get(txn, &key, none, 0) == XKV_OK;
 }
 
+static bool has_names(xkv_txn *txn, const xkv_item *item)
+{
+    uint8_t hash[16];
+    for (uint32_t i = 0; i < item->names; i++) {
+        xkv_key key = xkv_key_pair(XKV_TABLE_NAMES, item->id, i);
+        if (xkv_txn_get(txn, &key, hash, sizeof hash) == XKV_ERROR_NOT_FOUND)
+            return false;
+    }
+    return true;
+}
+
 /* Whether a lookup of the entry's own prompt ends at it, or at one that begins with it. */
 static xkv_status check_reach(xkv_txn *txn, void *user)
 {
@@ -69,6 +82,8 @@ static xkv_status check_reach(xkv_txn *txn, void *user)
     if ((item->pinned == 0 && !has_mark(txn, XKV_TABLE_USED, item->used, item->id)) ||
         (item->expires != 0 && !has_mark(txn, XKV_TABLE_EXPIRES, item->expires, item->id)))
         note(v, &v->report->wrong_sums, item->id, "it is not listed for eviction or expiry");
+    if (!has_names(txn, item))
+        note(v, &v->report->wrong_sums, item->id, "a page key of it is not noted");
     return XKV_OK;
 }
 
@@ -194,11 +209,17 @@ static xkv_status next_dict(xkv_txn *txn, void *user)
 {
     dict_walk *w = user;
     uint8_t value[XKV_VALUE_MAX];
-    xkv_key key;
-    XKV_TRY(xkv_txn_seek(txn, &w->next, 1, &key, value));
+    for (;;) {
+        xkv_key key = {.size = 0};
+        xkv_status status = xkv_txn_seek(txn, &w->next, 1, &key, value);
+        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0))
+            return status;
+        w->next = key;
+        w->next.bytes[w->next.size++] = 0;
+        if (status == XKV_OK) /* a damaged one is noted with all records */
+            break;
+    }
     xkv_dict_record_decode(value, &w->dict);
-    w->next = key;
-    w->next.bytes[w->next.size++] = 0;
     return XKV_OK;
 }
 
@@ -209,6 +230,7 @@ static xkv_status check_dict(verify *v, const xkv_dict_record *dict)
     int fd = -1;
     v->report->dictionaries++;
     v->bytes += dict->file_size;
+    v->dict_bytes += dict->file_size;
     xkv_status status = xkv_blob_open(v->ctx, &v->store->folders, &name, false, &fd);
     if (status == XKV_OK) {
         status = xkv_blob_file(v->ctx, &fd, &file);
@@ -237,6 +259,16 @@ static xkv_status check_dicts(verify *v)
     }
 }
 
+/* All tables. */
+static xkv_status check_records(verify *v)
+{
+    XKV_TRY(xkv_verify_records(v->ctx, v->store, &v->records));
+    v->report->bad_records = v->records.bad;
+    if (v->report->first[0] == '\0')
+        memcpy(v->report->first, v->records.first, sizeof v->report->first);
+    return XKV_OK;
+}
+
 static xkv_status check_orphan(void *user, const char *name)
 {
     verify *v = user;
@@ -252,6 +284,10 @@ static void check_sums(verify *v, const xkv_meta *before)
     const xkv_meta *m = &v->meta;
     if (memcmp(before, m, sizeof *m) != 0)
         return;
+    const xkv_records_report *r = &v->records;
+    uint64_t entry_bytes = v->bytes - v->dict_bytes;
+    if (r->spaces != m->namespaces || r->entries != m->entries || r->bytes != entry_bytes)
+        note(v, &v->report->wrong_sums, 0, "the sums of the namespaces are wrong");
     if (m->entries != v->report->entries || m->dictionaries != v->report->dictionaries || m->bytes != v->bytes ||
         m->pinned != v->pinned)
         note(v, &v->report->wrong_sums, 0, "the sums of the store are wrong");
@@ -263,6 +299,7 @@ static xkv_status verify_all(verify *v)
     const xkv_meta before = v->meta;
     XKV_TRY(check_entries(v));
     XKV_TRY(check_dicts(v));
+    XKV_TRY(check_records(v));
     XKV_TRY(xkv_folder_list(v->ctx, v->store->folders.blobs, check_orphan, v));
     XKV_TRY(xkv_index_get_meta(v->ctx, v->store->index, &v->meta));
     check_sums(v, &before);

@@ -334,11 +334,13 @@ typedef struct xkv_verify_report {
     uint64_t unreachable;                  /* entries that a lookup of their tokens does not find */
     uint64_t orphans;                      /* blobs without a record */
     uint64_t wrong_sums;                   /* records whose counts disagree with what is there */
+    uint64_t bad_records;                  /* other records that are damaged, or contradict each other */
     char first[256];                       /* what was wrong first; "" */
 } xkv_verify_report;
 
-/* Check every record, every blob's SHA-256 and every link between them; with `decode` also decode everything. Nothing
- * is changed. Returns XKV_OK with the report when it could look at everything, also when something is wrong. */
+/* Check every record of every table, every blob's SHA-256 and every link between them; with `decode` also decode
+ * everything. Nothing is changed. Returns XKV_OK with the report when it could look at everything, also when something
+ * is wrong. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_verify(xkv_ctx *ctx, xkv_store *store, int decode, xkv_progress_fn progress,
                                                    void *progress_user, xkv_verify_report *report);
 

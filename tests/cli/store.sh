@@ -159,7 +159,7 @@ out_has '"expirations":1,'
 # Damage: a miss, quarantine, a message; then a repair.
 flip_bit s/blobs/* 2000
 run 3 xkv-store verify s
-err_has '^xkv-store: s: 1 damaged, 0 missing, 0 unreachable; entry 1: .*\[SB6\]$'
+err_has '^xkv-store: s: 1 damaged, 0 missing, 0 unreachable, 0 bad records; entry 1: .*\[SB6\]$'
 run 3 xkv-store get -o none s a
 run 7 xkv-store match -q s a
 run 0 xkv-store stat s
