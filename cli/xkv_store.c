@@ -288,6 +288,7 @@ static void print_stats(const xkv_store_stats *s)
     print_bytes("byte cap", s->byte_cap);
     print_bytes("index", s->index_bytes);
     print_number("quarantined files", s->quarantined);
+    print_bytes("quarantined bytes", s->quarantined_bytes);
     print_number("block tokens", s->block_tokens);
     print_number("puts", s->puts);
     print_number("hits", s->hits);
@@ -313,6 +314,7 @@ static json_t *stats_json(const xkv_store_stats *s)
         {"byte_cap", s->byte_cap},
         {"index_bytes", s->index_bytes},
         {"quarantined", s->quarantined},
+        {"quarantined_bytes", s->quarantined_bytes},
         {"puts", s->puts},
         {"hits", s->hits},
         {"misses", s->misses},

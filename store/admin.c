@@ -182,10 +182,19 @@ xkv_status xkv_store_remove_namespace(xkv_ctx *ctx, xkv_store *store, const xkv_
 
 /* --- Sums --------------------------------------------------------------------------------------------------------- */
 
-static xkv_status count_name(void *user, const char *name)
+typedef struct folder_sum {
+    int folder;
+    uint64_t count, bytes;
+} folder_sum;
+
+static xkv_status add_file(void *user, const char *name)
 {
-    (void)name;
-    ++*(uint64_t *)user;
+    folder_sum *sum = user;
+    struct stat st;
+    if (fstatat(sum->folder, name, &st, AT_SYMLINK_NOFOLLOW) != 0)
+        return XKV_OK; /* gone since */
+    sum->count++;
+    sum->bytes += (uint64_t)st.st_size;
     return XKV_OK;
 }
 
@@ -196,7 +205,10 @@ xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *
     xkv_meta m;
     XKV_TRY(xkv_store_begin(ctx, store));
     XKV_TRY(xkv_index_get_meta(ctx, store->index, &m));
-    XKV_TRY(xkv_folder_list(ctx, store->folders.quarantine, count_name, &s.quarantined));
+    folder_sum bad = {.folder = store->folders.quarantine};
+    XKV_TRY(xkv_folder_list(ctx, store->folders.quarantine, add_file, &bad));
+    s.quarantined = bad.count;
+    s.quarantined_bytes = bad.bytes;
     xkv_index_sizes(store->index, &s.index_bytes, &s.map_bytes);
     s.byte_cap = m.byte_cap;
     s.bytes = m.bytes;

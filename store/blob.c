@@ -17,6 +17,7 @@
 #define COPY_BLOCK       (256u * 1024u)
 #define ALIGNMENT        64u
 #define QUARANTINE_FILES 8u
+#define QUARANTINE_SHARE 16u   /* of the byte cap */
 #define RUN_SYMBOLS      1024u /* with a checksum of their own, so that a short prompt reads no more */
 #define WRITE_VERSION    1u
 #define READ_VERSION     1u
@@ -641,7 +642,8 @@ bool xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name)
 typedef struct oldest {
     int folder;
     uint32_t count;
-    struct timespec time;
+    uint64_t bytes;
+    struct timespec time; /* of the oldest */
     char name[256];
 } oldest;
 
@@ -651,6 +653,7 @@ static xkv_status consider_oldest(void *user, const char *name)
     struct stat st;
     if (fstatat(o->folder, name, &st, AT_SYMLINK_NOFOLLOW) != 0)
         return XKV_OK;
+    o->bytes += (uint64_t)st.st_size;
     bool older = st.st_ctim.tv_sec < o->time.tv_sec ||
                  (st.st_ctim.tv_sec == o->time.tv_sec && st.st_ctim.tv_nsec < o->time.tv_nsec);
     if (o->count++ == 0 || older) {
@@ -660,13 +663,22 @@ static xkv_status consider_oldest(void *user, const char *name)
     return XKV_OK;
 }
 
-void xkv_blob_quarantine(const xkv_folders *folders, const xkv_blob_name *name)
+/* Nothing is evicted for what is in quarantine, so that it must not take much beside the cap. */
+static bool is_too_full(const oldest *o, uint64_t byte_cap)
 {
-    oldest o = {.folder = folders->quarantine};
+    return o->count > QUARANTINE_FILES || (byte_cap > 0 && o->count > 1 && o->bytes > byte_cap / QUARANTINE_SHARE);
+}
+
+void xkv_blob_quarantine(const xkv_folders *folders, const xkv_blob_name *name, uint64_t byte_cap)
+{
     if (renameat(folders->blobs, name->text, folders->quarantine, name->text) != 0)
         xkv_blob_unlink(folders, name);
-    if (xkv_folder_list(NULL, folders->quarantine, consider_oldest, &o) == XKV_OK && o.count > QUARANTINE_FILES)
-        (void)unlinkat(folders->quarantine, o.name, 0);
+    for (;;) {
+        oldest o = {.folder = folders->quarantine};
+        xkv_status status = xkv_folder_list(NULL, folders->quarantine, consider_oldest, &o);
+        if (status != XKV_OK || !is_too_full(&o, byte_cap) || unlinkat(folders->quarantine, o.name, 0) != 0)
+            return;
+    }
 }
 
 xkv_status xkv_folder_list(xkv_ctx *ctx, int folder, xkv_status (*name)(void *user, const char *name), void *user)

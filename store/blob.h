@@ -105,8 +105,9 @@ XKV_MUST_CHECK xkv_status xkv_blob_try_lock(xkv_ctx *ctx, const xkv_folders *fol
                                             bool *locked, int *fd);
 /* True when it is not there any more; else whoever opens or collects the store next tries again. */
 bool xkv_blob_unlink(const xkv_folders *folders, const xkv_blob_name *name);
-/* Move it to the quarantine, which keeps the last eight. */
-void xkv_blob_quarantine(const xkv_folders *folders, const xkv_blob_name *name);
+/* Move it to the quarantine, which keeps the last one, and of the seven before it those that fit with it into a
+ * sixteenth of the byte cap (0: none). */
+void xkv_blob_quarantine(const xkv_folders *folders, const xkv_blob_name *name, uint64_t byte_cap);
 
 /* Call `name` for every file of a folder, until it returns other than XKV_OK. */
 XKV_MUST_CHECK xkv_status xkv_folder_list(xkv_ctx *ctx, int folder, xkv_status (*name)(void *user, const char *name),

@@ -43,12 +43,12 @@ static xkv_status add_removed(xkv_ctx *ctx, xkv_removed *r, const uint8_t hash[3
 }
 
 /* A blob that could not be deleted keeps its TRASH record. */
-void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine)
+void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine, uint64_t byte_cap)
 {
     for (uint64_t i = 0; i < r->count; i++) {
         bool gone = true;
         if (quarantine)
-            xkv_blob_quarantine(&store->folders, &r->blobs[i].name);
+            xkv_blob_quarantine(&store->folders, &r->blobs[i].name, byte_cap);
         else
             gone = xkv_blob_unlink(&store->folders, &r->blobs[i].name);
         pthread_mutex_lock(&store->mutex);
@@ -553,6 +553,7 @@ static xkv_status run_change(xkv_txn *txn, void *user)
     if (a->change->body != NULL)
         XKV_TRY(a->change->body(txn, &meta, a->change));
     XKV_TRY(xkv_txn_put_meta(txn, &meta));
+    a->change->byte_cap = meta.byte_cap;
     /* Blobs whose TRASH records go must not come back. Last, when the body has synced the folder already. */
     int blobs = a->change->store->folders.blobs;
     if (a->pending->trash_count > 0 && fsync(blobs) != 0 && errno != EINVAL)
@@ -576,8 +577,8 @@ static xkv_status change_once(xkv_ctx *ctx, xkv_change *change, xkv_pending *pen
     change->removed_bytes += change->removed.bytes;
     change->evicted_count += change->removed.evicted;
     change->evicted_bytes += change->removed.evicted_bytes;
-    xkv_removed_finish(ctx, store, &change->removed, false);
-    xkv_removed_finish(ctx, store, &change->quarantine, true);
+    xkv_removed_finish(ctx, store, &change->removed, false, change->byte_cap);
+    xkv_removed_finish(ctx, store, &change->quarantine, true, change->byte_cap);
     return XKV_OK;
 }
 

@@ -253,7 +253,7 @@ static xkv_status take_blob(void *user, const char *text)
     if (!xkv_is_damage(status))
         return xkv_is_newer(status) ? XKV_OK : status;
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: damaged, into quarantine: %s", name.text, xkv_ctx_error(r->ctx));
-    xkv_blob_quarantine(&r->store->folders, &name);
+    xkv_blob_quarantine(&r->store->folders, &name, r->store->properties.byte_cap);
     r->report.quarantined++;
     return XKV_OK;
 }

@@ -119,7 +119,7 @@ typedef struct xkv_removed {
 /* Forget what an aborted attempt has collected. */
 void xkv_removed_clear(xkv_ctx *ctx, xkv_removed *r);
 /* After the commit: delete the blobs, or move them to the quarantine; frees the list. */
-void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine);
+void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine, uint64_t byte_cap);
 
 /* Insert an entry: all its records and sums. item: everything but its place. `names` [item->names]. */
 XKV_MUST_CHECK xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
@@ -168,6 +168,7 @@ typedef struct xkv_change {
     bool again;                            /* false whenever the body begins */
     uint64_t removed_count, removed_bytes; /* of `removed`, added up by the commits */
     uint64_t evicted_count, evicted_bytes; /* the same */
+    uint64_t byte_cap;                     /* as the last commit left it */
 } xkv_change;
 XKV_MUST_CHECK xkv_status xkv_store_change(xkv_ctx *ctx, xkv_change *change);
 

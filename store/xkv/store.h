@@ -121,8 +121,8 @@ static inline xkv_store_options xkv_store_options_default(void)
 typedef struct xkv_store_properties {
     size_t struct_size;
     uint32_t block_tokens; /* of the native chain, 1 .. 65536; default 256; fixed for ever */
-    uint64_t byte_cap;     /* of all blobs; 0: none (default) */
-    const uint8_t *key;    /* [32] random bytes: encrypt all blobs with it; NULL: do not (default); fixed for ever */
+    uint64_t byte_cap;  /* of all blobs; 0: none (default). Beside it: one blob, or a sixteenth of it, in quarantine */
+    const uint8_t *key; /* [32] random bytes: encrypt all blobs with it; NULL: do not (default); fixed for ever */
 } xkv_store_properties;
 
 static inline xkv_store_properties xkv_store_properties_default(void)
@@ -304,7 +304,7 @@ typedef struct xkv_store_stats {
     uint64_t byte_cap, bytes;                           /* cap; of all blobs, dictionaries included */
     uint64_t entries, pinned, namespaces, dictionaries; /* now there */
     uint64_t index_bytes, map_bytes;                    /* pages of the index in use; its address space */
-    uint64_t quarantined;                               /* blobs now in quarantine */
+    uint64_t quarantined, quarantined_bytes;            /* blobs now in quarantine, which the cap does not count */
     uint64_t puts, hits, misses, evictions, expirations, corrupt;
     uint64_t tokens_reused; /* matched, over all hits */
     uint64_t bytes_reused;  /* raw bytes of the caches that these tokens stand for */

@@ -262,6 +262,62 @@ static void a_wrong_bit_in_a_blob(void **state)
     assert_true(found > saved[2].size / 2);
 }
 
+static void damage_blob(uint64_t id)
+{
+    char path[256];
+    full_path("blobs", path);
+    DIR *d = opendir(path);
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d)) != NULL;) {
+        char name[160];
+        size_t size = 0;
+        if (strlen(e->d_name) != 81 || strtoull(e->d_name + 65, NULL, 16) != id)
+            continue;
+        snprintf(name, sizeof name, "blobs/%.100s", e->d_name);
+        uint8_t *data = read_file(name, &size);
+        data[20] ^= 1;
+        write_file(name, data, size);
+        free(data);
+    }
+    closedir(d);
+}
+
+/* Damage one entry after another; what is then in quarantine beside so large a cap (0: none). */
+static xkv_store_stats quarantine_all(uint64_t byte_cap)
+{
+    restore_files();
+    assert_ok(t.ctx, open_store());
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, byte_cap));
+    for (uint64_t i = 0; i < 12; i++) {
+        uint32_t reason;
+        xkv_put_report report;
+        int32_t tokens[SIZE];
+        prompt_tokens(100 + i, tokens);
+        assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, SIZE, NULL, &report));
+        damage_blob(report.id);
+        (void)look_up(100 + i, &reason);
+    }
+    assert_int_equal(stats().corrupt, 12);
+    return stats();
+}
+
+static void the_quarantine_is_bounded(void **state)
+{
+    (void)state;
+    xkv_collect_report r;
+    xkv_store_stats s = quarantine_all(0);
+    assert_int_equal(s.quarantined, 8);
+    const uint64_t each = s.quarantined_bytes / 8;
+    s = quarantine_all(16 * (3 * each + each / 2));
+    assert_int_equal(s.quarantined, 3);
+    assert_true(s.quarantined_bytes <= s.byte_cap / 16);
+    s = quarantine_all(15 * each); /* less than one: the last one stays */
+    assert_int_equal(s.quarantined, 1);
+    assert_ok(t.ctx, xkv_store_collect(t.ctx, t.store, 0, &r));
+    assert_true(r.freed_bytes >= s.quarantined_bytes);
+    assert_int_equal(stats().quarantined + stats().quarantined_bytes, 0);
+}
+
 /* The same when the next entry is put: the tree must not be built on what a damaged blob says. */
 static void a_wrong_bit_in_a_neighbour(void **state)
 {
@@ -811,6 +867,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(a_wrong_bit_in_a_blob),
         TEST(a_wrong_bit_in_a_neighbour),
+        TEST(the_quarantine_is_bounded),
         TEST(a_wrong_bit_in_the_index),
         TEST(bad_properties),
         TEST(lost_properties_are_made_anew),
