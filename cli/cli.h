@@ -227,5 +227,7 @@ cli_exit cli_dict_choose(cli *c, const char *name, const xkv_model *model, uint3
 /* Give the entry the dictionary that it needs, if any. */
 cli_exit cli_dict_attach(cli *c, const char *name, xkv_entry *entry);
 void cli_dict_close(cli *c);
+/* Groups that hold planes: not the cross stage. */
+uint32_t cli_dict_groups(const xkv_dict_info *info);
 
 #endif

@@ -26,6 +26,11 @@ void cli_dict_close(cli *c)
     c->dict = NULL;
 }
 
+uint32_t cli_dict_groups(const xkv_dict_info *info)
+{
+    return info->group_count - (info->cross_components > 0);
+}
+
 static bool is_loaded(const cli *c, const uint8_t *id)
 {
     xkv_dict_info info;

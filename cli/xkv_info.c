@@ -404,10 +404,10 @@ static void print_dictionary_json(const cli *c, const char *name, const xkv_dict
     cli_json_print(json_pack("{s:o, s:b, s:s, s:o, s:o, s:i, s:i, s:i, s:i, s:I, s:f, s:f, s:I, s:b}", "file",
                              cli_json_string(name), "ok", 1, "kind", "dictionary", "id", json_hex(info->id, 16),
                              "model_fingerprint", json_hex(info->fingerprint, 16), "layers", (int)info->layer_count,
-                             "groups", (int)(info->group_count - (info->cross_components > 0)), "cross_components",
-                             (int)info->cross_components, "components", (int)info->component_count, "tokens",
-                             (json_int_t)info->tokens, "unit", info->unit, "max_quality", info->max_quality,
-                             "dictionary_bytes", (json_int_t)info->file_size, "verified", (int)tool->verify));
+                             "groups", (int)cli_dict_groups(info), "cross_components", (int)info->cross_components,
+                             "components", (int)info->component_count, "tokens", (json_int_t)info->tokens, "unit",
+                             info->unit, "max_quality", info->max_quality, "dictionary_bytes",
+                             (json_int_t)info->file_size, "verified", (int)tool->verify));
 }
 
 static void print_dictionary(cli *c, const char *name, const xkv_dict_info *info)
@@ -421,7 +421,7 @@ static void print_dictionary(cli *c, const char *name, const xkv_dict_info *info
     printf("  %-24s %s\n", "id", cli_hex_text(info->id, 16).text);
     printf("  %-24s %s\n", "model.fingerprint", known ? cli_hex_text(info->fingerprint, 16).text : "unknown");
     printf("  %-24s %u\n", "layers", info->layer_count);
-    printf("  %-24s %u\n", "groups", info->group_count - (info->cross_components > 0));
+    printf("  %-24s %u\n", "groups", cli_dict_groups(info));
     printf("  %-24s %u\n", "cross components", info->cross_components);
     printf("  %-24s %u\n", "components", info->component_count);
     printf("  %-24s %" PRIu64 "\n", "training tokens", info->tokens);

@@ -361,7 +361,8 @@ static cli_text error_text(const xkv_geometry *g, const xkv_pack_report *r)
     return t;
 }
 
-/* "step 0.0123, metric error 0.0912, 3021 of 11520 components, dictionary 0011aabb, " for quantized entries. */
+/* "step 0.0123, metric error 0.0912, 3021 of 11520 components, dictionary 0011aabb, " for quantized entries; without a
+ * metric and a dictionary, those of other profiles. */
 static void coded_text(const pack_tool *tool, const xkv_pack_report *r, char *text, size_t size)
 {
     xkv_dict_info info;
@@ -370,7 +371,7 @@ static void coded_text(const pack_tool *tool, const xkv_pack_report *r, char *te
     if (r->component_total == 0)
         return;
     n = (size_t)snprintf(text, size, "step %.4g, %s%.4f, %u of %u components, ", r->step,
-                         tool->options.dict != NULL ? "metric error " : "error ", r->error_metric, r->components,
+                         r->profile == XKV_PROFILE_DICT ? "metric error " : "error ", r->error_metric, r->components,
                          r->component_total);
     if (r->profile != XKV_PROFILE_DICT)
         return;
@@ -435,7 +436,7 @@ static void print_result(cli *c, const cli_input *input, const cli_output *outpu
         xkv_dict_info info;
         xkv_dict_get_info(tool->options.dict, &info);
         cli_note(c, "%s: dictionary %s, %s, %u groups, %u components", input->name, cli_hex_text(info.id, 16).text,
-                 cli_size_text(info.file_size).text, info.group_count, info.component_count);
+                 cli_size_text(info.file_size).text, cli_dict_groups(&info), info.component_count);
     }
     if (c->verbosity >= 2)
         cli_note(c, "%s: %u tokens, %u layers, %u groups (%u lossless), %s, peak memory %s", input->name,

@@ -419,12 +419,12 @@ static void print_collected(cli *c, const xkv_collect_report *r)
 static cli_exit run_gc(cli *c, uint32_t count, char **arguments)
 {
     store_tool *tool = c->user;
-    xkv_collect_report r;
+    xkv_collect_report r, by_cap = {0};
     xkv_status status = XKV_OK;
     (void)count;
     (void)arguments;
     if (tool->cap_given)
-        status = xkv_store_set_cap(c->ctx, tool->store, tool->properties.byte_cap);
+        status = xkv_store_set_cap(c->ctx, tool->store, tool->properties.byte_cap, &by_cap);
     if (status == XKV_OK)
         status = xkv_store_collect(c->ctx, tool->store, tool->unused_dicts, &r);
     if (status == XKV_OK && tool->compact) {
@@ -432,8 +432,11 @@ static cli_exit run_gc(cli *c, uint32_t count, char **arguments)
         tool->store = NULL;
         status = xkv_store_repair(c->ctx, tool->path, tool->key, 1, NULL);
     }
-    if (status == XKV_OK)
+    if (status == XKV_OK) {
+        r.evicted += by_cap.evicted;
+        r.freed_bytes += by_cap.freed_bytes;
         print_collected(c, &r);
+    }
     return report(c, status);
 }
 
@@ -533,6 +536,8 @@ static const char *problem_of(const cli *c, const store_tool *tool, uint32_t cou
         return writes_file ? "name the output by -o" : "-o goes with get and export";
     if (tool->command->run == store_get && (count == 1) == (tool->id != 0))
         return "get takes either a prompt or --id";
+    if (tool->command->run != store_get && tool->id != 0)
+        return "--id goes with get";
     if (tool->command->run == run_rm && (count > 0) == tool->all)
         return "rm takes either ids or --all";
     if ((tool->pack.ratio > 0) + (tool->pack.error > 0) + (tool->pack.quality > 0) > 1)
@@ -629,7 +634,7 @@ static cli_exit begin(cli *c)
         code = make_namespace(c);
     if (code != CLI_OK || !tool->command->opens)
         return code;
-    tool->pack.model = tool->model;
+    tool->pack.model = tool->model != NULL ? tool->model : cli_model_bare(c, &tool->bare);
     tool->pack.progress = cli_progress;
     tool->pack.progress_user = c;
     o.key = tool->key;

@@ -21,7 +21,8 @@ typedef struct store_tool {
     uint32_t min_tokens;
     uint64_t id; /* --id; 0: not given */
     bool all, decode, compact, unused_dicts;
-    xkv_model *model;
+    xkv_model *model; /* of --model */
+    xkv_model bare;   /* of --fingerprint alone */
 } store_tool;
 
 /* A command: its arguments after the store are `count` of `arguments`. */

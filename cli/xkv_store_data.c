@@ -173,7 +173,7 @@ static cli_exit pack_and_put(cli *c, const cli_input *file)
         return cli_fail(c, file->name, status);
     cli_exit code = CLI_OK;
     if (c->dict_given)
-        code = cli_dict_choose(c, file->name, tool->model, xkv_cache_geometry(cache)->layer_count, true);
+        code = cli_dict_choose(c, file->name, tool->pack.model, xkv_cache_geometry(cache)->layer_count, true);
     if (code == CLI_OK)
         code = put_cache(c, file, cache);
     xkv_cache_free(c->ctx, cache);

@@ -310,16 +310,10 @@ typedef struct train_report {
     double seconds;
 } train_report;
 
-/* Groups that hold planes. */
-static uint32_t plane_groups(const xkv_dict_info *info)
-{
-    return info->group_count - (info->cross_components > 0);
-}
-
 static uint32_t widest_group(const train_report *r)
 {
     uint32_t widest = 0, count;
-    for (uint32_t g = 0; g < plane_groups(&r->info); g++) {
+    for (uint32_t g = 0; g < cli_dict_groups(&r->info); g++) {
         xkv_dict_sigma(r->dict, g, &count);
         widest = count > widest ? count : widest;
     }
@@ -385,7 +379,8 @@ static void print_report(cli *c, const train_report *r, bool to_stdout)
     if (r->info.cross_components > 0)
         snprintf(cross, sizeof cross, ", cross stage of %u components", r->info.cross_components);
     cli_note(c, "%s: %" PRIu64 " tokens of %u cache%s, %u groups%s -> %s, %.2f s", r->name, r->info.tokens, count,
-             count == 1 ? "" : "s", plane_groups(&r->info), cross, cli_size_text(r->info.file_size).text, r->seconds);
+             count == 1 ? "" : "s", cli_dict_groups(&r->info), cross, cli_size_text(r->info.file_size).text,
+             r->seconds);
     warn_few_tokens(c, r);
     if (c->verbosity < 1 || c->json)
         return;
@@ -427,7 +422,7 @@ static void print_json(const cli *c, const train_report *r)
     cli_json_print(json_pack("{s:o, s:b, s:o, s:i, s:I, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:o, s:o, s:f}", "file",
                              cli_json_string(r->name), "ok", 1, "id", json_string(cli_hex_text(r->info.id, 16).text),
                              "caches", (int)tool->count, "tokens", (json_int_t)r->info.tokens, "groups",
-                             (int)plane_groups(&r->info), "cross_components", (int)r->info.cross_components,
+                             (int)cli_dict_groups(&r->info), "cross_components", (int)r->info.cross_components,
                              "components", (int)r->info.component_count, "width", (int)widest_group(r), "unit",
                              r->info.unit, "max_quality", r->info.max_quality, "dictionary_bytes",
                              (json_int_t)r->info.file_size, "break_even_tokens", (json_int_t)break_even(&r->info, &e),

@@ -124,7 +124,6 @@ static void fill_report(const xkv_encoder *e, uint64_t file_size, xkv_pack_repor
     r->ratio = (double)r->raw16_bytes / (double)file_size;
     for (int kind = 0; kind < 4; kind++)
         r->error[kind] = xkv_relative_error(e->kind_squares[kind], e->kind_energy[kind]);
-    r->group_count = e->c.group_count;
     r->fallback_groups = e->fallbacks;
     r->step = (double)e->step;
     r->error_metric = xkv_encoder_metric_error(e);
@@ -132,8 +131,10 @@ static void fill_report(const xkv_encoder *e, uint64_t file_size, xkv_pack_repor
     memcpy(r->estimates, e->estimates, sizeof r->estimates);
     r->components = e->components;
     r->component_total = e->component_total;
-    for (uint32_t i = 0; i < e->c.group_count; i++)
+    for (uint32_t i = 0; i < e->c.group_count; i++) {
+        r->group_count += !xkv_group_is_cross(&e->c.groups[i]);
         r->lossless_groups += e->c.groups[i].codec == XKV_GROUP_LOSSLESS;
+    }
     for (uint32_t i = 0; i < e->c.geometry.plane_count; i++)
         r->nonfinite_planes += e->nonfinite[i];
 }

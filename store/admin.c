@@ -241,11 +241,14 @@ static xkv_status cap_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     return xkv_evict(txn, meta, change, 0);
 }
 
-xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap)
+xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap, xkv_collect_report *report)
 {
     xkv_change change = {.store = store, .body = cap_body, .user = &byte_cap};
     XKV_TRY(xkv_store_begin(ctx, store));
-    return xkv_store_change(ctx, &change);
+    XKV_TRY(xkv_store_change(ctx, &change));
+    if (report != NULL)
+        *report = (xkv_collect_report){.evicted = change.evicted_count, .freed_bytes = change.evicted_bytes};
+    return XKV_OK;
 }
 
 typedef struct collect {

@@ -105,7 +105,7 @@ typedef struct xkv_pack_report {
     uint64_t entry_bytes; /* whole file */
     double ratio;         /* raw16_bytes / entry_bytes */
     double error[4];      /* by xkv_plane_kind: relative error over all planes of the kind (spec/codec.md, section 4) */
-    uint32_t group_count;
+    uint32_t group_count; /* that hold planes: a cross stage is none */
     uint32_t lossless_groups;          /* of them, stored lossless */
     uint32_t fallback_groups;          /* of those, because loss would not have shrunk them, or not within the error */
     uint32_t nonfinite_planes;         /* planes holding NaN or Inf */

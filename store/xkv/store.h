@@ -311,9 +311,6 @@ typedef struct xkv_store_stats {
 } xkv_store_stats;
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *stats);
 
-/* Change the byte cap, and evict down to it as far as entries are neither pinned nor being read. */
-XKV_API XKV_MUST_CHECK xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap);
-
 typedef struct xkv_collect_report {
     uint64_t expired, evicted; /* entries */
     uint64_t freed_bytes;      /* of all that was removed */
@@ -321,6 +318,11 @@ typedef struct xkv_collect_report {
     uint64_t leftovers;        /* temporary files of killed processes */
     uint64_t dictionaries;     /* that no entry needs; only with `unused_dicts` */
 } xkv_collect_report;
+
+/* Change the byte cap, and evict down to it as far as entries are neither pinned nor being read. `report` (may be NULL)
+ * gets what was evicted and freed. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_set_cap(xkv_ctx *ctx, xkv_store *store, uint64_t byte_cap,
+                                                    xkv_collect_report *report);
 
 /* Remove what is expired, what is above the cap, orphaned blobs, leftovers, everything in quarantine, and on request
  * dictionaries without entries. `report` may be NULL. */

@@ -143,7 +143,7 @@ run 0 xkv-store verify --decode s
 err_has '^xkv-store: s: OK, 3 entries, '
 run 0 xkv-store pin s 1
 run 0 xkv-store gc --unused-dictionaries --cap 120K s
-err_has '^xkv-store: s: 0 expired, 0 evicted, 0 orphans, 0 leftovers, '
+err_has '^xkv-store: s: 0 expired, 2 evicted, 0 orphans, 0 leftovers, '
 run 0 xkv-store ls -q s
 is 'the pinned one' "$(awk '{print $1, $NF}' <<<"$out")" '1 pinned'
 run 6 xkv-store put --settings x s part
@@ -155,6 +155,14 @@ sleep 1.1
 run 7 xkv-store match -q --settings x s part
 run 0 xkv-store stat --json s
 out_has '"expirations":1,'
+
+run 2 xkv-store match --id 1 s part
+err_has '^xkv-store: --id goes with get$'
+cp -r s t
+run 0 xkv-store put -q --settings x t part
+run 0 xkv-store gc --json --cap 1 t
+out_has '"expired":0,"evicted":2,.*"freed_bytes":[1-9]'
+rm -r t
 
 # Damage: a miss, quarantine, a message; then a repair.
 flip_bit s/blobs/* 2000

@@ -174,6 +174,13 @@ out_has ' mixed +0-3 +8 +[0-9]+/256 +[0-9.e-]+ +256 .* scalar$'
 unset XKV_DICT_PATH
 rm -f f.xkv r
 
+# A store packs with the same model as xkv-pack: that of --fingerprint alone.
+run 0 xkv-store init st
+run 0 xkv-store put -D d2.xkvd --quality 50 --fingerprint ffffffffffffffffffffffffffffffff st c4
+err_has '^xkv-store: c4: warning: the dictionary d2\.xkvd was trained on the model 00112233445566778899aabbccddeeff$'
+run 0 grep -q model.fingerprint st/blobs/*.0000000000000002
+rm -r st
+
 # Damaged: named, and skipped in a folder.
 size=$(stat -c %s d.xkvd)
 for at in 0 63 200 $((size / 2)) $((size - 1)); do
@@ -203,6 +210,9 @@ err_is "xkv-train: dicts/genuine.xkvd: 156 tokens of 1 cache, 8 groups, cross st
 xkv-train: warning: 156 training tokens are few for bases 1536 wide; from 3072 on the figures below hold for other texts"
 run 0 xkv-pack -D dicts --model "$gguf" --ratio 16 -o g.xkv "$sample"
 err_has ', step [0-9.]+, metric error 0\.[0-9]+, [0-9]+ of 11520 components, dictionary [0-9a-f]{8}, error K 0\.[0-9]+ V '
+run 0 xkv-pack -f -vv -D dicts --model "$gguf" --ratio 16 -o g.xkv "$sample"
+err_has ': dictionary [0-9a-f]{32}, .*, 8 groups, 11520 components$'
+err_has ': 160 tokens, 30 layers, 8 groups \(0 lossless\), '
 run 0 xkv-info --verify -D dicts g.xkv
 out_has ' 1[56]\.[0-9]+ +0\.[0-9]+ +0\.[0-9]+ dict +OK '
 run 0 xkv-unpack -q -D dicts --model "$gguf" -o r g.xkv

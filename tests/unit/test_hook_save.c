@@ -849,7 +849,7 @@ static void failed_saves_are_counted_and_logged(void **state)
     open_hook(&o);
     assert_ok(t.ctx, save_with(t.ctx, 0, &with, NULL));
     flush();
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 4000));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 4000, NULL));
     save(1); /* it does not fit beside what is pinned */
     flush();
     assert_int_equal(counters().saves_failed, 1);
@@ -964,7 +964,7 @@ static void many_threads_at_once(void **state)
     xkv_store_stats s;
     assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
     uint64_t each = s.bytes;
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, each * PROMPTS / 2));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, each * PROMPTS / 2, NULL));
     atomic_store(&stop, false);
     saves = 1;
     matches = 0;

@@ -318,7 +318,7 @@ static void least_recently_used_goes_first(void **state)
     open_at(1);
     put_numbered(&ns, 0, NULL);
     uint64_t each = stats().bytes;
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 4 * each + each / 2)); /* packed sizes differ a little */
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 4 * each + each / 2, NULL)); /* packed sizes differ a little */
     for (uint64_t i = 1; i < 4; i++) {
         test_time += 1000;
         put_numbered(&ns, i, NULL);
@@ -332,7 +332,7 @@ static void least_recently_used_goes_first(void **state)
     assert_int_equal(match_numbered(&ns, 2), XKV_MATCH_FOUND);
     assert_int_equal(stats().evictions, 1);
     assert_true(stats().bytes <= stats().byte_cap);
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, each + each / 2));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, each + each / 2, NULL));
     assert_sound(1);
     assert_int_equal(count_files("blobs"), 1);
 }
@@ -354,7 +354,7 @@ static void pinned_and_read_entries_stay(void **state)
     const xkv_prompt prompt = {.tokens = tokens, .token_count = 50};
     assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit));
     assert_int_equal(m.tokens, 50);
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 2 * each + each / 2));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 2 * each + each / 2, NULL));
     make_tokens(2, 50000, tokens, 50);
     assert_int_equal(put_rows(t.ctx, t.store, &ns, tokens, 50, NULL, NULL), XKV_ERROR_LIMIT);
     assert_non_null(strstr(xkv_ctx_error(t.ctx), "do not fit under the cap"));
@@ -397,15 +397,15 @@ static void many_are_evicted_with_few_descriptors(void **state)
         put(&ns, &i, 1);
     const uint64_t each = stats().bytes / 300;
     struct rlimit before = allow_descriptors(0);
-    assert_int_equal(xkv_store_set_cap(t.ctx, t.store, 10 * each), XKV_ERROR_IO);
+    assert_int_equal(xkv_store_set_cap(t.ctx, t.store, 10 * each, NULL), XKV_ERROR_IO);
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
     assert_int_equal(stats().byte_cap, 0);
     assert_int_equal(stats().entries, 300);
     allow_descriptors(100);
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 150 * each));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 150 * each, NULL));
     assert_true(stats().bytes <= 150 * each);
     make_tokens(300, 50000, tokens, 2000);
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, stats().bytes));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, stats().bytes, NULL));
     uint64_t left = stats().entries, evictions = stats().evictions;
     assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, 2000, NULL, &report));
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
@@ -661,7 +661,7 @@ static void uses_reach_other_processes(void **state)
     open_at(1);
     put_numbered(&ns, 0, NULL);
     uint64_t each = stats().bytes;
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 2 * each + each / 2));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, 2 * each + each / 2, NULL));
     test_time += 1000;
     put_numbered(&ns, 1, NULL);
     test_time += 1000;

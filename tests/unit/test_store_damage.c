@@ -287,7 +287,7 @@ static xkv_store_stats quarantine_all(uint64_t byte_cap)
 {
     restore_files();
     assert_ok(t.ctx, open_store());
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, byte_cap));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, byte_cap, NULL));
     for (uint64_t i = 0; i < 12; i++) {
         uint32_t reason;
         xkv_put_report report;

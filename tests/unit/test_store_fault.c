@@ -192,7 +192,7 @@ static xkv_status run_evicting_put(void)
     xkv_store_stats s;
     xkv_status status = xkv_store_get_stats(t.ctx, t.store, &s);
     if (status == XKV_OK)
-        status = xkv_store_set_cap(t.ctx, t.store, s.bytes);
+        status = xkv_store_set_cap(t.ctx, t.store, s.bytes, NULL);
     return status == XKV_OK ? put_number(ENTRIES) : status;
 }
 

@@ -230,7 +230,7 @@ static void use_everything(void)
                                  put_number(20),
                                  put_number(3),
                                  xkv_store_remove(t.ctx, t.store, &ns, 2),
-                                 xkv_store_set_cap(t.ctx, t.store, 30000),
+                                 xkv_store_set_cap(t.ctx, t.store, 30000, NULL),
                                  xkv_store_collect(t.ctx, t.store, 1, &c)};
     for (size_t i = 0; i < sizeof status / sizeof *status; i++)
         assert_true(status[i] == XKV_OK || status[i] == XKV_ERROR_CORRUPT || status[i] == XKV_ERROR_NOT_FOUND);

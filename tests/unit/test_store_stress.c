@@ -194,7 +194,7 @@ static void processes_and_threads_share_a_store(void **state)
         assert_ok(t.ctx, put_number(t.ctx, t.store, i));
     assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
     const uint64_t cap = s.bytes / 3;
-    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, cap));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, cap, NULL));
     xkv_store_close(t.ctx, t.store);
     t.store = NULL;
     for (int i = 0; i < processes; i++) {
@@ -223,7 +223,7 @@ static int change_caps(uint64_t first)
     if (xkv_ctx_create(NULL, &ctx) != XKV_OK || xkv_store_open(ctx, t.path, NULL, &store) != XKV_OK)
         return 1;
     for (uint64_t i = 0; i < 500; i++) {
-        if (xkv_store_set_cap(ctx, store, first + i) != XKV_OK) {
+        if (xkv_store_set_cap(ctx, store, first + i, NULL) != XKV_OK) {
             fprintf(stderr, "%s\n", xkv_ctx_error(ctx));
             return 2;
         }
