@@ -58,7 +58,7 @@ xkv_input xkv_blob_payload(xkv_blob_writer *w);
 /* Write the rest, sync, hash. Sets the sizes and the checksum in `head`. */
 XKV_MUST_CHECK xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *head,
                                           const uint32_t *symbols, const xkv_page_key *names);
-/* Give it its final name, and keep it from eviction until xkv_blob_end(); may be called again. */
+/* Give it its final name, sync the folder, and keep it from eviction until xkv_blob_end(); may be called again. */
 XKV_MUST_CHECK xkv_status xkv_blob_publish(xkv_ctx *ctx, xkv_blob_writer *w, uint64_t id);
 /* Close; `committed` false: the file goes away. */
 void xkv_blob_end(xkv_blob_writer *w, bool committed);

@@ -554,9 +554,9 @@ static xkv_status run_change(xkv_txn *txn, void *user)
         XKV_TRY(a->change->body(txn, &meta, a->change));
     XKV_TRY(xkv_txn_put_meta(txn, &meta));
     a->change->byte_cap = meta.byte_cap;
-    /* Blobs whose TRASH records go must not come back. Last, when the body has synced the folder already. */
+    /* Blobs whose TRASH records go must not come back. */
     int blobs = a->change->store->folders.blobs;
-    if (a->pending->trash_count > 0 && fsync(blobs) != 0 && errno != EINVAL)
+    if (a->pending->trash_count > 0 && !a->change->blobs_synced && fsync(blobs) != 0 && errno != EINVAL)
         return xkv_fail_errno(ctx, "sync the folder of", "blobs", errno);
     return XKV_OK;
 }
@@ -564,6 +564,7 @@ static xkv_status run_change(xkv_txn *txn, void *user)
 static xkv_status change_once(xkv_ctx *ctx, xkv_change *change, xkv_pending *pending)
 {
     xkv_store *store = change->store;
+    change->blobs_synced = false;
     pending_take(store, pending);
     attempt a = {change, pending};
     xkv_status status = xkv_index_write(ctx, store->index, run_change, &a);

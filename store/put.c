@@ -209,6 +209,7 @@ static xkv_status commit_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     p->item.id = meta->next_id++;
     memcpy(p->item.blob, p->writer.hash, 32);
     XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, p->item.id));
+    change->blobs_synced = true;
     XKV_TRY(xkv_entry_insert(txn, meta, p->store, p->symbols, p->names, &p->item, &change->quarantine));
     p->report.id = p->item.id;
     p->report.bytes = p->item.file_size;
@@ -524,6 +525,7 @@ static xkv_status dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     p->existed = false;
     uint64_t id = meta->next_id++;
     XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, id));
+    change->blobs_synced = true;
     return xkv_dict_insert(txn, meta, p->id, id, p->writer.hash, p->file_size);
 }
 

@@ -166,6 +166,7 @@ typedef struct xkv_change {
     xkv_removed removed;                   /* deleted after the commit */
     xkv_removed quarantine;                /* moved to the quarantine after it */
     bool again;                            /* false whenever the body begins */
+    bool blobs_synced;                     /* set by a body that has synced the folder of blobs */
     uint64_t removed_count, removed_bytes; /* of `removed`, added up by the commits */
     uint64_t evicted_count, evicted_bytes; /* the same */
     uint64_t byte_cap;                     /* as the last commit left it */

@@ -98,8 +98,13 @@ void *mmap(void *address, size_t size, int protection, int flags, int fd, off_t 
     return (void *)syscall(SYS_mmap, address, size, protection, flags, fd, offset);
 }
 
+static ino_t counted; /* a file or folder, how often it is synced */
+static int syncs;
+
 int fsync(int fd)
 {
+    struct stat st;
+    syncs += counted != 0 && fstat(fd, &st) == 0 && st.st_ino == counted;
     return CALL(SYS_fsync, fd);
 }
 
@@ -519,6 +524,31 @@ static void ids_of_killed_puts_are_taken_again(void **state)
     }
 }
 
+/* A put that makes room also takes note of what the one before it has deleted: one sync is enough for both. */
+static void a_put_syncs_the_blobs_once(void **state)
+{
+    (void)state;
+    char path[96];
+    struct stat st;
+    xkv_store_stats s;
+    prepare();
+    snprintf(path, sizeof path, "%s/blobs", t.path);
+    assert_int_equal(stat(path, &st), 0);
+    assert_ok(t.ctx, xkv_store_get_stats(t.ctx, t.store, &s));
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, s.bytes, NULL));
+    counted = st.st_ino;
+    for (uint64_t i = 0; i < 5; i++) {
+        syncs = 0;
+        assert_ok(t.ctx, put_number(20 + i));
+        assert_int_equal(syncs, 1);
+    }
+    syncs = 0;
+    reopen_store(&t); /* nothing is put, and deletions are noted */
+    assert_int_equal(syncs, 1);
+    counted = 0;
+    remove_folder(&t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -526,6 +556,7 @@ int main(void)
         cmocka_unit_test(the_disk_is_full),
         cmocka_unit_test(the_process_is_killed),
         cmocka_unit_test(ids_of_killed_puts_are_taken_again),
+        cmocka_unit_test(a_put_syncs_the_blobs_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
