@@ -25,6 +25,8 @@ enum {
     OPT_DECODE,
     OPT_COMPACT,
     OPT_UNUSED,
+    OPT_REMOTE,
+    OPT_WAIT,
 };
 
 static const char letters[] = CLI_COMMON_LETTERS CLI_DICT_LETTERS "o:f";
@@ -52,6 +54,8 @@ static const struct option long_options[] = {
     {"decode", no_argument, NULL, OPT_DECODE},
     {"compact", no_argument, NULL, OPT_COMPACT},
     {"unused-dictionaries", no_argument, NULL, OPT_UNUSED},
+    {"remote", required_argument, NULL, OPT_REMOTE},
+    {"wait", required_argument, NULL, OPT_WAIT},
     CLI_END_OPTIONS,
 };
 
@@ -72,6 +76,7 @@ static const char help[] =
     "  repair STORE          rebuild the index and the properties from the files\n"
     "  export STORE ID       one entry with its tokens as a file, -o FILE\n"
     "  import STORE FILE...  what export wrote\n"
+    "  push STORE            send what waits for the remote; --all: all of the namespace\n"
     "A PROMPT is a list of tokens (1,2,3), a file with such a list, or an engine's file; - is standard input.\n"
     "\n"
     "Namespace (prompts match only within one):\n"
@@ -83,6 +88,10 @@ static const char help[] =
     "\n"
     "Encryption (the same for all commands on a store):\n"
     "      --key-file FILE   file with the key, 32 bytes; with init, encrypt the store with it\n"
+    "\n"
+    "Remote tier (put, import, push send to it; match and get look there too):\n"
+    "      --remote URL      s3://BUCKET[/PREFIX] or redis://HOST[:PORT][/DATABASE]\n"
+    "      --wait SECONDS    longest that a lookup waits for it [5]\n"
     "\n"
     "Storing:\n"
     "      --profile P       auto, lossless, svd, dict, scalar [auto: dict or svd with a target, else lossless]\n"
@@ -96,7 +105,7 @@ static const char help[] =
     "      --cap BYTES       evict the least recently used above it, 0: none [0]\n"
     "      --min N           shorter matches are misses [1]\n"
     "      --id ID           this entry instead of a prompt\n"
-    "      --all             all entries of the namespace\n"
+    "      --all             rm, push: all entries of the namespace\n"
     "      --decode          also decode everything\n"
     "      --compact         also give back free pages of the index; the store must not be in use\n"
     "      --unused-dictionaries  also remove dictionaries that no entry needs\n"
@@ -155,6 +164,16 @@ static bool take_flag(store_tool *tool, int option)
     }
 }
 
+static bool take_wait(cli *c, const char *value)
+{
+    store_tool *tool = c->user;
+    double seconds = 0;
+    if (!cli_parse_double(c, "--wait", value, 0.001, 86400, &seconds))
+        return false;
+    tool->remote.lookup_ms = (uint32_t)(1000 * seconds);
+    return true;
+}
+
 static bool take_option(cli *c, int option, const char *value)
 {
     store_tool *tool = c->user;
@@ -180,6 +199,11 @@ static bool take_option(cli *c, int option, const char *value)
         return cli_parse_u64(c, "--ttl", value, 1, UINT32_MAX, &tool->put.ttl);
     case OPT_MIN:
         return cli_parse_u32(c, "--min", value, 1, XKV_MAX_TOKENS, &tool->min_tokens);
+    case OPT_REMOTE:
+        tool->remote.url = value;
+        return true;
+    case OPT_WAIT:
+        return take_wait(c, value);
     case OPT_ID:
         return cli_parse_u64(c, "--id", value, 1, INT64_MAX, &tool->id);
     case OPT_PROFILE:
@@ -498,6 +522,29 @@ static cli_exit run_repair(cli *c, uint32_t count, char **arguments)
     return report(c, status);
 }
 
+static cli_exit run_push(cli *c, uint32_t count, char **arguments)
+{
+    const store_tool *tool = c->user;
+    xkv_push_report r;
+    (void)count;
+    (void)arguments;
+    xkv_status status = tool->all ? xkv_store_queue_all(c->ctx, tool->store, &tool->ns) : XKV_OK;
+    if (status == XKV_OK)
+        status = xkv_store_push(c->ctx, tool->store, &r);
+    if (status != XKV_OK)
+        return report(c, status);
+    if (c->json)
+        cli_json_print(json_pack("{s:b, s:I, s:I, s:I, s:o}", "ok", r.waiting == 0, "sent", (json_int_t)r.sent,
+                                 "dropped", (json_int_t)r.dropped, "waiting", (json_int_t)r.waiting, "why",
+                                 cli_json_string(r.why)));
+    else
+        cli_note(c, "%s: %" PRIu64 " entries sent, %" PRIu64 " waiting", tool->path, r.sent, r.waiting);
+    if (r.waiting > 0)
+        cli_error(c, "%s: %" PRIu64 " entries wait: %s", tool->path, r.waiting, r.why);
+    c->reported = c->json;
+    return r.waiting == 0 ? CLI_OK : CLI_FAILED;
+}
+
 /* --- The frame ------------------------------------------------------------------------------------------------------
  */
 
@@ -516,6 +563,7 @@ static const store_command commands[] = {
     {"repair", run_repair, 0, 0, true, false},
     {"export", store_export, 1, 1, false, true},
     {"import", store_import, 1, UINT32_MAX, true, true},
+    {"push", run_push, 0, 0, true, true},
 };
 
 static const store_command *find_command(const char *name)
@@ -540,6 +588,8 @@ static const char *problem_of(const cli *c, const store_tool *tool, uint32_t cou
         return "--id goes with get";
     if (tool->command->run == run_rm && (count > 0) == tool->all)
         return "rm takes either ids or --all";
+    if (tool->command->run == run_push && tool->remote.url == NULL)
+        return "push needs --remote";
     if ((tool->pack.ratio > 0) + (tool->pack.error > 0) + (tool->pack.quality > 0) > 1)
         return "--ratio, --error and --quality exclude each other";
     return NULL;
@@ -623,6 +673,15 @@ static cli_exit make_namespace(cli *c)
     return report(c, xkv_namespace_make(c->ctx, &f, &tool->ns));
 }
 
+/* This program sends when it has stored, not on a thread. */
+static cli_exit attach_remote(cli *c)
+{
+    store_tool *tool = c->user;
+    tool->remote.manual = 1;
+    xkv_status status = xkv_store_attach_remote(c->ctx, tool->store, &tool->remote);
+    return status == XKV_OK ? CLI_OK : cli_fail(c, tool->remote.url, status);
+}
+
 static cli_exit begin(cli *c)
 {
     store_tool *tool = c->user;
@@ -638,8 +697,9 @@ static cli_exit begin(cli *c)
     tool->pack.progress = cli_progress;
     tool->pack.progress_user = c;
     o.key = tool->key;
-    o.access = tool->command->writes ? XKV_STORE_READ_WRITE : XKV_STORE_AUTO;
-    return report(c, xkv_store_open(c->ctx, tool->path, &o, &tool->store));
+    o.access = tool->command->writes || tool->remote.url != NULL ? XKV_STORE_READ_WRITE : XKV_STORE_AUTO;
+    code = report(c, xkv_store_open(c->ctx, tool->path, &o, &tool->store));
+    return code == CLI_OK && tool->remote.url != NULL ? attach_remote(c) : code;
 }
 
 static void end(cli *c)
@@ -671,6 +731,7 @@ int main(int argc, char **argv)
     };
     store_tool state = {.properties = xkv_store_properties_default(),
                         .pack = xkv_pack_options_default(),
-                        .put = xkv_put_options_default()};
+                        .put = xkv_put_options_default(),
+                        .remote = xkv_remote_options_default()};
     return cli_main(&tool, &state, argc, argv);
 }

@@ -18,6 +18,7 @@ typedef struct store_tool {
     uint8_t key_bytes[32];
     xkv_pack_options pack; /* of put */
     xkv_put_options put;
+    xkv_remote_options remote; /* url NULL: none */
     uint32_t min_tokens;
     uint64_t id; /* --id; 0: not given */
     bool all, decode, compact, unused_dicts;

@@ -194,6 +194,19 @@ static cli_exit put_opened(cli *c, const cli_input *file)
     return kind == 0 ? pack_and_put(c, file) : code;
 }
 
+/* A remote that fails is no failure of the command: the entries are stored, and wait. */
+static cli_exit send_stored(cli *c, cli_exit code)
+{
+    const store_tool *tool = c->user;
+    xkv_push_report r;
+    if (tool->remote.url == NULL)
+        return code;
+    xkv_status status = xkv_store_push(c->ctx, tool->store, &r);
+    if (status == XKV_OK && r.waiting > 0)
+        cli_error(c, "%s: %" PRIu64 " entries wait to be sent, push sends them: %s", tool->path, r.waiting, r.why);
+    return code != CLI_OK || status == XKV_OK ? code : cli_fail(c, tool->path, status);
+}
+
 cli_exit store_put(cli *c, uint32_t count, char **arguments)
 {
     cli_exit code = CLI_OK;
@@ -212,7 +225,7 @@ cli_exit store_put(cli *c, uint32_t count, char **arguments)
         if (code == CLI_OK)
             code = file_code;
     }
-    return code;
+    return send_stored(c, code);
 }
 
 /* --- match ----------------------------------------------------------------------------------------------------------
@@ -409,5 +422,5 @@ cli_exit store_import(cli *c, uint32_t count, char **arguments)
         if (code == CLI_OK)
             code = file_code;
     }
-    return code;
+    return send_stored(c, code);
 }

@@ -170,6 +170,12 @@ static void hash_blocks(const xkv_namespace *ns, const xkv_symbols *s, uint32_t 
     }
 }
 
+void xkv_chain_keys(const xkv_namespace *ns, const xkv_symbols *symbols, uint32_t block_tokens, xkv_page_key *keys)
+{
+    uint8_t last[32];
+    hash_blocks(ns, symbols, block_tokens, keys, last);
+}
+
 void xkv_chain_last(const xkv_namespace *ns, const xkv_symbols *symbols, uint32_t block_tokens, uint8_t key[32])
 {
     hash_blocks(ns, symbols, block_tokens, NULL, key);

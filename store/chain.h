@@ -24,7 +24,9 @@ void xkv_symbols_free(xkv_ctx *ctx, xkv_symbols *symbols);
 /* Tokens among the first `count` symbols. */
 uint32_t xkv_symbols_to_tokens(const uint32_t *symbols, uint32_t count);
 
-/* The last key of the native chain. */
+/* All keys of the native chain: [ceil(tokens / block_tokens)]. */
+void xkv_chain_keys(const xkv_namespace *ns, const xkv_symbols *symbols, uint32_t block_tokens, xkv_page_key *keys);
+/* The last one. */
 void xkv_chain_last(const xkv_namespace *ns, const xkv_symbols *symbols, uint32_t block_tokens, uint8_t key[32]);
 
 #endif

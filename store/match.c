@@ -27,12 +27,13 @@ typedef struct lookup {
     xkv_store *store;
     const xkv_namespace *ns;
     const uint32_t *symbols; /* of the prompt */
-    uint32_t symbol_count, min_tokens;
+    uint32_t symbol_count, token_count, min_tokens;
     const uint8_t (*keys)[32]; /* or an engine's keys */
     uint32_t key_count;
     uint64_t now;
     xkv_item item;
-    bool has_dict; /* whether the dictionary it needs is there */
+    bool has_dict;   /* whether the dictionary it needs is there */
+    uint32_t common; /* leading tokens that the best entry shares with the prompt, also when they are too few */
     xkv_match match;
     uint64_t declined[ATTEMPTS]; /* entries that are of no use and stay: others may serve in their place */
     uint32_t declined_count;
@@ -349,6 +350,7 @@ static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
     }
     l->match.entry_tokens = l->item.tokens;
     l->match.bytes = l->item.file_size;
+    l->common = l->match.tokens;
     if (l->match.reason != XKV_MATCH_FOUND)
         l->match.tokens = l->match.keys = 0;
     l->match.raw_bytes = raw_share(&l->item, l->match.tokens);
@@ -375,10 +377,23 @@ static xkv_status make_hit(xkv_ctx *ctx, const lookup *l, int fd, xkv_hit **hit_
     return XKV_OK;
 }
 
+/* Search here, and when that does not give the whole prompt, in the remote. */
+static xkv_status search_everywhere(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
+{
+    const xkv_symbols prompt = {.data = l->symbols, .count = l->symbol_count, .tokens = l->token_count};
+    XKV_TRY(search(ctx, l, find, fd));
+    if (l->symbols == NULL || l->match.reason == XKV_MATCH_NEWER ||
+        !xkv_remote_fetch(ctx, l->store, l->ns, &prompt, l->common))
+        return XKV_OK;
+    if (*fd >= 0)
+        close(*fd);
+    return search(ctx, l, find, fd);
+}
+
 static xkv_status finish(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, xkv_match *match, xkv_hit **hit_p)
 {
     int fd;
-    XKV_TRY(search(ctx, l, find, &fd));
+    XKV_TRY(search_everywhere(ctx, l, find, &fd));
     XKV_TRY(make_hit(ctx, l, fd, hit_p));
     if (hit_p != NULL && *hit_p == NULL) /* who only asks misses nothing */
         count_miss(ctx, l->store);
@@ -396,6 +411,7 @@ xkv_status xkv_store_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *n
                 .ns = ns,
                 .symbols = symbols.data,
                 .symbol_count = symbols.count,
+                .token_count = symbols.tokens,
                 .min_tokens = min_tokens > 0 ? min_tokens : 1};
     xkv_status status = finish(ctx, &l, find_by_symbols, match, hit_p);
     xkv_symbols_free(ctx, &symbols);

@@ -13,6 +13,7 @@ typedef struct put {
     xkv_item item;
     xkv_put_report report;
     xkv_blob_writer writer;
+    bool fetched; /* it comes from the remote */
 } put;
 
 /* --- Checks ------------------------------------------------------------------------------------------------------- */
@@ -214,7 +215,7 @@ static xkv_status commit_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     p->report.id = p->item.id;
     p->report.bytes = p->item.file_size;
     meta->puts++;
-    return XKV_OK;
+    return p->fetched ? XKV_OK : xkv_remote_queue(txn, p->store, p->item.id);
 }
 
 static void head_of(const xkv_item *item, xkv_blob_head *head)
@@ -241,7 +242,9 @@ static xkv_status commit(xkv_ctx *ctx, put *p)
     head_of(&p->item, &head);
     XKV_TRY(xkv_blob_finish(ctx, &p->writer, &head, p->symbols, p->names));
     p->item.file_size = head.file_size;
-    return xkv_store_change(ctx, &change);
+    XKV_TRY(xkv_store_change(ctx, &change));
+    xkv_remote_wake(p->store);
+    return XKV_OK;
 }
 
 /* What the entry in the payload says of itself. */
@@ -464,10 +467,10 @@ static xkv_status import_opened(xkv_ctx *ctx, put *p, const xkv_blob_head *head,
     return p->report.existed ? XKV_OK : copy_and_commit(ctx, p, payload);
 }
 
-xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, xkv_put_report *report)
+static xkv_status import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, bool fetched, xkv_put_report *report)
 {
     xkv_put_options o = xkv_put_options_default();
-    put p = {.store = store, .o = &o};
+    put p = {.store = store, .o = &o, .fetched = fetched};
     xkv_blob_head head;
     uint32_t *symbols = NULL;
     xkv_page_key *names = NULL;
@@ -488,6 +491,16 @@ xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *fil
     if (status == XKV_OK && report != NULL)
         *report = p.report;
     return status;
+}
+
+xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, xkv_put_report *report)
+{
+    return import(ctx, store, file, false, report);
+}
+
+xkv_status xkv_store_import_fetched(xkv_ctx *ctx, xkv_store *store, const xkv_input *file)
+{
+    return import(ctx, store, file, true, NULL);
 }
 
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */

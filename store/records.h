@@ -29,6 +29,7 @@ enum {
     XKV_TABLE_NODE = 'p',    /* node -> the edge that leads to it */
     XKV_TABLE_PAGE = 'q',    /* hash of namespace and page key [16], id -> tokens */
     XKV_TABLE_EDGE = 't',    /* node [, symbol] -> edge; without symbol: an entry ends at the node */
+    XKV_TABLE_UNSENT = 'u',  /* id: an entry that is to be sent to the remote */
     XKV_TABLE_EXPIRES = 'x', /* time, id */
     XKV_TABLE_TRASH = 'z',   /* id -> blob that is to be deleted */
 };
@@ -39,7 +40,7 @@ typedef struct xkv_key {
 } xkv_key;
 
 xkv_key xkv_key_meta(void);
-xkv_key xkv_key_id(uint8_t table, uint64_t id);                       /* ITEM, NODE, TRASH */
+xkv_key xkv_key_id(uint8_t table, uint64_t id);                       /* ITEM, NODE, TRASH, UNSENT */
 xkv_key xkv_key_bytes(uint8_t table, const void *bytes, size_t size); /* DICT, KEY, SPACE */
 xkv_key xkv_key_pair(uint8_t table, uint64_t first, uint64_t second); /* USED, EXPIRES, NAMES */
 xkv_key xkv_key_edge(uint64_t node, uint32_t symbol);

@@ -635,6 +635,8 @@ void xkv_store_close(xkv_ctx *ctx, xkv_store *store)
 {
     if (store == NULL)
         return;
+    if (store->pid == getpid())
+        xkv_remote_detach(store);
     if (store->pid == getpid() && !store->read_only && xkv_store_flush(ctx, store) != XKV_OK)
         xkv_logf(ctx, XKV_LOG_WARNING, "%s: uses and counters were not recorded: %s", store->path, xkv_ctx_error(ctx));
     drop_store(ctx, store);

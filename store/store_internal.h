@@ -65,6 +65,8 @@ struct xkv_store {
     xkv_cached_dict dicts[XKV_DICT_CACHE];
     uint64_t dict_clock;
 
+    struct xkv_remote *remote; /* NULL: none; set before threads come */
+
     char path[];
 };
 
@@ -214,6 +216,22 @@ typedef struct xkv_records_report {
 XKV_MUST_CHECK xkv_status xkv_verify_records(xkv_ctx *ctx, xkv_store *store, xkv_records_report *report);
 /* Whether the entry stands in USED or EXPIRES under this time. */
 bool xkv_item_is_listed(const xkv_item *item, uint8_t table, uint64_t time);
+
+/* xkv_store_import() of what came from the remote: it is not sent there again. */
+XKV_MUST_CHECK xkv_status xkv_store_import_fetched(xkv_ctx *ctx, xkv_store *store, const xkv_input *file);
+
+/* --- Remote tier (remote.c, remote_fetch.c, remote_push.c) --- */
+
+/* Ask the remote, if there is one, for an entry that has more than the first `have` tokens of a prompt; true when one
+ * was stored. Whatever fails is counted and logged, no more. */
+bool xkv_remote_fetch(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_symbols *prompt,
+                      uint32_t have);
+/* Note an entry as to be sent, if there is a remote. */
+XKV_MUST_CHECK xkv_status xkv_remote_queue(xkv_txn *txn, const xkv_store *store, uint64_t id);
+/* After the commit: tell the thread that sends. */
+void xkv_remote_wake(const xkv_store *store);
+/* Stop sending and free the remote, if there is one. */
+void xkv_remote_detach(xkv_store *store);
 
 /* --- Tidying (store.c) --- */
 

@@ -373,6 +373,85 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *stor
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file,
                                                    xkv_put_report *report);
 
+/* --- Remote tier ---------------------------------------------------------------------------------------------------
+ *
+ * A second level behind the folder, shared by machines (spec/store.md, section 10). Lookups by tokens that find less
+ * than the whole prompt ask it for more, and store what it has; entries that are put are sent to it afterwards. It is
+ * never in the way: a remote that is slow, down, damaged or hostile costs a lookup at most lookup_ms, then nothing for
+ * a while, and no put or lookup fails because of it.
+ *
+ * What arrives is checked as an import is: hash, namespace, tokens, all rows decoded. That proves that it is whole, not
+ * who made it: whoever can write to the remote of a store without a key can make entries that hold wrong rows for the
+ * right tokens. With a key the entries of others are refused, and the remote learns their sizes, not what is in them.
+ */
+typedef struct xkv_remote_options {
+    size_t struct_size;
+    /* s3://BUCKET[/PREFIX]: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION (or
+     * AWS_DEFAULT_REGION), AWS_ENDPOINT_URL and AWS_CA_BUNDLE are taken from the environment.
+     * redis://HOST[:PORT][/DATABASE]: plain TCP; the password from REDISCLI_AUTH. */
+    const char *url;
+    uint32_t lookup_ms;    /* longest that one lookup waits for the remote, everything included; default 5000 */
+    uint32_t send_ms;      /* longest that sending one entry takes; default 60000 */
+    uint32_t retries;      /* of a request that failed, after pauses of 50 ms, 100 ms, ...; at most 16; default 2 */
+    uint32_t pause_ms;     /* a remote that failed is left alone so long, twice as long after each further failure, at
+                              most 64 times as long; default 1000 */
+    uint64_t object_bytes; /* larger blobs are neither fetched nor sent; default 512 MiB */
+    uint32_t manual;       /* non-zero: only xkv_store_push() sends; default 0: a background thread does */
+    /* Allocator, log and memory limit of the background thread; the log is called on it. Read once. NULL: defaults */
+    const xkv_ctx_options *context;
+} xkv_remote_options;
+
+static inline xkv_remote_options xkv_remote_options_default(void)
+{
+    xkv_remote_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    o.lookup_ms = 5000;
+    o.send_ms = 60000;
+    o.retries = 2;
+    o.pause_ms = 1000;
+    o.object_bytes = (uint64_t)512 << 20;
+    return o;
+}
+
+/* Attach a remote to a store that is open for writing, before other threads use the store; it stays until the store is
+ * closed. It is not contacted yet. Entries that are put from now on are noted in the index as to be sent, in the same
+ * transaction; so they are sent some time later even if the process is killed, by whoever attaches a remote next.
+ * Errors: ARGUMENT (URL, credentials that are not set, attached already, read-only), UNSUPPORTED (a kind of remote that
+ * this build does not have), LIMIT (no thread could be started), MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_attach_remote(xkv_ctx *ctx, xkv_store *store,
+                                                          const xkv_remote_options *options);
+
+typedef struct xkv_push_report {
+    uint64_t sent;    /* entries */
+    uint64_t dropped; /* not to be sent any more: gone, expired, damaged, or larger than object_bytes */
+    uint64_t waiting; /* still to be sent: the remote failed, or another process is sending */
+    char why[256];    /* how it failed; "" */
+} xkv_push_report;
+
+/* Send what is waiting, on this thread, until nothing waits or the remote fails. A failing remote is no error: see
+ * report->waiting. `report` may be NULL. Errors: ARGUMENT (no remote is attached), CANCELLED, IO, MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_push(xkv_ctx *ctx, xkv_store *store, xkv_push_report *report);
+
+/* Note all entries of a namespace as to be sent, also those put without a remote. Errors: IO, NO_SPACE, CORRUPT,
+ * MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_queue_all(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns);
+
+/* Sums since the remote was attached; `waiting` is what the index says now. */
+typedef struct xkv_remote_stats {
+    uint64_t hits;    /* lookups that got more from the remote than the folder had */
+    uint64_t misses;  /* lookups that asked it and did not */
+    uint64_t skipped; /* lookups that did not ask, since it failed a moment ago */
+    uint64_t errors;  /* requests that failed in the end */
+    uint64_t retries; /* that were made */
+    uint64_t damaged; /* objects that were not what they should be */
+    uint64_t sent, dropped, waiting;
+    uint64_t bytes_in, bytes_out; /* of objects */
+} xkv_remote_stats;
+
+/* Errors: ARGUMENT (no remote is attached), CORRUPT, IO. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_store_get_remote_stats(xkv_ctx *ctx, xkv_store *store, xkv_remote_stats *stats);
+
 #ifdef __cplusplus
 }
 #endif

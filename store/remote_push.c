@@ -1,0 +1,391 @@
+/* remote_push.c - what is put is sent to the remote afterwards: the queue in the index, and the thread that empties it.
+ */
+#include "remote.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+/* Sending what waits, once. */
+typedef struct push {
+    xkv_ctx *ctx;
+    xkv_store *store;
+    xkv_remote *remote;
+    xkv_push_report report;
+    uint64_t deadline; /* of the entry at hand */
+} push;
+
+/* --- The queue ---------------------------------------------------------------------------------------------------- */
+
+xkv_status xkv_remote_queue(xkv_txn *txn, const xkv_store *store, uint64_t id)
+{
+    xkv_key key = xkv_key_id(XKV_TABLE_UNSENT, id);
+    return store->remote == NULL ? XKV_OK : xkv_txn_put_mark(txn, &key);
+}
+
+/* The first id in the queue from `after` on, and its entry. */
+typedef struct queued {
+    uint64_t after, id;
+    xkv_item item;
+    bool there; /* the entry is in the store */
+} queued;
+
+static xkv_status find_queued(xkv_txn *txn, void *user)
+{
+    queued *q = user;
+    xkv_key from = xkv_key_id(XKV_TABLE_UNSENT, q->after), key;
+    size_t size = 0;
+    XKV_TRY(xkv_txn_seek(txn, &from, 1, &key, NULL, &size));
+    q->id = xkv_key_u64(&key, 1);
+    xkv_status status = xkv_txn_get_item(txn, q->id, &q->item);
+    q->there = status == XKV_OK;
+    return status == XKV_ERROR_NOT_FOUND || xkv_is_damage(status) ? XKV_OK : status;
+}
+
+static xkv_status unqueue_body(xkv_txn *txn, void *user)
+{
+    xkv_key key = xkv_key_id(XKV_TABLE_UNSENT, *(const uint64_t *)user);
+    return xkv_txn_delete(txn, &key);
+}
+
+static xkv_status count_queued(xkv_txn *txn, void *user)
+{
+    xkv_key from = xkv_key_bytes(XKV_TABLE_UNSENT, NULL, 0), key;
+    size_t size = 0;
+    for (uint64_t *count = user;; ++*count) {
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, NULL, &size);
+        if (status != XKV_OK)
+            return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+        from = key;
+        from.bytes[from.size++] = 0;
+    }
+}
+
+/* --- One entry ---------------------------------------------------------------------------------------------------- */
+
+static xkv_status put_object(push *p, const char *name, const xkv_input *from, const uint8_t hash[32])
+{
+    xkv_request q = {.kind = XKV_REQUEST_PUT, .name = name, .fd = -1, .from = from, .hash = hash};
+    return xkv_remote_run(p->ctx, p->remote, &q, p->deadline);
+}
+
+/* A blob of the store as it lies there, if it is what it should be. */
+static xkv_status put_blob(push *p, const char *name, const uint8_t hash[32], const int *fd)
+{
+    xkv_input file;
+    uint8_t found[32];
+    XKV_TRY(xkv_blob_file(p->ctx, fd, &file));
+    XKV_TRY(xkv_blob_hash(p->ctx, &file, found));
+    if (memcmp(found, hash, 32) != 0)
+        return xkv_fail(p->ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    return put_object(p, name, &file, hash);
+}
+
+typedef struct dict_search {
+    const uint8_t *id;
+    xkv_dict_record record;
+} dict_search;
+
+static xkv_status find_dict(xkv_txn *txn, void *user)
+{
+    dict_search *s = user;
+    return xkv_txn_get_dict(txn, s->id, &s->record);
+}
+
+/* The dictionary of an entry, unless the remote has it. */
+static xkv_status push_dict(push *p, const xkv_item *item)
+{
+    dict_search s = {.id = item->dict};
+    int fd = -1;
+    if (!xkv_item_needs_dict(item))
+        return XKV_OK;
+    xkv_remote_name name = xkv_remote_dict_name(p->remote, item->dict);
+    xkv_request q = {.kind = XKV_REQUEST_SIZE, .name = name.text, .fd = -1};
+    xkv_status status = xkv_remote_run(p->ctx, p->remote, &q, p->deadline);
+    if (status != XKV_ERROR_NOT_FOUND)
+        return status;
+    status = xkv_index_read(p->ctx, p->store->index, find_dict, &s);
+    if (status == XKV_OK) {
+        xkv_blob_name blob = xkv_blob_name_of(s.record.blob, s.record.id);
+        status = xkv_blob_open(p->ctx, &p->store->folders, &blob, true, &fd);
+    }
+    if (status == XKV_OK)
+        status = put_blob(p, name.text, s.record.blob, &fd);
+    if (fd >= 0)
+        close(fd);
+    return status;
+}
+
+/* Index objects, from the shortest run of blocks to the longest, so that whoever finds one finds all before it. */
+static xkv_status put_pointers(push *p, const xkv_item *item, const xkv_page_key *keys, uint32_t count)
+{
+    xkv_pointer pointer = {.size = item->file_size};
+    uint8_t bytes[XKV_POINTER_SIZE], hash[32];
+    const xkv_input object = xkv_input_from_memory(bytes, sizeof bytes);
+    memcpy(pointer.hash, item->blob, 32);
+    xkv_pointer_encode(&pointer, bytes);
+    XKV_TRY(xkv_blob_hash(p->ctx, &object, hash));
+    for (uint32_t i = 0; i < count; i++) {
+        xkv_remote_name name = xkv_remote_index_name(p->remote, keys[i].key);
+        XKV_TRY(put_object(p, name.text, &object, hash));
+    }
+    return XKV_OK;
+}
+
+/* The keys of an entry's blocks, from the symbols in its blob. */
+static xkv_status read_keys(push *p, const xkv_item *item, const int *fd, xkv_page_key *keys)
+{
+    xkv_input raw, plain;
+    xkv_sealed sealed;
+    xkv_blob_head head;
+    xkv_namespace ns;
+    uint32_t *list = NULL, count = item->symbols;
+    XKV_TRY(xkv_blob_file(p->ctx, fd, &raw));
+    XKV_TRY(xkv_blob_plain(p->ctx, p->store->key, &raw, &sealed, &plain));
+    XKV_TRY(xkv_blob_read_head(p->ctx, &plain, &head));
+    if (head.symbols != item->symbols || head.tokens != item->tokens)
+        return xkv_fail(p->ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
+    XKV_TRY(xkv_blob_read_body(p->ctx, &plain, &head, &count, &list, NULL));
+    const xkv_symbols symbols = {.data = list, .count = count, .tokens = head.tokens};
+    memcpy(ns.id, item->space, 32);
+    xkv_chain_keys(&ns, &symbols, p->remote->block_tokens, keys);
+    xkv_release(p->ctx, list);
+    return XKV_OK;
+}
+
+static xkv_status push_opened(push *p, const xkv_item *item, const int *fd)
+{
+    const uint32_t count = (uint32_t)xkv_ceil_div(item->tokens, p->remote->block_tokens);
+    xkv_remote_name name = xkv_remote_blob_name(item->blob);
+    xkv_page_key *keys = NULL;
+    XKV_TRY(XKV_NEW(p->ctx, count, &keys));
+    xkv_status status = read_keys(p, item, fd, keys);
+    if (status == XKV_OK)
+        status = push_dict(p, item);
+    if (status == XKV_OK)
+        status = put_blob(p, name.text, item->blob, fd);
+    if (status == XKV_OK)
+        status = put_pointers(p, item, keys, count);
+    xkv_release(p->ctx, keys);
+    return status;
+}
+
+/* Whether an entry is one to send; a child holds only what follows its parent. */
+static bool is_to_be_sent(const push *p, const queued *q)
+{
+    return q->there && q->item.parent == 0 && q->item.file_size <= p->remote->o.object_bytes &&
+           (q->item.expires == 0 || q->item.expires > xkv_store_now(p->store));
+}
+
+/* NOT_FOUND: there is nothing to send any more. */
+static xkv_status push_entry(push *p, const queued *q)
+{
+    int fd = -1;
+    if (!is_to_be_sent(p, q))
+        return XKV_ERROR_NOT_FOUND;
+    p->deadline = xkv_remote_now(p->remote) + p->remote->o.send_ms;
+    xkv_blob_name name = xkv_blob_name_of(q->item.blob, q->item.id);
+    XKV_TRY(xkv_blob_open(p->ctx, &p->store->folders, &name, true, &fd));
+    xkv_status status = push_opened(p, &q->item, &fd);
+    close(fd);
+    return status;
+}
+
+/* --- All of them -------------------------------------------------------------------------------------------------- */
+
+/* Send the first one that waits; NOT_FOUND when none does. */
+static xkv_status push_next(push *p, queued *q)
+{
+    XKV_TRY(xkv_index_read(p->ctx, p->store->index, find_queued, q));
+    xkv_status status = push_entry(p, q);
+    bool drop = status == XKV_ERROR_NOT_FOUND || xkv_is_damage(status) || xkv_is_newer(status);
+    if (xkv_is_damage(status))
+        xkv_logf(p->ctx, XKV_LOG_WARNING, "%s: entry %llu is not sent: %s", p->store->path, (unsigned long long)q->id,
+                 xkv_ctx_error(p->ctx));
+    if (status != XKV_OK && !drop)
+        return status;
+    XKV_TRY(xkv_index_write(p->ctx, p->store->index, unqueue_body, &q->id));
+    p->report.sent += !drop;
+    p->report.dropped += drop;
+    xkv_remote_count(p->remote, drop ? &p->remote->stats.dropped : &p->remote->stats.sent, 1);
+    return XKV_OK;
+}
+
+/* One process at a time sends; the others' entries are in the same queue. */
+static xkv_status push_locked(push *p)
+{
+    queued q = {0};
+    xkv_status status;
+    if (flock(p->store->folders.temp, LOCK_EX | LOCK_NB) != 0)
+        return xkv_fail(p->ctx, XKV_ERROR_IO, "another process is sending");
+    do
+        status = push_next(p, &q);
+    while (status == XKV_OK);
+    (void)flock(p->store->folders.temp, LOCK_UN);
+    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+}
+
+static xkv_status push_all(push *p)
+{
+    pthread_mutex_lock(&p->remote->push_mutex);
+    xkv_status status = push_locked(p);
+    pthread_mutex_unlock(&p->remote->push_mutex);
+    return status;
+}
+
+xkv_status xkv_store_push(xkv_ctx *ctx, xkv_store *store, xkv_push_report *report)
+{
+    push p = {.ctx = ctx, .store = store, .remote = store->remote};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    if (store->remote == NULL)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the store has no remote");
+    xkv_status status = push_all(&p);
+    if (status != XKV_OK && status != XKV_ERROR_IO && status != XKV_ERROR_TIMEOUT)
+        return status;
+    if (status != XKV_OK)
+        snprintf(p.report.why, sizeof p.report.why, "%s", xkv_ctx_error(ctx));
+    XKV_TRY(xkv_index_read(ctx, store->index, count_queued, &p.report.waiting));
+    if (report != NULL)
+        *report = p.report;
+    return XKV_OK;
+}
+
+/* --- Everything of a namespace ------------------------------------------------------------------------------------ */
+
+typedef struct queue_all {
+    const xkv_namespace *ns;
+    uint64_t after, next; /* ids that this batch begins with, and the next one */
+    bool done;
+} queue_all;
+
+/* A batch of them, in a transaction of its own. */
+static xkv_status queue_some(xkv_txn *txn, void *user)
+{
+    queue_all *q = user;
+    uint8_t value[XKV_VALUE_MAX];
+    size_t size = 0;
+    q->next = q->after;
+    for (uint32_t i = 0; i < XKV_BATCH; i++) {
+        xkv_key from = xkv_key_id(XKV_TABLE_ITEM, q->next), key;
+        xkv_item item;
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        q->done = status == XKV_ERROR_NOT_FOUND;
+        if (q->done)
+            return XKV_OK;
+        XKV_TRY(status);
+        if (size != XKV_ITEM_SIZE)
+            return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "an entry's record has %zu bytes [SI3]", size);
+        xkv_item_decode(value, &item);
+        xkv_key mark = xkv_key_id(XKV_TABLE_UNSENT, item.id);
+        if (memcmp(item.space, q->ns->id, 32) == 0)
+            XKV_TRY(xkv_txn_put_mark(txn, &mark));
+        q->next = xkv_key_u64(&key, 1) + 1;
+    }
+    return XKV_OK;
+}
+
+xkv_status xkv_store_queue_all(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns)
+{
+    queue_all q = {.ns = ns};
+    XKV_TRY(xkv_store_begin(ctx, store));
+    if (store->read_only)
+        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
+    while (!q.done) {
+        XKV_TRY(xkv_index_write(ctx, store->index, queue_some, &q));
+        XKV_TRY(xkv_check_cancel(ctx));
+        q.after = q.next;
+    }
+    xkv_remote_wake(store);
+    return XKV_OK;
+}
+
+/* --- Counters ----------------------------------------------------------------------------------------------------- */
+
+xkv_status xkv_store_get_remote_stats(xkv_ctx *ctx, xkv_store *store, xkv_remote_stats *stats)
+{
+    xkv_remote *r = store->remote;
+    uint64_t waiting = 0;
+    XKV_TRY(xkv_store_begin(ctx, store));
+    if (r == NULL)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the store has no remote");
+    XKV_TRY(xkv_index_read(ctx, store->index, count_queued, &waiting));
+    pthread_mutex_lock(&r->mutex);
+    *stats = r->stats;
+    pthread_mutex_unlock(&r->mutex);
+    stats->waiting = waiting;
+    return XKV_OK;
+}
+
+/* --- The thread --------------------------------------------------------------------------------------------------- */
+
+void xkv_remote_wake(const xkv_store *store)
+{
+    xkv_remote *r = store->remote;
+    if (r == NULL)
+        return;
+    pthread_mutex_lock(&r->mutex);
+    r->work = true;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->mutex);
+}
+
+/* Wait for something to send; after a failure, for the time of another try. False: stop. */
+static bool wait_for_work(xkv_remote *r, bool failed)
+{
+    pthread_mutex_lock(&r->mutex);
+    if (failed && !r->stop)
+        xkv_remote_wait(r, r->o.pause_ms);
+    while (!failed && !r->work && !r->stop)
+        pthread_cond_wait(&r->changed, &r->mutex);
+    r->work = false;
+    bool go_on = !r->stop;
+    pthread_mutex_unlock(&r->mutex);
+    return go_on;
+}
+
+static void *sender_main(void *user)
+{
+    xkv_store *store = user;
+    xkv_remote *r = store->remote;
+    bool failed;
+    do {
+        push p = {.ctx = r->sender, .store = store, .remote = r};
+        xkv_ctx_begin(r->sender);
+        failed = xkv_remote_is_down(r) || push_all(&p) != XKV_OK;
+    } while (wait_for_work(r, failed));
+    return NULL;
+}
+
+/* It takes no signals, which are the business of the program's threads. */
+xkv_status xkv_sender_start(xkv_ctx *ctx, xkv_store *store)
+{
+    xkv_remote *r = store->remote;
+    sigset_t all, before;
+    xkv_status status = xkv_ctx_create(r->o.context, &r->sender);
+    if (status != XKV_OK)
+        return xkv_fail(ctx, status, "the context of the thread that sends: %s", xkv_status_string(status));
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool started = pthread_create(&r->thread, NULL, sender_main, store) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (started)
+        return XKV_OK;
+    xkv_ctx_free(r->sender);
+    r->sender = NULL;
+    return xkv_fail(ctx, XKV_ERROR_LIMIT, "the thread that sends could not be started");
+}
+
+void xkv_sender_stop(xkv_remote *r)
+{
+    pthread_mutex_lock(&r->mutex);
+    r->stop = true;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->mutex);
+    if (r->sender == NULL)
+        return;
+    xkv_ctx_cancel(r->sender);
+    pthread_join(r->thread, NULL);
+    xkv_ctx_free(r->sender);
+    r->sender = NULL;
+}

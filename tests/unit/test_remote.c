@@ -1,0 +1,904 @@
+/* test_remote.c - the remote tier over a back end in memory that fails as it is told: what travels, what is refused,
+ * how often a remote is asked, and how long anybody waits for it. Times are those of a clock that the test moves. */
+#include "store_support.h"
+
+#include "remote.h"
+
+#include <dirent.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+enum { BLOCK = 8, OBJECTS = 512 };
+
+/* --- The fake --- */
+
+typedef struct object {
+    char name[XKV_REMOTE_NAME + 1];
+    uint8_t *bytes;
+    size_t size;
+} object;
+
+/* A server in memory. Requests may come from several threads. */
+typedef struct server {
+    pthread_mutex_t mutex;
+    object objects[OBJECTS];
+    size_t count;
+    uint64_t now;  /* milliseconds */
+    uint32_t fail; /* so many requests fail */
+    bool refuse;   /* they fail for good */
+    bool hang;     /* requests never end */
+    uint32_t requests, connects, links;
+    uint32_t puts_left; /* then the server dies; UINT32_MAX: never */
+} server;
+
+static server fake;
+
+static object *find(const char *name)
+{
+    for (size_t i = 0; i < fake.count; i++) {
+        if (strcmp(fake.objects[i].name, name) == 0)
+            return &fake.objects[i];
+    }
+    return NULL;
+}
+
+static void set_object(const char *name, const void *bytes, size_t size)
+{
+    object *o = find(name);
+    if (o == NULL) {
+        assert_true(fake.count < OBJECTS);
+        o = &fake.objects[fake.count++];
+        snprintf(o->name, sizeof o->name, "%s", name);
+    }
+    free(o->bytes);
+    o->bytes = malloc(size + 1);
+    assert_non_null(o->bytes);
+    memcpy(o->bytes, bytes, size);
+    o->size = size;
+}
+
+/* The first object of a kind: 'i', 'b' or 'd'. */
+static object *first_of(char kind)
+{
+    for (size_t i = 0; i < fake.count; i++) {
+        if (fake.objects[i].name[0] == kind)
+            return &fake.objects[i];
+    }
+    fail_msg("no object of kind %c", kind);
+    return NULL;
+}
+
+static size_t count_of(char kind)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < fake.count; i++)
+        n += fake.objects[i].name[0] == kind;
+    return n;
+}
+
+static void forget_all(void)
+{
+    for (size_t i = 0; i < fake.count; i++)
+        free(fake.objects[i].bytes);
+    fake.count = 0;
+}
+
+static xkv_status fake_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, void **link_p)
+{
+    uint32_t *link = NULL;
+    (void)config;
+    (void)ms;
+    pthread_mutex_lock(&fake.mutex);
+    fake.connects++;
+    fake.links++;
+    pthread_mutex_unlock(&fake.mutex);
+    if (XKV_NEW(own, 1, &link) != XKV_OK)
+        return xkv_fail(ctx, XKV_ERROR_MEMORY, "no link");
+    *link_p = link;
+    return XKV_OK;
+}
+
+static void fake_disconnect(xkv_ctx *own, void *link)
+{
+    pthread_mutex_lock(&fake.mutex);
+    fake.links--;
+    pthread_mutex_unlock(&fake.mutex);
+    xkv_release(own, link);
+}
+
+static void fake_free_config(xkv_ctx *own, void *config)
+{
+    (void)own;
+    (void)config;
+}
+
+static xkv_status serve(xkv_ctx *ctx, xkv_request *q)
+{
+    const object *o = find(q->name);
+    if (q->kind == XKV_REQUEST_PUT) {
+        uint8_t *bytes = malloc((size_t)q->from->size + 1);
+        assert_non_null(bytes);
+        xkv_status status = xkv_request_give(ctx, q, 0, bytes, (size_t)q->from->size);
+        if (status == XKV_OK)
+            set_object(q->name, bytes, (size_t)q->from->size);
+        free(bytes);
+        return status;
+    }
+    if (o == NULL)
+        return XKV_ERROR_NOT_FOUND;
+    if (q->kind == XKV_REQUEST_SIZE) {
+        q->size = o->size;
+        return XKV_OK;
+    }
+    size_t half = o->size / 2; /* in two parts */
+    XKV_TRY(xkv_request_take(ctx, q, o->bytes, half));
+    return xkv_request_take(ctx, q, o->bytes + half, o->size - half);
+}
+
+static xkv_status fake_run_locked(xkv_ctx *ctx, xkv_request *q, uint32_t ms)
+{
+    fake.requests++;
+    fake.now++;
+    if (fake.hang) {
+        fake.now += ms;
+        return xkv_fail(ctx, XKV_ERROR_TIMEOUT, "fake: no answer");
+    }
+    if (q->kind == XKV_REQUEST_PUT && fake.puts_left != UINT32_MAX && fake.puts_left-- == 0) {
+        fake.puts_left = 0;
+        return xkv_fail(ctx, XKV_ERROR_IO, "fake: died");
+    }
+    if (fake.fail > 0) {
+        fake.fail--;
+        q->final = fake.refuse;
+        return xkv_fail(ctx, XKV_ERROR_IO, "fake: failed");
+    }
+    return serve(ctx, q);
+}
+
+static xkv_status fake_run(xkv_ctx *ctx, void *link, xkv_request *q, uint32_t ms)
+{
+    (void)link;
+    pthread_mutex_lock(&fake.mutex);
+    xkv_status status = fake_run_locked(ctx, q, ms);
+    pthread_mutex_unlock(&fake.mutex);
+    return status;
+}
+
+static uint64_t fake_clock(void *user)
+{
+    (void)user;
+    pthread_mutex_lock(&fake.mutex);
+    uint64_t now = fake.now;
+    pthread_mutex_unlock(&fake.mutex);
+    return now;
+}
+
+static void fake_wait(void *user, uint32_t ms)
+{
+    (void)user;
+    pthread_mutex_lock(&fake.mutex);
+    fake.now += ms;
+    pthread_mutex_unlock(&fake.mutex);
+}
+
+static const xkv_backend fake_backend = {fake_connect, fake_run, fake_disconnect, fake_free_config};
+
+/* --- Machines --- */
+
+typedef struct machine {
+    test_store s;
+    xkv_ctx *ctx; /* with a log */
+    uint32_t warnings;
+    char warning[256]; /* the last one */
+    const uint8_t *key;
+    xkv_remote_options options;
+    uint64_t wall; /* seconds since 1970 */
+} machine;
+
+static machine a, b;
+
+static void note_log(void *user, xkv_log_level level, const char *message)
+{
+    machine *m = user;
+    if (level > XKV_LOG_WARNING)
+        return;
+    m->warnings++;
+    snprintf(m->warning, sizeof m->warning, "%s", message);
+}
+
+static uint64_t wall_clock(void *user)
+{
+    const machine *m = user;
+    return m->wall * 1000000u;
+}
+
+static void open_machine(machine *m)
+{
+    const xkv_remote draft = {.backend = &fake_backend, .clock = fake_clock, .wait = fake_wait};
+    xkv_store_options o = xkv_store_options_default();
+    o.key = m->key;
+    o.clock = wall_clock;
+    o.clock_user = m;
+    assert_ok(m->ctx, xkv_store_open(m->ctx, m->s.path, &o, &m->s.store));
+    assert_ok(m->ctx, xkv_remote_attach(m->ctx, m->s.store, &m->options, &draft));
+}
+
+static void close_machine(machine *m)
+{
+    xkv_store_close(m->ctx, m->s.store);
+    m->s.store = NULL;
+}
+
+static void make_machine(machine *m, const uint8_t *key, uint64_t cap)
+{
+    xkv_store_properties p = xkv_store_properties_default();
+    xkv_ctx_options o = xkv_ctx_options_default();
+    memset(m, 0, sizeof *m);
+    make_folder(&m->s);
+    o.threads = 1;
+    o.log = note_log;
+    o.log_user = m;
+    assert_int_equal(xkv_ctx_create(&o, &m->ctx), XKV_OK);
+    p.block_tokens = BLOCK;
+    p.key = m->key = key;
+    p.byte_cap = cap;
+    m->wall = 1000;
+    m->options = xkv_remote_options_default();
+    m->options.manual = 1;
+    assert_ok(m->ctx, xkv_store_create(m->ctx, m->s.path, &p));
+    open_machine(m);
+}
+
+static void free_machine(machine *m)
+{
+    if (m->ctx == NULL)
+        return;
+    close_machine(m);
+    assert_int_equal(xkv_ctx_memory_used(m->ctx), 0);
+    xkv_ctx_free(m->ctx);
+    remove_folder(&m->s);
+    m->ctx = NULL;
+}
+
+static int setup(void **state)
+{
+    (void)state;
+    memset(&fake, 0, sizeof fake);
+    pthread_mutex_init(&fake.mutex, NULL);
+    fake.puts_left = UINT32_MAX;
+    make_machine(&a, NULL, 0);
+    make_machine(&b, NULL, 0);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    free_machine(&a);
+    free_machine(&b);
+    assert_int_equal(fake.links, 0);
+    forget_all();
+    pthread_mutex_destroy(&fake.mutex);
+    return 0;
+}
+
+static xkv_namespace ns_of(const char *salt)
+{
+    return make_namespace(salt);
+}
+
+static void put_with(machine *m, const char *salt, uint64_t seed, uint32_t count, const xkv_put_options *o)
+{
+    const xkv_namespace ns = ns_of(salt);
+    int32_t tokens[STORE_TOKENS];
+    make_tokens(seed, 50000, tokens, count);
+    assert_ok(m->ctx, put_rows(m->ctx, m->s.store, &ns, tokens, count, o, NULL));
+}
+
+static void put(machine *m, uint64_t seed, uint32_t count)
+{
+    put_with(m, NULL, seed, count, NULL);
+}
+
+static xkv_push_report push(machine *m)
+{
+    xkv_push_report r;
+    assert_ok(m->ctx, xkv_store_push(m->ctx, m->s.store, &r));
+    return r;
+}
+
+/* Leading tokens of the prompt (count tokens of one seed, then `more` of another) that are found and restored right. */
+static uint32_t look_up_with(machine *m, const char *salt, uint64_t seed, uint32_t count, uint32_t more)
+{
+    const xkv_namespace ns = ns_of(salt);
+    int32_t tokens[STORE_TOKENS];
+    xkv_match match;
+    xkv_hit *hit = NULL;
+    make_tokens(seed, 50000, tokens, count);
+    make_tokens(seed + 1000, 50000, tokens + count, more);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = count + more};
+    assert_ok(m->ctx, xkv_store_match(m->ctx, m->s.store, &ns, &prompt, 0, &match, &hit));
+    if (hit != NULL) {
+        xkv_status status;
+        assert_true(hit_is_right(m->ctx, hit, match.tokens, tokens, &status));
+        xkv_hit_close(m->ctx, hit);
+    }
+    return match.tokens;
+}
+
+static uint32_t look_up(machine *m, uint64_t seed, uint32_t count, uint32_t more)
+{
+    return look_up_with(m, NULL, seed, count, more);
+}
+
+static xkv_remote_stats stats(machine *m)
+{
+    xkv_remote_stats s;
+    assert_ok(m->ctx, xkv_store_get_remote_stats(m->ctx, m->s.store, &s));
+    return s;
+}
+
+static uint32_t files_in(const machine *m, const char *folder)
+{
+    char path[128];
+    uint32_t n = 0;
+    snprintf(path, sizeof path, "%s/%s", m->s.path, folder);
+    DIR *d = opendir(path);
+    assert_non_null(d);
+    for (const struct dirent *e = readdir(d); e != NULL; e = readdir(d))
+        n += e->d_name[0] != '.';
+    closedir(d);
+    return n;
+}
+
+static void assert_nothing_stored(machine *m)
+{
+    xkv_store_stats s;
+    assert_ok(m->ctx, xkv_store_get_stats(m->ctx, m->s.store, &s));
+    assert_int_equal(s.entries, 0);
+    assert_int_equal(s.dictionaries, 0);
+    assert_int_equal(files_in(m, "blobs"), 0);
+    assert_int_equal(files_in(m, "tmp"), 0);
+    assert_int_equal(files_in(m, "quarantine"), 0);
+}
+
+/* A lookup on b that finds nothing, because of an object that is not what it should be. */
+static void assert_damaged(uint64_t seed, uint32_t count, const char *why)
+{
+    const uint64_t before = stats(&b).damaged;
+    b.warnings = 0;
+    assert_int_equal(look_up(&b, seed, count, 0), 0);
+    assert_int_equal(stats(&b).damaged, before + 1);
+    assert_int_equal(b.warnings, 1);
+    if (strstr(b.warning, why) == NULL)
+        fail_msg("the warning should say '%s': %s", why, b.warning);
+    assert_nothing_stored(&b);
+}
+
+/* --- What travels --- */
+
+static void test_read_through(void **state)
+{
+    (void)state;
+    put(&a, 1, 40);
+    assert_int_equal(stats(&a).waiting, 1);
+    const xkv_push_report r = push(&a);
+    assert_int_equal(r.sent, 1);
+    assert_int_equal(r.waiting, 0);
+    assert_int_equal(count_of('i'), 5);
+    assert_int_equal(count_of('b'), 1);
+    assert_int_equal(look_up(&b, 1, 40, 0), 40);
+    const xkv_remote_stats s = stats(&b);
+    assert_int_equal(s.hits, 1);
+    assert_int_equal(s.misses, 0);
+    assert_int_equal(s.bytes_in, first_of('b')->size + 64 * 3); /* the first run, the middle one, the last one */
+    assert_int_equal(s.waiting, 0);                             /* what came is not sent back */
+    const uint32_t before = fake.requests;
+    assert_int_equal(look_up(&b, 1, 40, 0), 40);
+    assert_int_equal(look_up(&b, 1, 17, 0), 17);
+    assert_int_equal(fake.requests, before); /* it is here now */
+    assert_int_equal(fake.connects, 2);      /* one each, kept */
+}
+
+/* The longest prefix: to the token when a whole block more is common. */
+static void test_longest_prefix(void **state)
+{
+    (void)state;
+    put(&a, 1, 100);
+    push(&a);
+    assert_int_equal(count_of('i'), 13);
+    const uint32_t before = fake.requests;
+    assert_int_equal(look_up(&b, 1, 61, 200), 61);    /* the entry of 100 tokens */
+    assert_true(fake.requests - before <= 1 + 6 + 1); /* of 33 runs of blocks: the first one, bisection, the blob */
+    assert_int_equal(look_up(&b, 2, 61, 0), 0);
+    assert_int_equal(fake.requests - before, stats(&b).bytes_in > 0 ? fake.requests - before : 0);
+}
+
+static void test_miss_is_one_request(void **state)
+{
+    (void)state;
+    put(&a, 1, 100);
+    push(&a);
+    const uint32_t before = fake.requests;
+    assert_int_equal(look_up(&b, 2, 1000, 0), 0);
+    assert_int_equal(fake.requests, before + 1);
+    assert_int_equal(stats(&b).misses, 1);
+}
+
+/* What the folder has is asked for no more; a longer entry of the remote is found beyond it. */
+static void test_longer_than_local(void **state)
+{
+    (void)state;
+    put(&b, 1, 20);
+    push(&b);
+    put(&a, 1, 20);
+    assert_int_equal(look_up(&b, 1, 20, 60), 20);
+    assert_int_equal(stats(&b).misses, 1);
+    put(&a, 1, 64);
+    push(&a);
+    assert_int_equal(look_up(&b, 1, 64, 0), 64);
+    assert_int_equal(stats(&b).hits, 1);
+}
+
+/* A hit that is too short for the caller is not fetched again and again. */
+static void test_short(void **state)
+{
+    const xkv_namespace ns = ns_of(NULL);
+    int32_t tokens[64];
+    xkv_match match;
+    (void)state;
+    put(&a, 1, 40);
+    push(&a);
+    make_tokens(1, 50000, tokens, 40);
+    make_tokens(7, 50000, tokens + 40, 24);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = 64};
+    for (int i = 0; i < 3; i++) {
+        assert_ok(b.ctx, xkv_store_match(b.ctx, b.s.store, &ns, &prompt, 60, &match, NULL));
+        assert_int_equal(match.reason, XKV_MATCH_SHORT);
+    }
+    assert_int_equal(stats(&b).hits, 1);
+    assert_int_equal(stats(&b).misses, 2);
+}
+
+static void test_tenants(void **state)
+{
+    (void)state;
+    put_with(&a, "one", 1, 40, NULL);
+    push(&a);
+    assert_int_equal(look_up_with(&b, "two", 1, 40, 0), 0);
+    assert_int_equal(look_up_with(&b, NULL, 1, 40, 0), 0);
+    assert_int_equal(stats(&b).bytes_in, 0);
+    assert_int_equal(look_up_with(&b, "one", 1, 40, 0), 40);
+    assert_int_equal(look_up_with(&b, "two", 1, 40, 0), 0);
+}
+
+/* Stores with one key share, others do not even find each other's names. */
+static void test_keys(void **state)
+{
+    static const uint8_t one[32] = {1}, two[32] = {2};
+    machine c, d;
+    (void)state;
+    free_machine(&a);
+    make_machine(&a, one, 0);
+    make_machine(&c, one, 0);
+    make_machine(&d, two, 0);
+    put(&a, 1, 40);
+    push(&a);
+    assert_int_equal(look_up(&b, 1, 40, 0), 0);
+    assert_int_equal(look_up(&d, 1, 40, 0), 0);
+    assert_int_equal(stats(&b).damaged + stats(&d).damaged, 0);
+    assert_int_equal(look_up(&c, 1, 40, 0), 40);
+    free_machine(&c);
+    free_machine(&d);
+}
+
+/* Blobs that were not sealed with the key are refused, though every name and hash is right. */
+static void test_forged(void **state)
+{
+    static const uint8_t one[32] = {1};
+    xkv_pointer pointer = {.size = 0};
+    uint8_t bytes[XKV_POINTER_SIZE];
+    (void)state;
+    put(&b, 1, 40);
+    push(&b);
+    memcpy(bytes, first_of('i')->bytes, sizeof bytes); /* of the plain blob */
+    assert_int_equal(xkv_pointer_decode(NULL, bytes, sizeof bytes, &pointer), XKV_OK);
+    free_machine(&b);
+    make_machine(&b, one, 0);
+    const xkv_namespace ns = ns_of(NULL);
+    int32_t tokens[40];
+    xkv_page_key keys[5];
+    make_tokens(1, 50000, tokens, 40);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = 40};
+    assert_ok(b.ctx, xkv_chain_native(b.ctx, &ns, &prompt, BLOCK, keys));
+    for (int i = 0; i < 5; i++)
+        set_object(xkv_remote_index_name(b.s.store->remote, keys[i].key).text, bytes, sizeof bytes);
+    assert_damaged(1, 40, "[SB7]");
+}
+
+/* --- Damage and hostility --- */
+
+/* Any flipped bit of any object: a miss, a counter, a line in the log, nothing in the store. */
+static void test_damage(void **state)
+{
+    (void)state;
+    put(&a, 1, 8);
+    push(&a);
+    const char kinds[] = {'i', 'b'};
+    for (size_t k = 0; k < sizeof kinds; k++) {
+        object *o = first_of(kinds[k]);
+        for (size_t i = 0; i < o->size; i += o->size / 61 + 1) {
+            o->bytes[i] ^= 4;
+            assert_damaged(1, 8, "");
+            o->bytes[i] ^= 4;
+        }
+        o->size--;
+        assert_damaged(1, 8, "");
+        o->size++;
+    }
+    assert_int_equal(look_up(&b, 1, 8, 0), 8);
+}
+
+static void set_pointer(const xkv_pointer *p, const char *name)
+{
+    uint8_t bytes[XKV_POINTER_SIZE];
+    xkv_pointer_encode(p, bytes);
+    set_object(name, bytes, sizeof bytes);
+}
+
+static xkv_pointer pointer_to(const object *o)
+{
+    xkv_pointer p = {.size = o->size};
+    const xkv_input file = xkv_input_from_memory(o->bytes, o->size);
+    assert_int_equal(xkv_blob_hash(a.ctx, &file, p.hash), XKV_OK);
+    return p;
+}
+
+/* Sizes are bounded before anything is allocated or asked for. */
+static void test_sizes(void **state)
+{
+    (void)state;
+    put(&a, 1, 8);
+    push(&a);
+    object *i = first_of('i'), *o = first_of('b');
+    char name[XKV_REMOTE_NAME + 1];
+    memcpy(name, i->name, sizeof name);
+    const xkv_pointer right = pointer_to(o);
+    xkv_pointer p = right;
+    p.size = UINT64_MAX / 2;
+    set_pointer(&p, name);
+    const uint32_t before = fake.requests;
+    assert_int_equal(look_up(&b, 1, 8, 0), 0); /* larger than object_bytes: not asked for */
+    assert_int_equal(fake.requests, before + 1);
+    p.size = right.size - 1; /* then more comes than was announced */
+    set_pointer(&p, name);
+    assert_damaged(1, 8, "larger than");
+    p.size = right.size + 1;
+    set_pointer(&p, name);
+    assert_damaged(1, 8, "size or SHA-256");
+    p.size = 256;
+    set_pointer(&p, name);
+    assert_damaged(1, 8, "[SR2]");
+    set_object(name, "xx", 2);
+    assert_damaged(1, 8, "[SR2]");
+    uint8_t large[4096] = {0};
+    set_object(name, large, sizeof large);
+    assert_damaged(1, 8, "[SR4]");
+    set_pointer(&right, name);
+    assert_int_equal(look_up(&b, 1, 8, 0), 8);
+}
+
+/* A blob that does not fit under the cap is not fetched. */
+static void test_cap(void **state)
+{
+    machine c;
+    (void)state;
+    put(&a, 1, 40);
+    push(&a);
+    make_machine(&c, NULL, 100);
+    assert_int_equal(look_up(&c, 1, 40, 0), 0);
+    assert_int_equal(stats(&c).bytes_in, 64 * 3);
+    free_machine(&c);
+    b.options.object_bytes = 100;
+    close_machine(&b);
+    open_machine(&b);
+    assert_int_equal(look_up(&b, 1, 40, 0), 0);
+    put(&b, 2, 40);
+    assert_int_equal(push(&b).dropped, 1);
+    assert_int_equal(stats(&b).waiting, 0);
+}
+
+/* A sound entry of another prompt or namespace in the place of the one that was asked for. */
+static void test_exchanged(void **state)
+{
+    (void)state;
+    put(&a, 1, 8);
+    push(&a);
+    char name[XKV_REMOTE_NAME + 1];
+    memcpy(name, first_of('i')->name, sizeof name);
+    put(&a, 2, 8);
+    put_with(&a, "other", 1, 8, NULL);
+    push(&a);
+    const object *blobs[3];
+    size_t n = 0;
+    for (size_t i = 0; i < fake.count && n < 3; i++) {
+        if (fake.objects[i].name[0] == 'b')
+            blobs[n++] = &fake.objects[i];
+    }
+    const xkv_pointer right = pointer_to(blobs[0]), prompt = pointer_to(blobs[1]), space = pointer_to(blobs[2]);
+    set_pointer(&prompt, name);
+    assert_damaged(1, 8, "does not begin with the tokens");
+    set_pointer(&space, name);
+    assert_damaged(1, 8, "no entry of the namespace");
+    set_pointer(&right, name);
+    assert_int_equal(look_up(&b, 1, 8, 0), 8);
+}
+
+static void test_expired(void **state)
+{
+    xkv_put_options o = xkv_put_options_default();
+    (void)state;
+    o.ttl = 100;
+    put_with(&a, NULL, 1, 40, &o);
+    put_with(&a, NULL, 2, 40, &o);
+    push(&a);
+    b.wall = a.wall + 99;
+    assert_int_equal(look_up(&b, 1, 40, 0), 40);
+    b.wall = a.wall + 100;
+    assert_int_equal(look_up(&b, 2, 40, 0), 0);
+    assert_int_equal(look_up(&b, 1, 40, 0), 0); /* it kept its end */
+    assert_int_equal(stats(&b).damaged, 0);
+}
+
+/* Blobs that are gone from the remote, by its own expiry for example. */
+static void test_dangling(void **state)
+{
+    (void)state;
+    put(&a, 1, 40);
+    push(&a);
+    first_of('b')->name[0] = 'z';
+    assert_int_equal(look_up(&b, 1, 40, 0), 0);
+    assert_int_equal(stats(&b).misses, 1);
+    assert_int_equal(stats(&b).damaged, 0);
+    assert_nothing_stored(&b);
+}
+
+/* --- Failures --- */
+
+static void test_down_at_put(void **state)
+{
+    (void)state;
+    fake.fail = UINT32_MAX;
+    put(&a, 1, 40);
+    put(&a, 2, 40);
+    xkv_push_report r = push(&a);
+    assert_int_equal(r.sent, 0);
+    assert_int_equal(r.waiting, 2);
+    assert_non_null(strstr(r.why, "fake: failed"));
+    assert_int_equal(look_up(&a, 1, 40, 0), 40);
+    close_machine(&a); /* what waits survives */
+    open_machine(&a);
+    assert_int_equal(stats(&a).waiting, 2);
+    fake.fail = 0;
+    r = push(&a);
+    assert_int_equal(r.sent, 2);
+    assert_int_equal(r.waiting, 0);
+    assert_int_equal(look_up(&b, 1, 40, 0), 40);
+    assert_int_equal(look_up(&b, 2, 40, 0), 40);
+}
+
+/* Dying after any number of objects leaves nothing that is wrong, and the rest follows. */
+static void test_dies(void **state)
+{
+    (void)state;
+    for (uint32_t puts = 0; puts < 6; puts++) {
+        put(&a, 10 + puts, 40);
+        fake.puts_left = puts;
+        fake.now += 1000000; /* it is asked again */
+        assert_int_equal(push(&a).waiting, 1);
+        const uint32_t found = look_up(&b, 10 + puts, 40, 0);
+        assert_int_equal(found, puts >= 2 ? 40 : 0); /* the blob and one index object */
+        fake.puts_left = UINT32_MAX;
+        fake.now += 1000000;
+        assert_int_equal(push(&a).waiting, 0);
+        fake.now += 1000000;
+        assert_int_equal(look_up(&b, 10 + puts, 40, 0), 40);
+    }
+    assert_int_equal(stats(&b).damaged, 0);
+}
+
+/* Failed requests are made again, after pauses that double, and counted. */
+static void test_retries(void **state)
+{
+    (void)state;
+    put(&a, 1, 8);
+    push(&a);
+    const uint32_t requests = fake.requests;
+    const uint64_t now = fake.now;
+    fake.fail = 2;
+    assert_int_equal(look_up(&b, 1, 8, 0), 8);
+    assert_int_equal(stats(&b).retries, 2);
+    assert_int_equal(stats(&b).errors, 0);
+    assert_int_equal(fake.requests, requests + 4);  /* three for the index object, the blob */
+    assert_int_equal(fake.now, now + 4 + 50 + 100); /* a request takes 1 ms */
+    assert_int_equal(b.warnings, 0);
+}
+
+/* Refused for good: not asked again. */
+static void test_refused(void **state)
+{
+    (void)state;
+    fake.fail = UINT32_MAX;
+    fake.refuse = true;
+    assert_int_equal(look_up(&b, 1, 8, 0), 0);
+    assert_int_equal(fake.requests, 1);
+    assert_int_equal(stats(&b).errors, 1);
+    assert_int_equal(stats(&b).retries, 0);
+}
+
+/* A remote that is down is asked once, then not until its pause is over, which doubles; one line in the log. */
+static void test_left_alone(void **state)
+{
+    (void)state;
+    put(&b, 1, 40);
+    fake.fail = UINT32_MAX;
+    for (uint64_t i = 0; i < 10; i++)
+        assert_int_equal(look_up(&b, 2, 40, 0), 0);
+    assert_int_equal(fake.requests, 3);
+    assert_int_equal(stats(&b).skipped, 9);
+    assert_int_equal(stats(&b).errors, 1);
+    assert_int_equal(b.warnings, 1);
+    assert_int_equal(look_up(&b, 1, 40, 0), 40); /* the store goes on */
+    fake.now += 999;
+    look_up(&b, 2, 40, 0);
+    assert_int_equal(fake.requests, 3);
+    fake.now += 1;
+    look_up(&b, 2, 40, 0);
+    assert_int_equal(fake.requests, 6);
+    fake.now += 1999;
+    look_up(&b, 2, 40, 0);
+    assert_int_equal(fake.requests, 6);
+    fake.now += 1;
+    fake.fail = 0;
+    look_up(&b, 2, 40, 0);
+    assert_int_equal(fake.requests, 7);
+    look_up(&b, 2, 40, 0);
+    assert_int_equal(fake.requests, 8); /* and is asked as before */
+    assert_int_equal(b.warnings, 1);
+}
+
+/* A server that never answers costs a lookup no more than its time, retries included. */
+static void test_hangs(void **state)
+{
+    (void)state;
+    put(&b, 1, 40);
+    fake.hang = true;
+    const uint64_t now = fake.now;
+    assert_int_equal(look_up(&b, 2, 40, 0), 0);
+    assert_true(fake.now - now <= b.options.lookup_ms + 1);
+    assert_int_equal(push(&b).waiting, 1);
+    assert_int_equal(look_up(&b, 1, 40, 0), 40);
+}
+
+/* The remote is left alone while entries wait: no push asks it either. */
+static void test_evicted_before_sent(void **state)
+{
+    const xkv_namespace ns = ns_of(NULL);
+    (void)state;
+    put(&a, 1, 40);
+    assert_ok(a.ctx, xkv_store_remove(a.ctx, a.s.store, &ns, 1));
+    const xkv_push_report r = push(&a);
+    assert_int_equal(r.dropped, 1);
+    assert_int_equal(r.waiting, 0);
+    assert_int_equal(fake.requests, 0);
+}
+
+/* A blob that is damaged here does not get out. */
+static void test_damaged_here(void **state)
+{
+    char path[256];
+    (void)state;
+    put(&a, 1, 40);
+    snprintf(path, sizeof path, "%s/blobs", a.s.path);
+    DIR *d = opendir(path);
+    assert_non_null(d);
+    for (const struct dirent *e = readdir(d); e != NULL; e = readdir(d)) {
+        if (e->d_name[0] == '.')
+            continue;
+        char file[512];
+        snprintf(file, sizeof file, "%s/%s", path, e->d_name);
+        FILE *f = fopen(file, "r+be");
+        assert_non_null(f);
+        assert_int_equal(fseek(f, -1, SEEK_END), 0);
+        fputc(0x55, f);
+        fclose(f);
+    }
+    closedir(d);
+    assert_int_equal(push(&a).dropped, 1);
+    assert_int_equal(count_of('b') + count_of('i'), 0);
+    assert_int_equal(a.warnings, 1);
+}
+
+/* Entries from before the remote was there. */
+static void test_queue_all(void **state)
+{
+    const xkv_namespace ns = ns_of(NULL);
+    (void)state;
+    close_machine(&a);
+    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
+    for (uint64_t i = 0; i < 70; i++)
+        put(&a, i, 8);
+    put_with(&a, "salt", 1, 8, NULL);
+    close_machine(&a);
+    open_machine(&a);
+    assert_int_equal(stats(&a).waiting, 0);
+    assert_ok(a.ctx, xkv_store_queue_all(a.ctx, a.s.store, &ns));
+    assert_int_equal(stats(&a).waiting, 70);
+    assert_int_equal(push(&a).sent, 70);
+    assert_int_equal(look_up(&b, 69, 8, 0), 8);
+}
+
+/* --- Arguments --- */
+
+static void test_arguments(void **state)
+{
+    static const char *const bad[] = {"http://x",          "s3:/x",       "redis://",        "redis://:6379",
+                                      "redis://h:0",       "redis://h:x", "redis://h:70000", "redis://h/x",
+                                      "redis://user:pw@h", "s3://",       "s3:///x",         "s3://a/b?c",
+                                      "s3://b/../c"};
+    xkv_remote_options o = xkv_remote_options_default();
+    (void)state;
+    assert_int_equal(xkv_store_attach_remote(a.ctx, a.s.store, &o), XKV_ERROR_ARGUMENT); /* it has one */
+    close_machine(&a);
+    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
+    assert_int_equal(xkv_store_attach_remote(a.ctx, a.s.store, &o), XKV_ERROR_ARGUMENT); /* no URL */
+    setenv("AWS_ACCESS_KEY_ID", "a", 1);
+    setenv("AWS_SECRET_ACCESS_KEY", "b", 1);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        o.url = bad[i];
+        xkv_status status = xkv_store_attach_remote(a.ctx, a.s.store, &o);
+        if (status != XKV_ERROR_ARGUMENT && status != XKV_ERROR_UNSUPPORTED)
+            fail_msg("%s: %s", bad[i], xkv_status_string(status));
+    }
+    o.url = "rediss://h";
+    assert_int_equal(xkv_store_attach_remote(a.ctx, a.s.store, &o), XKV_ERROR_UNSUPPORTED);
+    o.url = "redis://h";
+    o.retries = 17;
+    assert_int_equal(xkv_store_attach_remote(a.ctx, a.s.store, &o), XKV_ERROR_ARGUMENT);
+    xkv_remote_stats s;
+    assert_int_equal(xkv_store_get_remote_stats(a.ctx, a.s.store, &s), XKV_ERROR_ARGUMENT);
+    assert_int_equal(xkv_store_push(a.ctx, a.s.store, NULL), XKV_ERROR_ARGUMENT);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_read_through, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_longest_prefix, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_miss_is_one_request, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_longer_than_local, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_short, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_tenants, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_keys, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_forged, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_damage, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sizes, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_cap, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_exchanged, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_expired, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_dangling, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_down_at_put, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_dies, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_retries, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_refused, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_left_alone, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_hangs, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_evicted_before_sent, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_damaged_here, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_queue_all, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_arguments, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
