@@ -39,8 +39,8 @@ XKV_MUST_CHECK xkv_status xkv_request_give(xkv_ctx *ctx, xkv_request *q, uint64_
 typedef struct xkv_backend {
     /* Connect within `ms` milliseconds. Links are allocated by `own`. */
     xkv_status (*connect)(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, void **link_p);
-    /* Do it within `ms` milliseconds. NOT_FOUND without a message, never for PUT; LIMIT: larger than the limit; IO, TIMEOUT. After a
-     * failure the link is not used again. */
+    /* Do it within `ms` milliseconds. NOT_FOUND without a message, never for PUT; LIMIT: larger than the limit; IO,
+     * TIMEOUT. After a failure the link is not used again. */
     xkv_status (*run)(xkv_ctx *ctx, void *link, xkv_request *q, uint32_t ms);
     void (*disconnect)(xkv_ctx *own, void *link);
     void (*free_config)(xkv_ctx *own, void *config);

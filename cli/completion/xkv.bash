@@ -22,12 +22,12 @@ _xkv() {
     -o | --output | --validate | --salt-file | --key-file) _xkv_files "$current"; return ;;
     -T | -M | --threads | --memory | --fingerprint | --group | --cross | --rank-[kv] | --ratio | --error | --energy | --sinks | \
         --window | --iterations | --quality | --max-quality | --rope-base | --rope-dim | --rope-scale | --head-dim | --first | --settings | \
-        --lora | --block | --cap | --ttl | --min | --id) return ;;
+        --lora | --block | --cap | --ttl | --min | --id | --remote | --wait) return ;;
     esac
     if [[ $current == -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_xkv_options "$tool")" -- "$current")
     elif [[ ${tool##*/} == xkv-store && $COMP_CWORD -eq 1 ]]; then
-        mapfile -t COMPREPLY < <(compgen -W 'init put match get ls stat rm pin unpin gc verify repair export import' -- "$current")
+        mapfile -t COMPREPLY < <(compgen -W 'init put match get ls stat rm pin unpin gc verify repair export import push' -- "$current")
     elif [[ ${tool##*/} == xkv-store || ${tool##*/} == xkv-pack || ${tool##*/} == xkv-train ]]; then
         _xkv_files "$current"
     else
