@@ -17,7 +17,9 @@ xkv_status xkv_redis_configure(xkv_ctx *ctx, xkv_ctx *own, const char *url, cons
 #else
 
 #include <errno.h>
+#include <fcntl.h>
 #include <hiredis/hiredis.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/random.h>
@@ -26,6 +28,8 @@ xkv_status xkv_redis_configure(xkv_ctx *ctx, xkv_ctx *own, const char *url, cons
 #define PIECE       ((size_t)1 << 20) /* of a value that is read or written at once */
 #define MAX_REPLY   (PIECE + 65536u)
 #define NAME_SIZE   (sizeof "xkv/" + XKV_REMOTE_NAME + 17)
+#define CONNECT_MS  3000u
+#define SLICE_MS    100u
 #define TEMP_EXPIRY "3600" /* seconds after which a value that was not completed goes */
 
 typedef struct redis_config {
@@ -122,21 +126,28 @@ static xkv_status fail_link(xkv_ctx *ctx, const redis_link *l)
     return xkv_fail(ctx, XKV_ERROR_IO, "redis: %s", l->redis->err != 0 ? l->redis->errstr : "out of memory");
 }
 
-/* Before the next read or write, which may then take all the time that is left. */
-static xkv_status check_time(xkv_ctx *ctx, const redis_link *l)
+/* Until the socket can be read or written; a look at the clock and for a cancelled context now and then. */
+static xkv_status wait_until(xkv_ctx *ctx, const redis_link *l, short event)
 {
-    const uint64_t now = now_ms();
-    XKV_TRY(xkv_check_cancel(ctx));
-    if (now >= l->deadline || redisSetTimeout(l->redis, to_timeval(l->deadline - now)) != REDIS_OK)
-        return fail_link(ctx, l);
-    return XKV_OK;
+    for (;;) {
+        struct pollfd p = {.fd = l->redis->fd, .events = event};
+        const uint64_t now = now_ms();
+        XKV_TRY(xkv_check_cancel(ctx));
+        if (now >= l->deadline)
+            return fail_link(ctx, l);
+        int n = poll(&p, 1, (int)xkv_min64(l->deadline - now, SLICE_MS));
+        if (n > 0)
+            return XKV_OK;
+        if (n < 0 && errno != EINTR)
+            return xkv_fail_errno(ctx, "wait for", "redis", errno);
+    }
 }
 
 static xkv_status send_all(xkv_ctx *ctx, redis_link *l)
 {
     int done = 0;
     while (done == 0) {
-        XKV_TRY(check_time(ctx, l));
+        XKV_TRY(wait_until(ctx, l, POLLOUT));
         if (redisBufferWrite(l->redis, &done) != REDIS_OK)
             return fail_link(ctx, l);
     }
@@ -153,7 +164,7 @@ static xkv_status receive(xkv_ctx *ctx, redis_link *l, redisReply **reply_p)
             break;
         if (l->redis->reader->len > MAX_REPLY)
             return xkv_fail(ctx, XKV_ERROR_IO, "redis: a reply of more than %zu bytes [SR4]", MAX_REPLY);
-        XKV_TRY(check_time(ctx, l));
+        XKV_TRY(wait_until(ctx, l, POLLIN));
         if (redisBufferRead(l->redis) != REDIS_OK)
             return fail_link(ctx, l);
     }
@@ -341,18 +352,26 @@ static xkv_status log_in(xkv_ctx *ctx, redis_link *l, const redis_config *config
     return strcmp(config->database, "0") == 0 ? XKV_OK : run_counted(ctx, l, &select, NULL);
 }
 
+/* hiredis connects with a time limit only when it blocks; after that this file waits, by wait_until(). */
+static void stop_blocking(redisContext *redis)
+{
+    redis->flags &= ~REDIS_BLOCK;
+    (void)fcntl(redis->fd, F_SETFL, fcntl(redis->fd, F_GETFL) | O_NONBLOCK);
+}
+
 static xkv_status redis_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, void **link_p)
 {
     const redis_config *c = config;
     redis_link *l = NULL;
     XKV_TRY(XKV_NEW_ZERO(own, 1, &l));
     l->deadline = now_ms() + ms;
-    l->redis = redisConnectWithTimeout(c->host, c->port, to_timeval(ms));
+    l->redis = redisConnectWithTimeout(c->host, c->port, to_timeval(xkv_min64(ms, CONNECT_MS)));
     xkv_status status = l->redis == NULL || l->redis->err != 0 ? XKV_ERROR_IO : XKV_OK;
     if (status != XKV_OK)
         xkv_fail(ctx, status, "redis: cannot connect to %s:%d: %s", c->host, c->port,
                  l->redis == NULL ? "out of memory" : l->redis->errstr);
     if (status == XKV_OK) {
+        stop_blocking(l->redis);
         l->functions = *l->redis->reader->fn;
         l->functions.createArray = refuse_array;
         l->redis->reader->fn = &l->functions;

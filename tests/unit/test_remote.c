@@ -4,10 +4,12 @@
 
 #include "remote.h"
 
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 enum { BLOCK = 8, OBJECTS = 512 };
@@ -29,6 +31,8 @@ typedef struct server {
     bool ticks;    /* a look at the clock moves it */
     uint32_t fail; /* so many requests fail */
     bool refuse;   /* they fail for good */
+    uint32_t slow; /* what a request takes */
+    uint32_t cut;  /* so many objects end in the middle */
     bool hang;     /* requests never end */
     uint32_t requests, connects, links;
     uint32_t puts_left; /* then the server dies; UINT32_MAX: never */
@@ -135,13 +139,17 @@ static xkv_status serve(xkv_ctx *ctx, xkv_request *q)
     }
     size_t half = o->size / 2; /* in two parts */
     XKV_TRY(xkv_request_take(ctx, q, o->bytes, half));
+    if (fake.cut > 0) {
+        fake.cut--;
+        return xkv_fail(ctx, XKV_ERROR_IO, "fake: cut off");
+    }
     return xkv_request_take(ctx, q, o->bytes + half, o->size - half);
 }
 
 static xkv_status fake_run_locked(xkv_ctx *ctx, xkv_request *q, uint32_t ms)
 {
     fake.requests++;
-    fake.now++;
+    fake.now += 1 + fake.slow;
     if (fake.hang) {
         fake.now += ms;
         return xkv_fail(ctx, XKV_ERROR_TIMEOUT, "fake: no answer");
@@ -577,6 +585,11 @@ static void test_sizes(void **state)
     p.size = right.size + 1;
     set_pointer(&p, name);
     assert_damaged(1, 8, "size or SHA-256");
+    p = right; /* sound, and not what the name says */
+    p.hash[0] ^= 1;
+    set_object(xkv_remote_blob_name(p.hash).text, o->bytes, o->size);
+    set_pointer(&p, name);
+    assert_damaged(1, 8, "size or SHA-256");
     p.size = 256;
     set_pointer(&p, name);
     assert_damaged(1, 8, "[SR2]");
@@ -647,6 +660,7 @@ static void test_expired(void **state)
     assert_int_equal(look_up(&b, 1, 40, 0), 40);
     b.wall = a.wall + 100;
     assert_int_equal(look_up(&b, 2, 40, 0), 0);
+    assert_int_equal(stats(&b).hits, 1);
     assert_int_equal(look_up(&b, 1, 40, 0), 0); /* it kept its end */
     assert_int_equal(stats(&b).damaged, 0);
 }
@@ -723,6 +737,11 @@ static void test_retries(void **state)
     assert_int_equal(fake.requests, requests + 4);  /* three for the index object, the blob */
     assert_int_equal(fake.now, now + 4 + 50 + 100); /* a request takes 1 ms */
     assert_int_equal(b.warnings, 0);
+    put(&a, 2, 8);
+    push(&a);
+    fake.cut = 2; /* what came before does not count */
+    assert_int_equal(look_up(&b, 2, 8, 0), 8);
+    assert_int_equal(stats(&b).retries, 4);
 }
 
 /* Refused for good: not asked again. */
@@ -779,6 +798,19 @@ static void test_hangs(void **state)
     assert_true(fake.now - now <= b.options.lookup_ms + 1);
     assert_int_equal(push(&b).waiting, 1);
     assert_int_equal(look_up(&b, 1, 40, 0), 40);
+}
+
+/* Nor does a slow one: when the time is over, nothing more is asked. */
+static void test_slow(void **state)
+{
+    (void)state;
+    put(&a, 1, 200);
+    push(&a);
+    fake.slow = 2000;
+    const uint32_t requests = fake.requests;
+    assert_int_equal(look_up(&b, 1, 200, 0), 0);
+    assert_int_equal(fake.requests, requests + 3);
+    assert_int_equal(stats(&b).errors, 1);
 }
 
 /* What was removed before it was sent is not asked for. */
@@ -901,6 +933,11 @@ static void test_dictionary(void **state)
     put_with_dict(1);
     push(&a);
     assert_int_equal(count_of('d'), 1);
+    const uint64_t before = stats(&a).bytes_out;
+    const xkv_namespace ns = ns_of(NULL);
+    assert_ok(a.ctx, xkv_store_queue_all(a.ctx, a.s.store, &ns));
+    push(&a);
+    assert_int_equal(stats(&a).bytes_out - before, first_of('b')->size + 8 * 64); /* it is not sent again */
     object *first = first_of('d');
     object right = *first;
     put_with_dict(2);
@@ -959,6 +996,45 @@ static void *put_and_look(void *user)
     }
     xkv_ctx_free(ctx);
     return NULL;
+}
+
+/* Closing does not wait for a server that takes a connection and never answers: an hour would be too long for CTest. */
+static void check_hanging_close(const char *url, uint64_t seed)
+{
+    xkv_remote_options o = xkv_remote_options_default();
+    close_machine(&a);
+    o.send_ms = 3600 * 1000;
+    o.url = url;
+    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
+    xkv_status status = xkv_store_attach_remote(a.ctx, a.s.store, &o);
+    if (status == XKV_ERROR_UNSUPPORTED)
+        return;
+    assert_ok(a.ctx, status);
+    put(&a, seed, 40);
+    usleep(200000); /* the thread is waiting by then, or soon */
+}
+
+static void test_hanging_close(void **state)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof address;
+    char url[64];
+    (void)state;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    assert_true(fd >= 0);
+    assert_int_equal(bind(fd, (struct sockaddr *)&address, size), 0);
+    assert_int_equal(listen(fd, 8), 0);
+    assert_int_equal(getsockname(fd, (struct sockaddr *)&address, &size), 0);
+    snprintf(url, sizeof url, "redis://127.0.0.1:%u", ntohs(address.sin_port));
+    check_hanging_close(url, 1);
+    snprintf(url, sizeof url, "http://127.0.0.1:%u", ntohs(address.sin_port));
+    setenv("AWS_ENDPOINT_URL", url, 1);
+    setenv("AWS_ACCESS_KEY_ID", "a", 1);
+    setenv("AWS_SECRET_ACCESS_KEY", "b", 1);
+    setenv("no_proxy", "127.0.0.1", 1);
+    check_hanging_close("s3://bucket", 2);
+    close_machine(&a);
+    close(fd);
 }
 
 /* The thread that sends empties the queue beside writers and readers, also over failures. */
@@ -1041,6 +1117,8 @@ static void test_arguments(void **state)
                                       "redis://h:0",       "redis://h:x", "redis://h:70000", "redis://h/x",
                                       "redis://user:pw@h", "s3://",       "s3:///x",         "s3://a/b?c",
                                       "s3://b/../c"};
+    static const char *const good[] = {"redis://h", "redis://h/", "redis://[::1]:1/2", "redis://1.2.3.4:65535",
+                                       "s3://a",    "s3://a/",    "s3://a-b.c/d_E/f"};
     xkv_remote_options o = xkv_remote_options_default();
     (void)state;
     assert_int_equal(xkv_store_attach_remote(a.ctx, a.s.store, &o), XKV_ERROR_ARGUMENT); /* it has one */
@@ -1054,6 +1132,15 @@ static void test_arguments(void **state)
         xkv_status status = xkv_store_attach_remote(a.ctx, a.s.store, &o);
         if (status != XKV_ERROR_ARGUMENT && status != XKV_ERROR_UNSUPPORTED)
             fail_msg("%s: %s", bad[i], xkv_status_string(status));
+    }
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        o.url = good[i]; /* it is not contacted yet */
+        o.manual = 1;
+        xkv_status status = xkv_store_attach_remote(a.ctx, a.s.store, &o);
+        if (status != XKV_OK && status != XKV_ERROR_UNSUPPORTED)
+            fail_msg("%s: %s", good[i], xkv_ctx_error(a.ctx));
+        close_machine(&a);
+        assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
     }
     o.url = "rediss://h";
     assert_int_equal(xkv_store_attach_remote(a.ctx, a.s.store, &o), XKV_ERROR_UNSUPPORTED);
@@ -1093,6 +1180,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_queue_all, setup, teardown),
         cmocka_unit_test_setup_teardown(test_dictionary, setup, teardown),
         cmocka_unit_test_setup_teardown(test_threads, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_hanging_close, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_slow, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close, setup, teardown),
         cmocka_unit_test_setup_teardown(test_names, setup, teardown),
         cmocka_unit_test_setup_teardown(test_arguments, setup, teardown),
