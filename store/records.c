@@ -89,6 +89,7 @@ static const struct {
     {XKV_TABLE_NODE, 9, 9, XKV_NODE_SIZE},
     {XKV_TABLE_PAGE, 25, 25, 8},
     {XKV_TABLE_EDGE, 13, 9, XKV_EDGE_SIZE},
+    {XKV_TABLE_UNSENT, 9, 9, 0},
     {XKV_TABLE_EXPIRES, 17, 17, 0},
     {XKV_TABLE_TRASH, 9, 9, 32},
 };

@@ -35,8 +35,7 @@ static xkv_status find_queued(xkv_txn *txn, void *user)
 {
     queued *q = user;
     xkv_key from = xkv_key_id(XKV_TABLE_UNSENT, q->after), key;
-    size_t size = 0;
-    XKV_TRY(xkv_txn_seek(txn, &from, 1, &key, NULL, &size));
+    XKV_TRY(xkv_txn_seek(txn, &from, 1, &key, NULL));
     q->id = xkv_key_u64(&key, 1);
     xkv_status status = xkv_txn_get_item(txn, q->id, &q->item);
     q->there = status == XKV_OK;
@@ -52,9 +51,8 @@ static xkv_status unqueue_body(xkv_txn *txn, void *user)
 static xkv_status count_queued(xkv_txn *txn, void *user)
 {
     xkv_key from = xkv_key_bytes(XKV_TABLE_UNSENT, NULL, 0), key;
-    size_t size = 0;
     for (uint64_t *count = user;; ++*count) {
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, NULL, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, NULL);
         if (status != XKV_OK)
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         from = key;
@@ -264,18 +262,15 @@ static xkv_status queue_some(xkv_txn *txn, void *user)
 {
     queue_all *q = user;
     uint8_t value[XKV_VALUE_MAX];
-    size_t size = 0;
     q->next = q->after;
     for (uint32_t i = 0; i < XKV_BATCH; i++) {
         xkv_key from = xkv_key_id(XKV_TABLE_ITEM, q->next), key;
         xkv_item item;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value, &size);
+        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
         q->done = status == XKV_ERROR_NOT_FOUND;
         if (q->done)
             return XKV_OK;
         XKV_TRY(status);
-        if (size != XKV_ITEM_SIZE)
-            return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "an entry's record has %zu bytes [SI3]", size);
         xkv_item_decode(value, &item);
         xkv_key mark = xkv_key_id(XKV_TABLE_UNSENT, item.id);
         if (memcmp(item.space, q->ns->id, 32) == 0)
