@@ -37,7 +37,7 @@ static const char help[] = "Train a dictionary (.xkvd) on KV caches of one model
                            "      --metric FILE     safetensors file with what errors cost (k_metric, v_metric)\n"
                            "      --group N         layers in a group [4]\n"
                            "      --cross N         leading coefficients of each group to code together in a stage\n"
-                           "                        over all groups: better, but slower to restore; 0: none [256]\n"
+                           "                        over all groups: better, but slower to restore; 0: none [192]\n"
                            "      --apart           K and V in groups of their own; worse at equal size\n"
                            "      --max-quality Q   finest quality that the dictionary is stored for, 1 to 100 [85]\n"
                            "      --sinks N         tokens at the start of each cache to leave out [4]\n"

@@ -341,7 +341,7 @@ typedef struct xkv_train_options {
     xkv_progress_fn progress;
     void *progress_user;
     uint32_t cross; /* leading coefficients of each group that a stage over all groups codes together; 0: no such stage.
-                       Default 256: a third off the divergence at 20x, at 1.4 times the restore time */
+                       Default 192: a third off the divergence at 20x, at 1.4 times the restore time */
 } xkv_train_options;
 
 static inline xkv_train_options xkv_train_options_default(void)
@@ -353,7 +353,7 @@ static inline xkv_train_options xkv_train_options_default(void)
     o.sinks = 4;
     o.max_quality = 85;
     o.zstd_level = 19;
-    o.cross = 256;
+    o.cross = 192;
     return o;
 }
 
