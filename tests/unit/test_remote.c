@@ -6,9 +6,11 @@
 
 #include <arpa/inet.h>
 #include <dirent.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -852,6 +854,24 @@ static void test_damaged_here(void **state)
     assert_int_equal(a.warnings, 1);
 }
 
+/* Another process that sends holds a lock; what waits is left to it. */
+static void test_two_senders(void **state)
+{
+    char path[128];
+    (void)state;
+    put(&a, 1, 40);
+    snprintf(path, sizeof path, "%s/tmp", a.s.path);
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    assert_true(fd >= 0);
+    assert_int_equal(flock(fd, LOCK_EX), 0);
+    const xkv_push_report r = push(&a);
+    assert_int_equal(r.waiting, 1);
+    assert_string_equal(r.why, "another process is sending");
+    assert_int_equal(fake.requests, 0);
+    close(fd);
+    assert_int_equal(push(&a).sent, 1);
+}
+
 /* Entries from before the remote was there. */
 static void test_queue_all(void **state)
 {
@@ -1177,6 +1197,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_hangs, setup, teardown),
         cmocka_unit_test_setup_teardown(test_evicted_before_sent, setup, teardown),
         cmocka_unit_test_setup_teardown(test_damaged_here, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_two_senders, setup, teardown),
         cmocka_unit_test_setup_teardown(test_queue_all, setup, teardown),
         cmocka_unit_test_setup_teardown(test_dictionary, setup, teardown),
         cmocka_unit_test_setup_teardown(test_threads, setup, teardown),
