@@ -14,6 +14,8 @@ function(xkv_remote kind module least)
     endif()
     pkg_check_modules(${kind}_LIB IMPORTED_TARGET ${module}>=${least})
     if(${kind}_LIB_FOUND)
+        # hiredis asks for -D_FILE_OFFSET_BITS=64, which on 64-bit systems only renames calls, in all of the library.
+        set_target_properties(PkgConfig::${kind}_LIB PROPERTIES INTERFACE_COMPILE_OPTIONS "")
         message(STATUS "Remote tier: with ${module} ${${kind}_LIB_VERSION}")
         set(xkv_dependencies ${xkv_dependencies} PkgConfig::${kind}_LIB PARENT_SCOPE)
         set(xkv_remote_definitions ${xkv_remote_definitions} ${kind} PARENT_SCOPE)
