@@ -89,7 +89,7 @@ static xkv_status read_at(xkv_ctx *ctx, int fd, uint64_t offset, void *dst, size
         if (n > 0)
             done += (size_t)n;
         else if (n == 0)
-            return xkv_fail(ctx, XKV_ERROR_TRUNCATED, "a blob ends at offset %llu",
+            return xkv_fail(ctx, XKV_ERROR_TRUNCATED, "a blob ends at offset %llu [SB3]",
                             (unsigned long long)(offset + done));
         else if (errno != EINTR)
             return xkv_fail_errno(ctx, "read a", "blob", errno);
@@ -589,7 +589,7 @@ xkv_status xkv_blob_open(xkv_ctx *ctx, const xkv_folders *folders, const xkv_blo
     else if (fstat(fd, &st) != 0)
         status = xkv_fail_errno(ctx, "examine the blob", name->text, errno);
     else if (!S_ISREG(st.st_mode))
-        status = xkv_fail(ctx, XKV_ERROR_IO, "the blob %s is not a regular file", name->text);
+        status = xkv_fail(ctx, XKV_ERROR_IO, "the blob %s is not a regular file [SO5]", name->text);
     else if (st.st_nlink == 0)
         status = XKV_ERROR_NOT_FOUND;
     if (status == XKV_OK)

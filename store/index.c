@@ -63,7 +63,10 @@ static xkv_status status_of(int error)
 
 static xkv_status fail_mdb(xkv_ctx *ctx, const char *doing, const char *path, int error)
 {
-    return xkv_fail(ctx, status_of(error), "cannot %s the index %s: %s", doing, path, mdb_strerror(error));
+    xkv_status status = status_of(error);
+    bool damage = status == XKV_ERROR_CORRUPT || status == XKV_ERROR_VERSION;
+    return xkv_fail(ctx, status, "cannot %s the index %s: %s%s", doing, path, mdb_strerror(error),
+                    damage ? ": repair rebuilds it [SI1]" : "");
 }
 
 /* --- Opening ------------------------------------------------------------------------------------------------------ */

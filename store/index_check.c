@@ -85,7 +85,7 @@ static xkv_status load_meta(xkv_ctx *ctx, const char *path, const uint8_t *p, ui
     if (xkv_load64(p) != number || xkv_load16(p + 10) != META || xkv_load32(p + 16) != META_MAGIC)
         return fail_page(&w, number, "not a meta page");
     if (xkv_load32(p + 20) != META_VERSION)
-        return xkv_fail(ctx, XKV_ERROR_VERSION, "the index %s has the LMDB format %u", path, xkv_load32(p + 20));
+        return xkv_fail(ctx, XKV_ERROR_VERSION, "the index %s has the LMDB format %u [SI1]", path, xkv_load32(p + 20));
     m->page_size = xkv_load32(p + 40);
     load_tree(p + 40, &m->trees[FREE_TREE]);
     load_tree(p + 88, &m->trees[RECORD_TREE]);
@@ -157,11 +157,13 @@ static xkv_status open_data(xkv_ctx *ctx, const char *path, int *fd, uint64_t *s
     if (*fd < 0 && errno == ENOENT)
         return XKV_OK;
     if (*fd < 0 || fstat(*fd, &st) != 0 || !S_ISREG(st.st_mode)) {
+        bool opened = *fd >= 0;
         int error = errno;
-        if (*fd >= 0)
+        if (opened)
             close(*fd);
         *fd = -1;
-        return xkv_fail(ctx, XKV_ERROR_IO, "cannot open %s, or it is not a regular file: %s", name, strerror(error));
+        return opened ? xkv_fail(ctx, XKV_ERROR_IO, "%s is not a regular file [SO5]", name)
+                      : xkv_fail(ctx, XKV_ERROR_IO, "cannot open %s: %s", name, strerror(error));
     }
     *size = (uint64_t)st.st_size;
     if (*size == 0) {

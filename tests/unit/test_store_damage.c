@@ -359,6 +359,8 @@ static void a_wrong_bit_in_the_index(void **state)
         if (status != XKV_OK) {
             assert_true(status == XKV_ERROR_CORRUPT || status == XKV_ERROR_VERSION);
             assert_non_null(strstr(xkv_ctx_error(t.ctx), "index"));
+            if (strstr(xkv_ctx_error(t.ctx), " [SI") == NULL)
+                fail_msg("byte %zu: no rule: %s", at, xkv_ctx_error(t.ctx));
             refused++;
             if (refused % 50 == 0)
                 assert_repairable();
@@ -492,6 +494,28 @@ static void lost_properties_are_made_anew(void **state)
         nftw(t.path, remove_one, 16, FTW_DEPTH | FTW_PHYS);
         memcpy(t.path, before, sizeof before);
     }
+}
+
+/* A pipe in place of a file is refused without waiting for who writes to it. */
+static void pipes_are_no_files(void **state)
+{
+    (void)state;
+    int32_t tokens[SIZE];
+    xkv_match m;
+    xkv_status status = XKV_OK;
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
+    restore_files();
+    for (size_t i = 2; i < saved_count; i++) {
+        char path[256];
+        full_path(saved[i].name, path);
+        assert_int_equal(unlink(path), 0);
+        assert_int_equal(mkfifo(path, 0600), 0);
+    }
+    assert_ok(t.ctx, open_store());
+    prompt_tokens(0, tokens);
+    status = xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, NULL);
+    assert_int_equal(status, XKV_ERROR_IO);
+    assert_non_null(strstr(xkv_ctx_error(t.ctx), "is not a regular file [SO5]"));
 }
 
 /* Replace NAME by a link to the same thing elsewhere. */
@@ -871,6 +895,7 @@ int main(void)
         TEST(a_wrong_bit_in_the_index),
         TEST(bad_properties),
         TEST(lost_properties_are_made_anew),
+        TEST(pipes_are_no_files),
         TEST(links_are_refused),
         TEST(repair_follows_no_links),
         TEST(folders_of_others_are_refused),
