@@ -619,9 +619,9 @@ static xkv_status restore_groups(decoder *d, const xkv_read_options *o)
 }
 
 /* Fill in what 0 stands for, and check the ranges. */
-static xkv_status resolve(xkv_ctx *ctx, const xkv_container *c, xkv_read_options *o)
+static xkv_status resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens, xkv_read_options *o)
 {
-    uint32_t tokens = c->geometry.token_count, groups = c->group_count;
+    uint32_t groups = entry->c.group_count;
 
     if (o->first_token > tokens || o->token_count > tokens - o->first_token)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "tokens %u + %u are not within the %u of the entry", o->first_token,
@@ -636,8 +636,8 @@ static xkv_status resolve(xkv_ctx *ctx, const xkv_container *c, xkv_read_options
     return XKV_OK;
 }
 
-xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
-                            const xkv_view *views)
+xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
+                                const xkv_view *views)
 {
     xkv_read_options o = xkv_read_options_default();
     decoder d = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .entry = entry, .c = &entry->c, .views = views};
@@ -645,7 +645,7 @@ xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read
 
     if (options)
         XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
-    XKV_TRY(resolve(ctx, &entry->c, &o));
+    XKV_TRY(resolve(ctx, entry, entry->c.geometry.token_count, &o));
     if (o.token_count == 0 || o.group_count == 0)
         return XKV_OK;
     d.first = o.first_token;
@@ -659,6 +659,19 @@ xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read
 out:
     fini(&d);
     return status;
+}
+
+xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
+                            const xkv_view *views)
+{
+    xkv_read_options o = xkv_read_options_default();
+
+    if (!entry->parent)
+        return xkv_entry_decode_own(ctx, entry, options, views);
+    if (options)
+        XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
+    XKV_TRY(resolve(ctx, entry, entry->geometry.token_count, &o));
+    return o.token_count == 0 || o.group_count == 0 ? XKV_OK : xkv_extended_decode(ctx, entry, &o, views);
 }
 
 xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options, const xkv_view *views)

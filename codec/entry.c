@@ -8,7 +8,6 @@
 #include <xxhash.h>
 
 static bool needs_dict(const xkv_container *c);
-static const uint8_t *dictionary_id(const xkv_entry *entry);
 
 xkv_status xkv_entry_open(xkv_ctx *ctx, const xkv_input *input, xkv_entry **entry_p)
 {
@@ -19,11 +18,12 @@ xkv_status xkv_entry_open(xkv_ctx *ctx, const xkv_input *input, xkv_entry **entr
     XKV_TRY(XKV_NEW_ZERO(ctx, 1, &entry));
     entry->input = *input;
     XKV_TRY_GOTO(xkv_container_read(ctx, input, XKV_KIND_ENTRY, &entry->c), out);
-    if (needs_dict(&entry->c) && !dictionary_id(entry)) {
+    if (needs_dict(&entry->c) && !xkv_entry_dictionary_id(entry)) {
         status =
             xkv_fail(ctx, XKV_ERROR_CORRUPT, "META: no dictionary.id of 16 bytes, but groups need a dictionary [Q5]");
         goto out;
     }
+    entry->geometry = entry->c.geometry;
     *entry_p = entry;
     entry = NULL;
 out:
@@ -36,6 +36,7 @@ void xkv_entry_close(xkv_ctx *ctx, xkv_entry *entry)
     if (!entry)
         return;
     xkv_container_free(ctx, &entry->c);
+    xkv_release(ctx, entry->positions);
     xkv_release(ctx, entry);
 }
 
@@ -43,7 +44,7 @@ void xkv_entry_close(xkv_ctx *ctx, xkv_entry *entry)
 
 const xkv_geometry *xkv_entry_geometry(const xkv_entry *entry)
 {
-    return &entry->c.geometry;
+    return &entry->geometry;
 }
 
 const xkv_framing *xkv_entry_framing(const xkv_entry *entry)
@@ -51,12 +52,19 @@ const xkv_framing *xkv_entry_framing(const xkv_entry *entry)
     return entry->c.has_framing ? &entry->c.framing : NULL;
 }
 
-bool xkv_entry_is_lossless(const xkv_entry *entry)
+bool xkv_entry_own_lossless(const xkv_entry *entry)
 {
     for (uint32_t i = 0; i < entry->c.group_count; i++)
         if (entry->c.groups[i].codec != XKV_GROUP_LOSSLESS && !xkv_group_is_cross(&entry->c.groups[i]))
             return false;
     return true;
+}
+
+bool xkv_entry_is_lossless(const xkv_entry *entry)
+{
+    while (entry && xkv_entry_own_lossless(entry))
+        entry = entry->parent;
+    return !entry;
 }
 
 static uint64_t section_size(const xkv_container *c, uint32_t type)
@@ -90,7 +98,7 @@ void xkv_entry_get_info(const xkv_entry *entry, xkv_entry_info *info)
     info->lossless = xkv_entry_is_lossless(entry);
     info->needs_dict = needs_dict(c);
     if (info->needs_dict)
-        memcpy(info->dictionary_id, dictionary_id(entry), 16);
+        memcpy(info->dictionary_id, xkv_entry_dictionary_id(entry), 16);
 }
 
 void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info *info)
@@ -165,8 +173,7 @@ static bool needs_dict(const xkv_container *c)
     return false;
 }
 
-/* The id that META names; NULL without one. */
-static const uint8_t *dictionary_id(const xkv_entry *entry)
+const uint8_t *xkv_entry_dictionary_id(const xkv_entry *entry)
 {
     xkv_value v;
 
@@ -178,7 +185,7 @@ xkv_status xkv_dict_missing(xkv_ctx *ctx, const xkv_entry *entry)
 {
     char want[33];
 
-    format_hex(dictionary_id(entry), want);
+    format_hex(xkv_entry_dictionary_id(entry), want);
     return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry needs the dictionary %s [Q5]", want);
 }
 
@@ -189,7 +196,7 @@ xkv_status xkv_entry_attach(xkv_ctx *ctx, xkv_entry *entry, const xkv_dict *dict
     xkv_ctx_begin(ctx);
     if (!needs_dict(&entry->c))
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the entry needs no dictionary");
-    format_hex(dictionary_id(entry), want);
+    format_hex(xkv_entry_dictionary_id(entry), want);
     format_hex(dict->c.content_id, have);
     if (memcmp(want, have, sizeof want) != 0)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry needs the dictionary %s, this one is %s [Q5]", want, have);
@@ -263,5 +270,5 @@ xkv_status xkv_entry_verify(xkv_ctx *ctx, const xkv_entry *entry, xkv_progress_f
     XKV_TRY(xkv_container_check_gaps(ctx, &entry->input, &entry->c));
     o.progress = progress;
     o.progress_user = progress_user;
-    return xkv_entry_decode(ctx, entry, &o, NULL);
+    return xkv_entry_decode_own(ctx, entry, &o, NULL);
 }

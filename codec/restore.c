@@ -6,7 +6,7 @@
 static xkv_status framing_for(xkv_ctx *ctx, const xkv_entry *entry, uint32_t token_count, const xkv_framing **framing,
                               xkv_framing **cut_p)
 {
-    const xkv_geometry *geometry = &entry->c.geometry;
+    const xkv_geometry *geometry = &entry->geometry;
 
     if (!entry->c.has_framing)
         return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
@@ -59,7 +59,7 @@ static xkv_status check_source_hash(xkv_ctx *ctx, const xkv_entry *entry, const 
 static xkv_status fill_image(xkv_ctx *ctx, const xkv_entry *entry, const xkv_framing *framing,
                              const xkv_read_options *o, uint8_t *image)
 {
-    xkv_geometry geometry = entry->c.geometry;
+    xkv_geometry geometry = entry->geometry;
     xkv_view *views = NULL;
     xkv_status status = XKV_OK;
 
@@ -88,10 +88,11 @@ xkv_status xkv_entry_restore(xkv_ctx *ctx, const xkv_entry *entry, uint32_t toke
                           (unsigned long long)image_size, (unsigned long long)framing->source_size);
         goto out;
     }
-    o.token_count = token_count ? token_count : entry->c.geometry.token_count;
+    o.token_count = token_count ? token_count : entry->geometry.token_count;
     o.progress = progress;
     o.progress_user = progress_user;
-    XKV_TRY_GOTO(xkv_container_check_gaps(ctx, &entry->input, &entry->c), out); /* no damaged byte goes unseen */
+    for (const xkv_entry *e = entry; e; e = e->parent) /* no damaged byte goes unseen */
+        XKV_TRY_GOTO(xkv_container_check_gaps(ctx, &e->input, &e->c), out);
     XKV_TRY_GOTO(fill_image(ctx, entry, framing, &o, image), out);
     if (!cut && xkv_entry_is_lossless(entry))
         XKV_TRY_GOTO(check_source_hash(ctx, entry, image, image_size), out);

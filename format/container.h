@@ -154,6 +154,18 @@ xkv_svdq_layout xkv_svdq_side(const xkv_group *g);
  * of `c`, and codec, planes, rank and width of `g`. */
 xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t part);
 
+/* Section FRAM on its own, for a framing that is kept outside of an entry: its bytes, to be released, and back again.
+ * `zstd_level` and errors as for the section; the framing that is read belongs to the caller (xkv_framing_release()).
+ */
+XKV_MUST_CHECK xkv_status xkv_framing_encode(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_framing *framing,
+                                             const uint8_t source_hash[16], int zstd_level, uint8_t **bytes_p,
+                                             size_t *size);
+XKV_MUST_CHECK xkv_status xkv_framing_decode(xkv_ctx *ctx, const xkv_geometry *geometry, const uint8_t *bytes,
+                                             size_t size, xkv_framing *framing, uint8_t source_hash[16]);
+
+/* Whether two rotary embeddings turn rows alike. */
+bool xkv_rope_equal(const xkv_rope *a, const xkv_rope *b);
+
 /* Bytes of the longest prefix of `text` that is valid UTF-8 without NUL: what a string value may hold [M6]. */
 size_t xkv_utf8_prefix(const void *text, size_t size);
 

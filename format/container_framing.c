@@ -1,5 +1,6 @@
 /* container_framing.c - sections FRAM and META: spec/container.md, sections 8 and 9. */
 #include "container_parse.h"
+#include "engine_file.h"
 
 #include <xxhash.h>
 
@@ -147,6 +148,20 @@ xkv_status xkv_parse_framing(xkv_cursor *cur, xkv_container *c)
         XKV_TRY(parse_rows(cur, c->geometry.token_count, f));
     c->has_framing = true;
     return xkv_cursor_end(cur);
+}
+
+xkv_status xkv_framing_decode(xkv_ctx *ctx, const xkv_geometry *geometry, const uint8_t *bytes, size_t size,
+                              xkv_framing *framing, uint8_t source_hash[16])
+{
+    xkv_container c = {.geometry = *geometry};
+    xkv_status status = xkv_parse_section(ctx, XKV_SECTION_FRAM, bytes, size, 0, false, &c);
+    if (status != XKV_OK) {
+        xkv_framing_release(ctx, &c.framing);
+        return status;
+    }
+    *framing = c.framing;
+    memcpy(source_hash, c.source_hash, sizeof c.source_hash);
+    return XKV_OK;
 }
 
 /* --- META ------------------------------------------------------------------------------------------------------- */

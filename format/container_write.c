@@ -2,6 +2,7 @@
  * encoded is read back by the reader's parsers before it is written, so that no entry leaves which the reader refuses.
  */
 #include "container_parse.h"
+#include "engine_file.h"
 
 #include <xxhash.h>
 
@@ -130,6 +131,26 @@ static xkv_status encode_framing(xkv_buffer *b, const xkv_container *c, int zstd
     }
     XKV_TRY(xkv_buffer_blob(b, 1, f->literals, f->literal_size, zstd_level));
     return f->rows ? xkv_buffer_blob(b, 4, f->rows, c->geometry.token_count, zstd_level) : XKV_OK;
+}
+
+xkv_status xkv_framing_encode(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_framing *framing,
+                              const uint8_t source_hash[16], int zstd_level, uint8_t **bytes_p, size_t *size)
+{
+    xkv_container c = {.geometry = *geometry, .has_framing = true, .framing = *framing};
+    xkv_container parsed = {.geometry = *geometry};
+    xkv_buffer b = {.ctx = ctx};
+    memcpy(c.source_hash, source_hash, sizeof c.source_hash);
+    xkv_status status = encode_framing(&b, &c, zstd_level);
+    if (status == XKV_OK)
+        status = as_argument(xkv_parse_section(ctx, XKV_SECTION_FRAM, b.data, b.size, 0, true, &parsed));
+    xkv_framing_release(ctx, &parsed.framing);
+    if (status != XKV_OK) {
+        xkv_release(ctx, b.data);
+        return status;
+    }
+    *bytes_p = b.data;
+    *size = b.size;
+    return XKV_OK;
 }
 
 static xkv_status encode_value(xkv_buffer *b, const xkv_meta_value *v)

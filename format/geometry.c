@@ -1,6 +1,5 @@
 /* geometry.c - names and sizes of what a cache consists of. */
-#include "base.h"
-#include "xkv/format.h"
+#include "container.h"
 
 size_t xkv_dtype_size(uint32_t dtype)
 {
@@ -35,4 +34,10 @@ uint64_t xkv_geometry_raw_bytes(const xkv_geometry *g)
         row += (uint64_t)p->heads * p->head_dim * xkv_dtype_size(p->dtype);
     }
     return xkv_mul64(row, g->token_count, &total) ? total : UINT64_MAX;
+}
+
+bool xkv_rope_equal(const xkv_rope *a, const xkv_rope *b)
+{
+    return a->n_rot == b->n_rot && a->offset == b->offset && a->style == b->style && a->scale == b->scale &&
+           memcmp(a->inv_freq, b->inv_freq, a->n_rot / 2 * sizeof *a->inv_freq) == 0;
 }

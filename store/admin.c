@@ -160,7 +160,7 @@ static xkv_status remove_all(xkv_ctx *ctx, xkv_store *store, walk *w, uint64_t *
         XKV_TRY(xkv_index_read(ctx, store->index, fill_walk, w));
         if (w->count > 0)
             XKV_TRY(xkv_store_change(ctx, &change));
-        *removed += w->count;
+        *removed += change.removed_count;
         XKV_TRY(xkv_check_cancel(ctx));
     }
     return xkv_store_flush(ctx, store);
@@ -263,7 +263,7 @@ static xkv_status expire_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
     collect *c = change->user;
     XKV_TRY(xkv_expire(txn, meta, c->now, XKV_BATCH, &change->removed));
-    c->more = change->removed.count == XKV_BATCH;
+    c->more = change->removed.count >= XKV_BATCH;
     return XKV_OK;
 }
 
@@ -301,25 +301,42 @@ static xkv_status run(collect *c, xkv_status (*body)(xkv_txn *, xkv_meta *, xkv_
     return XKV_OK;
 }
 
-/* After a repair an orphan may be what only a newer program can read: it is not ours to delete. */
-static bool is_newer_blob(const collect *c, const char *text)
+/* Whether only a newer program can read the blob; if not, which one it extends, if it does. */
+static bool is_newer(const collect *c, const xkv_blob_name *name, bool *extends, xkv_blob_link *link)
 {
     xkv_input raw, file;
     xkv_sealed sealed;
-    xkv_blob_head head;
-    xkv_blob_name name;
+    xkv_blob_head head = {.extends = false};
+    uint8_t *bytes = NULL;
     int fd = -1;
-    snprintf(name.text, sizeof name.text, "%s", text);
-    xkv_status status = xkv_blob_open(c->ctx, &c->store->folders, &name, false, &fd);
+    xkv_status status = xkv_blob_open(c->ctx, &c->store->folders, name, false, &fd);
     if (status == XKV_OK)
         status = xkv_blob_file(c->ctx, &fd, &raw);
     if (status == XKV_OK)
         status = xkv_blob_plain(c->ctx, c->store->key, &raw, &sealed, &file);
     if (status == XKV_OK)
         status = xkv_blob_read_head(c->ctx, &file, &head);
+    *extends = status == XKV_OK && head.extends && xkv_blob_read_link(c->ctx, &file, &head, link, &bytes) == XKV_OK;
+    xkv_release(c->ctx, bytes);
     if (fd >= 0)
         close(fd);
     return xkv_is_newer(status);
+}
+
+/* After a repair an orphan may be what only a newer program can read, or extend such an entry: it is not ours to
+ * delete. */
+static bool is_newer_blob(const collect *c, const char *text)
+{
+    xkv_blob_name name;
+    xkv_blob_link link = {0};
+    bool extends = true;
+    snprintf(name.text, sizeof name.text, "%s", text);
+    for (int i = 0; extends && i < XKV_LINE_MAX; i++) {
+        if (is_newer(c, &name, &extends, &link))
+            return true;
+        name = xkv_blob_name_of(link.blob, link.parent);
+    }
+    return false;
 }
 
 static xkv_status drop_orphan(void *user, const char *name)

@@ -21,6 +21,9 @@
 #define RUN_SYMBOLS      1024u /* with a checksum of their own, so that a short prompt reads no more */
 #define WRITE_VERSION    1u
 #define READ_VERSION     1u
+#define FEATURE_SEALED   1u
+#define FEATURE_EXTENDS  2u
+#define LINK_BYTES       64u
 
 static const uint8_t magic[8] = {0x89, 'X', 'K', 'B', '\r', '\n', 0x1a, '\n'};
 static const char temp_text[] = "temporary file of the store";
@@ -176,7 +179,7 @@ static void encode_head(const xkv_blob_head *h, uint8_t bytes[XKV_BLOB_HEAD])
     xkv_store16(bytes + 10, READ_VERSION);
     xkv_store32(bytes + 12, h->kind);
     xkv_store64(bytes + 16, h->file_size);
-    xkv_store32(bytes + 24, h->sealed); /* features */
+    xkv_store32(bytes + 24, (h->sealed ? FEATURE_SEALED : 0) | (h->extends ? FEATURE_EXTENDS : 0));
     xkv_store32(bytes + 28, h->tokens);
     xkv_store32(bytes + 32, h->symbols);
     xkv_store32(bytes + 36, h->names);
@@ -200,9 +203,23 @@ static uint64_t table_size(uint64_t symbols)
     return 8 * (xkv_ceil_div(symbols, RUN_SYMBOLS) + 1);
 }
 
-static uint64_t payload_offset(uint64_t symbols, uint64_t names)
+/* Where the page keys end. */
+static uint64_t names_end(uint64_t symbols, uint64_t names)
 {
-    return xkv_align64(XKV_BLOB_HEAD + table_size(symbols) + 4 * symbols + XKV_PAGE_KEY_BYTES * names, ALIGNMENT);
+    return XKV_BLOB_HEAD + table_size(symbols) + 4 * symbols + XKV_PAGE_KEY_BYTES * names;
+}
+
+/* `link`: bytes of it and of the framing. */
+static uint64_t payload_offset(uint64_t symbols, uint64_t names, uint64_t link)
+{
+    return xkv_align64(names_end(symbols, names) + link, ALIGNMENT);
+}
+
+/* A blob that extends another is longer by its framing, of which the link tells the size. */
+static bool is_payload_offset(const xkv_blob_head *h)
+{
+    uint64_t least = payload_offset(h->symbols, h->names, h->extends ? LINK_BYTES : 0);
+    return h->extends ? h->payload_offset >= least && h->payload_offset % ALIGNMENT == 0 : h->payload_offset == least;
 }
 
 /* `size` is that of what the blob holds; encrypted, the file is larger. */
@@ -213,11 +230,13 @@ static xkv_status check_head(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t size
         problem = "unknown kind [SB3]";
     else if (h->file_size != (h->sealed ? xkv_sealed_size(size) : size))
         problem = "its size differs from that of the file [SB3]";
+    else if (h->extends && h->kind != XKV_BLOB_ENTRY)
+        problem = "only entries extend others [SB2]";
     else if (h->kind == XKV_BLOB_DICT ? h->symbols + h->names + h->tokens != 0
                                       : h->symbols == 0 || h->symbols > XKV_MAX_SYMBOLS || h->names > XKV_MAX_SYMBOLS)
         problem = "impossible number of symbols or page keys [SB4]";
-    else if (h->payload_offset != payload_offset(h->symbols, h->names) || h->payload_offset > size ||
-             h->payload_size != size - h->payload_offset || h->payload_size == 0)
+    else if (!is_payload_offset(h) || h->payload_offset > size || h->payload_size != size - h->payload_offset ||
+             h->payload_size == 0)
         problem = "its payload is not the rest of the file [SB4]";
     return problem == NULL ? XKV_OK : xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %s", problem);
 }
@@ -249,10 +268,10 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
     XKV_TRY(read_head_bytes(ctx, file, b));
     if (xkv_load16(b + 10) > READ_VERSION)
         return xkv_fail(ctx, XKV_ERROR_VERSION, "blob: version %u [SB2]", xkv_load16(b + 10));
-    if (xkv_load32(b + 24) > 1)
+    if (xkv_load32(b + 24) > (FEATURE_SEALED | FEATURE_EXTENDS))
         return xkv_fail(ctx, XKV_ERROR_FEATURE, "blob: unknown features [SB2]");
     bool sealed = xkv_is_sealed_input(file);
-    if (xkv_load16(b + 10) == 0 || xkv_load32(b + 24) != sealed ||
+    if (xkv_load16(b + 10) == 0 || (xkv_load32(b + 24) & FEATURE_SEALED) != sealed ||
         !xkv_all_zero(b + (sealed ? 208 : 168), sealed ? 40 : 80))
         return xkv_fail(ctx, XKV_ERROR_CORRUPT,
                         "blob: version 0, reserved bytes, or encrypted and not expected to be [SB2]");
@@ -273,6 +292,7 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
     memcpy(head->space, b + 104, 32);
     memcpy(head->key, b + 136, 32);
     head->sealed = sealed;
+    head->extends = (xkv_load32(b + 24) & FEATURE_EXTENDS) != 0;
     return check_head(ctx, head, file->size);
 }
 
@@ -310,14 +330,14 @@ static xkv_status check_symbols(xkv_ctx *ctx, const xkv_blob_head *h, const uint
     return XKV_OK;
 }
 
-/* Page keys, and the zeros after them. */
+/* Page keys, and the zeros after them, unless there is a link. */
 static xkv_status decode_names(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t checksum, const uint8_t *bytes,
                                size_t size, xkv_page_key *names)
 {
     size_t used = XKV_PAGE_KEY_BYTES * (size_t)h->names;
     if (XXH3_64bits(bytes, used) != checksum)
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the page keys does not match [SB5]");
-    if (!xkv_all_zero(bytes + used, size - used))
+    if (!h->extends && !xkv_all_zero(bytes + used, size - used))
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: the page keys are not followed by zeros [SB5]");
     for (uint32_t i = 0, last = 0; i < h->names; i++, bytes += XKV_PAGE_KEY_BYTES) {
         uint32_t tokens = xkv_load32(bytes);
@@ -355,7 +375,8 @@ typedef struct body {
 static xkv_status read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *h, uint32_t count, bool names,
                             body *b)
 {
-    size_t table = (size_t)table_size(h->symbols), all = (size_t)(h->payload_offset - XKV_BLOB_HEAD);
+    size_t table = (size_t)table_size(h->symbols);
+    size_t all = (size_t)((h->extends ? names_end(h->symbols, h->names) : h->payload_offset) - XKV_BLOB_HEAD);
     size_t keys = table + 4 * (size_t)h->symbols, size = names ? all : table + 4 * (size_t)count;
     XKV_TRY(XKV_NEW(ctx, size, &b->bytes));
     XKV_TRY(XKV_NEW(ctx, count, &b->symbols));
@@ -390,6 +411,60 @@ xkv_status xkv_blob_read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blo
     return XKV_OK;
 }
 
+/* --- The link ----------------------------------------------------------------------------------------------------- */
+
+static void encode_link(const xkv_blob_link *link, uint8_t *bytes)
+{
+    memcpy(bytes, link->blob, 32);
+    xkv_store64(bytes + 32, link->parent);
+    xkv_store32(bytes + 40, link->base);
+    xkv_store32(bytes + 44, link->fram_size);
+    xkv_store64(bytes + 48, XXH3_64bits(link->fram, link->fram_size));
+    xkv_store64(bytes + 56, XXH3_64bits(bytes, 56));
+    if (link->fram_size > 0)
+        memcpy(bytes + LINK_BYTES, link->fram, link->fram_size);
+}
+
+static xkv_status decode_link(xkv_ctx *ctx, const xkv_blob_head *h, const uint8_t *bytes, size_t size,
+                              xkv_blob_link *link)
+{
+    *link = (xkv_blob_link){.parent = xkv_load64(bytes + 32),
+                            .base = xkv_load32(bytes + 40),
+                            .fram_size = xkv_load32(bytes + 44),
+                            .fram = bytes + LINK_BYTES};
+    memcpy(link->blob, bytes, 32);
+    if (xkv_load64(bytes + 56) != XXH3_64bits(bytes, 56))
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the link does not match [SB8]");
+    if (payload_offset(h->symbols, h->names, (uint64_t)LINK_BYTES + link->fram_size) != h->payload_offset)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: a framing of %u bytes does not end at the payload [SB8]",
+                        link->fram_size);
+    if (xkv_load64(bytes + 48) != XXH3_64bits(link->fram, link->fram_size))
+        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "blob: the checksum of the framing does not match [SB8]");
+    if (link->parent == 0 || link->base == 0 || link->base >= h->tokens ||
+        !xkv_all_zero(link->fram + link->fram_size, size - LINK_BYTES - link->fram_size))
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it takes %u of %u tokens from entry %llu, or no zeros [SB8]",
+                        link->base, h->tokens, (unsigned long long)link->parent);
+    return XKV_OK;
+}
+
+xkv_status xkv_blob_read_link(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *head, xkv_blob_link *link,
+                              uint8_t **bytes_p)
+{
+    uint64_t offset = names_end(head->symbols, head->names);
+    size_t size = (size_t)(head->payload_offset - offset); /* at least LINK_BYTES [SB4] */
+    uint8_t *bytes = NULL;
+    XKV_TRY(XKV_NEW(ctx, size, &bytes));
+    xkv_status status = file->read(file->user, ctx, offset, bytes, size);
+    if (status == XKV_OK)
+        status = decode_link(ctx, head, bytes, size, link);
+    if (status != XKV_OK) {
+        xkv_release(ctx, bytes);
+        return status;
+    }
+    *bytes_p = bytes;
+    return XKV_OK;
+}
+
 /* --- Writing ------------------------------------------------------------------------------------------------------ */
 
 /* A new file, locked against those who clean up, who ask for an exclusive lock; shared, since readers may come as soon
@@ -418,13 +493,14 @@ static xkv_status create_temp(xkv_ctx *ctx, xkv_blob_writer *w)
 }
 
 xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, const uint8_t *key, uint32_t symbols,
-                          uint32_t names, xkv_blob_writer *w)
+                          uint32_t names, const xkv_blob_link *link, xkv_blob_writer *w)
 {
     memset(w, 0, sizeof *w);
     w->folders = folders;
     w->key = key;
+    w->link = link;
     w->fd = w->plain = -1;
-    w->payload_offset = payload_offset(symbols, names);
+    w->payload_offset = payload_offset(symbols, names, link != NULL ? (uint64_t)LINK_BYTES + link->fram_size : 0);
     XKV_TRY(create_temp(ctx, w));
     w->plain = key != NULL ? memfd_create("xkv", MFD_CLOEXEC) : w->fd;
     if (w->plain >= 0)
@@ -468,6 +544,8 @@ static xkv_status write_body(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *he
     uint8_t *bytes = NULL;
     XKV_TRY(XKV_NEW_ZERO(ctx, size, &bytes));
     encode_body(head, symbols, names, bytes);
+    if (w->link != NULL)
+        encode_link(w->link, bytes + names_end(head->symbols, head->names) - XKV_BLOB_HEAD);
     head->body_checksum = XXH3_64bits(bytes, (size_t)table_size(head->symbols));
     xkv_status status = write_at(ctx, w->plain, XKV_BLOB_HEAD, bytes, size);
     xkv_release(ctx, bytes);
@@ -501,6 +579,7 @@ xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *head
 {
     uint8_t bytes[XKV_BLOB_HEAD];
     xkv_input file;
+    head->extends = w->link != NULL;
     XKV_TRY(write_body(ctx, w, head, symbols, names));
     head->payload_offset = w->payload_offset;
     head->payload_size = w->payload_size;

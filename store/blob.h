@@ -32,15 +32,26 @@ typedef struct xkv_blob_head {
     uint64_t body_checksum; /* of the checksums of what lies between head and payload */
     uint8_t dict[16];       /* entry: the dictionary it needs, or zero; dictionary: its id */
     uint8_t space[32], key[32];
-    bool sealed; /* encrypted; then with */
+    bool extends; /* it goes on where another entry ends: xkv_blob_read_link() */
+    bool sealed;  /* encrypted; then with */
     uint8_t nonce[XKV_SEAL_NONCE];
 } xkv_blob_head;
+
+/* Where an entry that extends another goes on, and the framing of the whole (spec/store.md, section 10). */
+typedef struct xkv_blob_link {
+    uint64_t parent; /* id of the entry that it extends */
+    uint8_t blob[32];
+    uint32_t base; /* tokens that it takes from there */
+    uint32_t fram_size;
+    const uint8_t *fram; /* section FRAM [fram_size]; 0 bytes: no framing */
+} xkv_blob_link;
 
 /* --- Writing --- */
 
 typedef struct xkv_blob_writer {
     const xkv_folders *folders;
     const uint8_t *key;           /* NULL: not encrypted */
+    const xkv_blob_link *link;    /* NULL: it extends no other one */
     int fd, plain;                /* `plain`: what is to be encrypted, in memory; else fd */
     char temp[XKV_BLOB_NAME + 1]; /* its present name in the folder of temporary files; "": none */
     uint64_t payload_offset, payload_size;
@@ -49,9 +60,10 @@ typedef struct xkv_blob_writer {
     xkv_blob_name name; /* that one */
 } xkv_blob_writer;
 
-/* Begin a file that will hold the symbols and page keys and then a payload, encrypted unless `key` is NULL. */
+/* Begin a file that will hold the symbols, the page keys, the link (NULL: none; it must outlive the writer) and then a
+ * payload, encrypted unless `key` is NULL. */
 XKV_MUST_CHECK xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, const uint8_t *key, uint32_t symbols,
-                                         uint32_t names, xkv_blob_writer *w);
+                                         uint32_t names, const xkv_blob_link *link, xkv_blob_writer *w);
 /* The payload goes here, in any order; and can be read back. */
 xkv_output xkv_blob_output(xkv_blob_writer *w);
 xkv_input xkv_blob_payload(xkv_blob_writer *w);
@@ -81,9 +93,13 @@ XKV_MUST_CHECK xkv_status xkv_blob_is_sealed(xkv_ctx *ctx, const xkv_input *file
 /* Read and check the head of an open blob, or of an exported file. CORRUPT [SB1 - SB4]. */
 XKV_MUST_CHECK xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head);
 /* Read the first *count symbols, or all if there are fewer, and check them; more may come, as *count then says. With
- * names_p everything up to the payload is read and checked. CORRUPT, CHECKSUM [SB5]. Release both. */
+ * names_p everything up to the payload, or to the link, is read and checked. CORRUPT, CHECKSUM [SB5]. Release both. */
 XKV_MUST_CHECK xkv_status xkv_blob_read_body(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *head,
                                              uint32_t *count, uint32_t **symbols_p, xkv_page_key **names_p);
+/* Read and check the link of a blob that extends another. `link` points into *bytes_p, which is to be released.
+ * CORRUPT, CHECKSUM [SB8]. */
+XKV_MUST_CHECK xkv_status xkv_blob_read_link(xkv_ctx *ctx, const xkv_input *file, const xkv_blob_head *head,
+                                             xkv_blob_link *link, uint8_t **bytes_p);
 /* A whole blob file as an input; `fd`, which stays open, must outlive it. */
 XKV_MUST_CHECK xkv_status xkv_blob_file(xkv_ctx *ctx, const int *fd, xkv_input *file);
 /* A part of an input; both structs must outlive it. */

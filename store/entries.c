@@ -72,12 +72,13 @@ void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash
     memcpy(hash, digest, 16);
 }
 
-/* USED and EXPIRES. Pinned entries are in no order of use: nothing but a removal touches them. */
+/* USED and EXPIRES. Pinned entries are in no order of use: nothing but a removal touches them. Nor are those that
+ * others extend: they are needed as long as the last one of these. */
 static xkv_status put_times(xkv_txn *txn, const xkv_item *item)
 {
     xkv_key used = xkv_key_pair(XKV_TABLE_USED, item->used, item->id);
     xkv_key expires = xkv_key_pair(XKV_TABLE_EXPIRES, item->expires, item->id);
-    if (item->pinned == 0)
+    if (item->pinned == 0 && item->children == 0)
         XKV_TRY(xkv_txn_put_mark(txn, &used));
     return item->expires == 0 ? XKV_OK : xkv_txn_put_mark(txn, &expires);
 }
@@ -147,30 +148,6 @@ static xkv_status need_space(xkv_txn *txn, xkv_meta *meta, const uint8_t ns[32],
     return XKV_OK;
 }
 
-/* Symbols of a stored entry, from its blob. */
-static xkv_status read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item, uint32_t **symbols)
-{
-    xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
-    xkv_blob_head head;
-    xkv_input raw, file;
-    xkv_sealed sealed;
-    uint32_t count = item->symbols;
-    int fd = -1;
-    XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, false, &fd)); /* nobody removes it during this transaction */
-    xkv_status status = xkv_blob_file(ctx, &fd, &raw);
-    if (status == XKV_OK)
-        status = xkv_blob_plain(ctx, store->key, &raw, &sealed, &file);
-    if (status == XKV_OK)
-        status = xkv_blob_read_head(ctx, &file, &head);
-    if (status == XKV_OK && head.symbols != item->symbols)
-        status =
-            xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %u symbols, its record says %u [SB6]", head.symbols, item->symbols);
-    if (status == XKV_OK)
-        status = xkv_blob_read_body(ctx, &file, &head, &count, symbols, NULL);
-    close(fd);
-    return status;
-}
-
 bool xkv_is_damage(xkv_status status)
 {
     return status >= XKV_ERROR_FORMAT && status <= XKV_ERROR_TRUNCATED && !xkv_is_newer(status);
@@ -201,7 +178,7 @@ static xkv_status find_common(xkv_txn *txn, xkv_meta *meta, xkv_store *store, ui
             return xkv_fail(ctx, XKV_ERROR_CORRUPT, "entry %llu has no record: repair rebuilds the index [SI4]",
                             (unsigned long long)id);
         XKV_TRY(status);
-        status = read_symbols(ctx, store, &nearest, &theirs);
+        status = xkv_line_read_symbols(ctx, store, &nearest, &theirs);
         if (xkv_is_damage(status) || status == XKV_ERROR_NOT_FOUND) {
             XKV_TRY(xkv_entry_remove(txn, meta, &nearest, broken, -1));
             meta->corrupt++;
@@ -233,7 +210,8 @@ xkv_status xkv_entry_insert_known(xkv_txn *txn, xkv_meta *meta, const uint32_t *
     meta->entries++;
     meta->pinned += item->pinned;
     meta->bytes += item->file_size;
-    return xkv_txn_put_space(txn, item->space, &space);
+    XKV_TRY(xkv_txn_put_space(txn, item->space, &space));
+    return xkv_line_join(txn, meta, item);
 }
 
 xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
@@ -298,22 +276,66 @@ static xkv_status leave_space(xkv_txn *txn, xkv_meta *meta, const xkv_item *item
     return xkv_txn_delete(txn, &key);
 }
 
-/* `fd`, the blob locked against readers or -1, is taken over. */
-xkv_status xkv_entry_remove(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd)
+static xkv_status remove_records(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
 {
     xkv_key self = xkv_key_id(XKV_TABLE_ITEM, item->id), key = xkv_key_bytes(XKV_TABLE_KEY, item->key, 32);
     xkv_key trash = xkv_key_id(XKV_TABLE_TRASH, item->id);
-    XKV_TRY(add_removed(xkv_txn_ctx(txn), r, item->blob, item->id, item->file_size, fd));
     XKV_TRY(leave_space(txn, meta, item));
     XKV_TRY(delete_names(txn, item));
     XKV_TRY(delete_times(txn, item));
     XKV_TRY(count_user(txn, item, -1));
     XKV_TRY(xkv_txn_delete(txn, &key));
     XKV_TRY(xkv_txn_delete(txn, &self));
+    XKV_TRY(xkv_line_leave(txn, meta, item));
     meta->entries -= meta->entries > 0;
     meta->pinned -= xkv_min64(meta->pinned, item->pinned);
     meta->bytes -= xkv_min64(meta->bytes, item->file_size);
     return xkv_txn_put(txn, &trash, item->blob, sizeof item->blob);
+}
+
+static xkv_status remove_line(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd, int depth);
+
+/* All that extend the entry. Those whose records are damaged are left for a repair. */
+static xkv_status remove_children(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int depth)
+{
+    if (depth == XKV_LINE_MAX)
+        return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "more than %d entries extend each other [SE3]", depth);
+    for (;;) {
+        xkv_item child;
+        uint64_t id = 0;
+        xkv_status status = xkv_line_take_child(txn, item->id, &id);
+        if (status != XKV_OK)
+            return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+        status = xkv_txn_get_item(txn, id, &child);
+        if (status == XKV_OK)
+            status = remove_line(txn, meta, &child, r, -1, depth + 1);
+        if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && status != XKV_ERROR_CORRUPT)
+            return status;
+    }
+}
+
+/* `item` has `depth` ancestors that go, too. */
+static xkv_status remove_line(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd, int depth)
+{
+    xkv_item now = *item;
+    xkv_status status = XKV_OK;
+    if (item->children > 0) {
+        status = remove_children(txn, meta, item, r, depth);
+        if (status == XKV_OK)
+            status = xkv_txn_get_item(txn, item->id, &now); /* they changed it */
+    }
+    if (status != XKV_OK) {
+        if (fd >= 0)
+            close(fd);
+        return status;
+    }
+    XKV_TRY(add_removed(xkv_txn_ctx(txn), r, now.blob, now.id, now.file_size, fd));
+    return remove_records(txn, meta, &now);
+}
+
+xkv_status xkv_entry_remove(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd)
+{
+    return remove_line(txn, meta, item, r, fd, 0);
 }
 
 xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], const xkv_dict_record *dict,
@@ -331,7 +353,7 @@ xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[1
 
 bool xkv_item_is_listed(const xkv_item *item, uint8_t table, uint64_t time)
 {
-    return table == XKV_TABLE_USED ? item->pinned == 0 && item->used == time : item->expires == time;
+    return table == XKV_TABLE_USED ? item->pinned == 0 && item->children == 0 && item->used == time : item->expires == time;
 }
 
 /* The next record of USED or EXPIRES from `from` on: its time and the entry. A damaged record, or one that is not of
@@ -397,7 +419,10 @@ xkv_status xkv_evict(xkv_txn *txn, xkv_meta *meta, xkv_change *change, uint64_t 
         if (status == XKV_ERROR_NOT_FOUND)
             return bytes > 0 ? fail_full(txn, meta, bytes) : XKV_OK;
         XKV_TRY(status);
+        uint64_t evicted = change->removed.evicted;
         XKV_TRY(evict_one(txn, meta, change, &item));
+        if (item.parent != 0 && change->removed.evicted > evicted) /* the parent may be next, at the same time of use */
+            from = xkv_key_pair(XKV_TABLE_USED, item.used, 0);
     }
     return XKV_OK;
 }
@@ -412,8 +437,9 @@ xkv_status xkv_expire(xkv_txn *txn, xkv_meta *meta, uint64_t now, uint64_t most,
         if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && expires > now))
             return XKV_OK;
         XKV_TRY(status);
+        uint64_t before = r->count;
         XKV_TRY(xkv_entry_remove(txn, meta, &item, r, -1));
-        meta->expirations++;
+        meta->expirations += r->count - before; /* what extends it does not outlive it */
     }
     return XKV_OK;
 }
@@ -425,7 +451,8 @@ xkv_status xkv_entry_change(xkv_txn *txn, xkv_meta *meta, const xkv_item *before
     XKV_TRY(delete_times(txn, before));
     XKV_TRY(put_times(txn, after));
     meta->pinned = meta->pinned - xkv_min64(meta->pinned, before->pinned) + after->pinned;
-    return xkv_txn_put_item(txn, after);
+    XKV_TRY(xkv_txn_put_item(txn, after));
+    return after->parent != 0 && after->expires != before->expires ? xkv_line_extend_life(txn, meta, after) : XKV_OK;
 }
 
 /* --- Pending uses and counters ------------------------------------------------------------------------------------ */

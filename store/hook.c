@@ -1,4 +1,5 @@
 /* hook.c - the hook's life, matching and loading. */
+#include "container.h"
 #include "hook_internal.h"
 #include "store_internal.h"
 
@@ -334,12 +335,6 @@ xkv_status xkv_hook_match(xkv_ctx *ctx, xkv_hook *hook, const xkv_namespace *ns,
 
 /* --- Loading: checks ---------------------------------------------------------------------------------------------- */
 
-static bool same_rope(const xkv_rope *a, const xkv_rope *b)
-{
-    return a->n_rot == b->n_rot && a->offset == b->offset && a->style == b->style && a->scale == b->scale &&
-           memcmp(a->inv_freq, b->inv_freq, a->n_rot / 2 * sizeof *a->inv_freq) == 0;
-}
-
 static xkv_status check_plane(xkv_ctx *ctx, const xkv_geometry *theirs, const xkv_geometry *ours, uint32_t i)
 {
     const xkv_plane *a = &theirs->planes[i], *b = &ours->planes[i];
@@ -350,7 +345,8 @@ static xkv_status check_plane(xkv_ctx *ctx, const xkv_geometry *theirs, const xk
                         b->heads, b->head_dim);
     if (b->rope != XKV_NO_ROPE && b->rope >= ours->rope_count)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: there is no rope %u", i, b->rope);
-    if (a->rope != XKV_NO_ROPE && b->rope != XKV_NO_ROPE && !same_rope(&theirs->ropes[a->rope], &ours->ropes[b->rope]))
+    if (a->rope != XKV_NO_ROPE && b->rope != XKV_NO_ROPE &&
+        !xkv_rope_equal(&theirs->ropes[a->rope], &ours->ropes[b->rope]))
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "plane %u: the entry's keys are rotated in another way", i);
     return XKV_OK;
 }

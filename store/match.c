@@ -1,4 +1,5 @@
 /* match.c - finding the entry that serves the longest prefix, and handing it out. */
+#include "entry_internal.h"
 #include "store_internal.h"
 
 #include <fcntl.h>
@@ -7,19 +8,25 @@
 
 #define ATTEMPTS 8 /* damaged or vanished entries that one lookup steps over */
 
-struct xkv_hit {
-    xkv_store *store;
+/* An entry of a hit. */
+typedef struct part {
     xkv_item item;
-    uint32_t tokens; /* matched */
-    int fd;          /* of the blob; its lock keeps it from eviction */
-    bool look_only;  /* nothing goes into quarantine */
-    bool rejected;
-    bool spared; /* it could not be opened for want of its dictionary or of a newer program: it is not to blame */
+    int fd;                       /* of the blob; its lock keeps it from eviction */
     xkv_input raw, file, payload; /* the blob as it lies there, decrypted, the entry in it */
     xkv_sealed sealed;
     xkv_window window;
     xkv_entry *entry;      /* NULL until asked for */
     xkv_cached_dict *dict; /* NULL: none needed, or not loaded yet */
+} part;
+
+struct xkv_hit {
+    xkv_store *store;
+    uint32_t tokens; /* matched */
+    bool look_only;  /* nothing goes into quarantine */
+    bool rejected;
+    bool spared; /* it could not be opened for want of a dictionary or of a newer program: no entry is to blame */
+    uint32_t count;
+    part parts[]; /* [count] the entry, the one that it extends, and so on */
 };
 
 /* One lookup. */
@@ -31,8 +38,10 @@ typedef struct lookup {
     const uint8_t (*keys)[32]; /* or an engine's keys */
     uint32_t key_count;
     uint64_t now;
-    xkv_item item;
-    bool has_dict;   /* whether the dictionary it needs is there */
+    xkv_item line[XKV_LINE_MAX]; /* [count] the entry, the one that it extends, and so on */
+    int fds[XKV_LINE_MAX];       /* their blobs; open when the reason is FOUND */
+    uint32_t count, bad;         /* bad: the one that is to blame for a miss */
+    bool has_dicts;              /* whether the dictionaries they need are there */
     uint32_t common; /* leading tokens that the best entry shares with the prompt, also when they are too few */
     xkv_match match;
     uint64_t declined[ATTEMPTS]; /* entries that are of no use and stay: others may serve in their place */
@@ -42,29 +51,58 @@ typedef struct lookup {
 
 /* --- In the index ------------------------------------------------------------------------------------------------- */
 
-/* Whether the dictionary that the entry needs is there. */
-static xkv_status find_need(xkv_txn *txn, lookup *l)
+/* Whether the dictionary that the entry needs is there, too. */
+static xkv_status find_need(xkv_txn *txn, lookup *l, const xkv_item *item)
 {
     xkv_dict_record dict;
-    l->has_dict = true;
-    if (!xkv_item_needs_dict(&l->item))
+    if (!xkv_item_needs_dict(item))
         return XKV_OK;
-    xkv_status status = xkv_txn_get_dict(txn, l->item.dict, &dict);
-    l->has_dict = status == XKV_OK;
+    xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
+    l->has_dicts = l->has_dicts && status == XKV_OK;
     return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+}
+
+/* The entry that line[count - 1] extends. */
+static xkv_status find_parent(xkv_txn *txn, lookup *l)
+{
+    const xkv_item *child = &l->line[l->count - 1];
+    xkv_item *parent = &l->line[l->count];
+    if (l->count == XKV_LINE_MAX)
+        return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "more than %d entries extend each other [SE3]",
+                        XKV_LINE_MAX);
+    xkv_status status = xkv_txn_get_item(txn, child->parent, parent);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "entry %llu extends entry %llu, which is not there [SE1]",
+                        (unsigned long long)child->id, (unsigned long long)child->parent);
+    XKV_TRY(status);
+    l->count++;
+    return xkv_line_check(xkv_txn_ctx(txn), child, parent);
+}
+
+/* What the found entry needs: those that it extends, and dictionaries. */
+static xkv_status find_needs(xkv_txn *txn, lookup *l)
+{
+    l->count = 1;
+    l->has_dicts = true;
+    XKV_TRY(find_need(txn, l, &l->line[0]));
+    while (l->line[l->count - 1].parent != 0) {
+        XKV_TRY(find_parent(txn, l));
+        XKV_TRY(find_need(txn, l, &l->line[l->count - 1]));
+    }
+    return XKV_OK;
 }
 
 static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
 {
     l->match.id = id;
-    xkv_status status = xkv_txn_get_item(txn, id, &l->item);
+    xkv_status status = xkv_txn_get_item(txn, id, &l->line[0]);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "entry %llu has no record [SI4]", (unsigned long long)id);
     XKV_TRY(status);
-    if (memcmp(l->item.space, l->ns->id, 32) != 0)
+    if (memcmp(l->line[0].space, l->ns->id, 32) != 0)
         return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "entry %llu is of another namespace [SI4]",
                         (unsigned long long)id);
-    return find_need(txn, l);
+    return find_needs(txn, l);
 }
 
 static bool is_expired(const xkv_item *item, uint64_t now)
@@ -77,7 +115,7 @@ static void note_best(lookup *l, uint32_t reason)
 {
     if (l->best.reason == XKV_MATCH_FOUND)
         l->best = (xkv_match){
-            .reason = reason, .entry_tokens = l->item.tokens, .id = l->match.id, .bytes = l->item.file_size};
+            .reason = reason, .entry_tokens = l->line[0].tokens, .id = l->match.id, .bytes = l->line[0].file_size};
 }
 
 /* What a lookup that may write would remove, one that may not steps over. */
@@ -90,7 +128,7 @@ static xkv_status serves(xkv_txn *txn, void *user, uint64_t id, bool *yes)
             return XKV_OK;
     }
     XKV_TRY(get_found(txn, l, id));
-    *yes = !l->store->read_only || !is_expired(&l->item, l->now);
+    *yes = !l->store->read_only || !is_expired(&l->line[0], l->now);
     if (!*yes)
         note_best(l, XKV_MATCH_EXPIRED);
     return XKV_OK;
@@ -154,7 +192,8 @@ static xkv_status check_blob(xkv_ctx *ctx, const xkv_item *item, const xkv_blob_
 {
     if (head->kind != XKV_BLOB_ENTRY || head->file_size != item->file_size || head->symbols != item->symbols ||
         head->tokens != item->tokens || head->names != item->names || memcmp(head->key, item->key, 32) != 0 ||
-        memcmp(head->space, item->space, 32) != 0 || memcmp(head->dict, item->dict, 16) != 0)
+        memcmp(head->space, item->space, 32) != 0 || memcmp(head->dict, item->dict, 16) != 0 ||
+        head->extends != (item->parent != 0))
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
     return XKV_OK;
 }
@@ -172,16 +211,38 @@ static xkv_status compare(xkv_ctx *ctx, lookup *l, const xkv_input *file, const 
     return XKV_OK;
 }
 
-static xkv_status examine(xkv_ctx *ctx, lookup *l, const int *fd)
+static xkv_status examine(xkv_ctx *ctx, lookup *l)
 {
     xkv_input raw, file;
     xkv_sealed sealed;
     xkv_blob_head head;
-    XKV_TRY(xkv_blob_file(ctx, fd, &raw));
+    XKV_TRY(xkv_blob_file(ctx, &l->fds[0], &raw));
     XKV_TRY(xkv_blob_plain(ctx, l->store->key, &raw, &sealed, &file));
     XKV_TRY(xkv_blob_read_head(ctx, &file, &head));
-    XKV_TRY(check_blob(ctx, &l->item, &head));
+    XKV_TRY(check_blob(ctx, &l->line[0], &head));
     return l->symbols != NULL ? compare(ctx, l, &file, &head) : XKV_OK;
+}
+
+/* Close the first `count` blobs. */
+static void close_blobs(lookup *l, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        close(l->fds[i]);
+}
+
+/* Open the blobs of all entries, which keeps them from eviction. NOT_FOUND without a message: `bad` is gone. */
+static xkv_status open_blobs(xkv_ctx *ctx, lookup *l)
+{
+    for (l->bad = 0; l->bad < l->count; l->bad++) {
+        xkv_blob_name name = xkv_blob_name_of(l->line[l->bad].blob, l->line[l->bad].id);
+        xkv_status status = xkv_blob_open(ctx, &l->store->folders, &name, true, &l->fds[l->bad]);
+        if (status != XKV_OK) {
+            close_blobs(l, l->bad);
+            return status;
+        }
+    }
+    l->bad = 0;
+    return XKV_OK;
 }
 
 /* --- Outcomes ----------------------------------------------------------------------------------------------------- */
@@ -204,7 +265,7 @@ static xkv_status drop_expired(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 /* The blob is gone and the record still there: a removal is under way, or somebody has deleted the file. */
 static bool is_missing(xkv_ctx *ctx, const lookup *l)
 {
-    xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);
+    xkv_blob_name name = xkv_blob_name_of(l->line[l->bad].blob, l->line[l->bad].id);
     bool locked = false;
     int fd = -1;
     if (xkv_blob_try_lock(ctx, &l->store->folders, &name, &locked, &fd) != XKV_OK)
@@ -240,7 +301,7 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
         return XKV_OK;
     case XKV_MATCH_GONE:
         if (is_missing(ctx, l))
-            xkv_store_quarantine(ctx, l->store, l->match.id, "its blob is missing"); /* unless its record went first */
+            xkv_store_quarantine(ctx, l->store, l->line[l->bad].id, "its blob is missing"); /* unless its record went */
         *again = decline(l);
         return XKV_OK;
     case XKV_MATCH_NO_DICTIONARY:
@@ -259,15 +320,28 @@ static uint32_t reason_of(xkv_status status, const lookup *l)
         return XKV_MATCH_NONE;
     if (xkv_is_damage(status))
         return XKV_MATCH_CORRUPT;
-    if (is_expired(&l->item, l->now))
+    if (is_expired(&l->line[0], l->now))
         return XKV_MATCH_EXPIRED;
-    return l->has_dict ? XKV_MATCH_FOUND : XKV_MATCH_NO_DICTIONARY;
+    return l->has_dicts ? XKV_MATCH_FOUND : XKV_MATCH_NO_DICTIONARY;
 }
 
 /* Raw bytes of so many of an entry's tokens. */
 static uint64_t raw_share(const xkv_item *item, uint32_t tokens)
 {
     return item->tokens == 0 ? 0 : (uint64_t)((double)item->raw_bytes * tokens / item->tokens);
+}
+
+/* Bytes of the entry's blob, and of its share of those that it extends. */
+static uint64_t packed_share(const lookup *l)
+{
+    double bytes = 0;
+    for (uint32_t i = 0, end = l->line[0].tokens; i < l->count; end = l->line[i++].base_tokens) {
+        const xkv_item *item = &l->line[i];
+        if (item->tokens <= item->base_tokens)
+            continue;
+        bytes += (double)item->file_size * (end - item->base_tokens) / (item->tokens - item->base_tokens);
+    }
+    return (uint64_t)bytes;
 }
 
 /* Other processes evict by the uses that are recorded. */
@@ -292,53 +366,56 @@ void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens)
     pthread_mutex_lock(&store->mutex);
     store->pending.hits++;
     store->pending.tokens_reused += tokens;
-    store->pending.bytes_reused += raw_share(&hit->item, tokens);
+    store->pending.bytes_reused += raw_share(&hit->parts[0].item, tokens);
     pthread_mutex_unlock(&store->mutex);
-    xkv_pending_use(store, hit->item.id, now);
+    xkv_pending_use(store, hit->parts[0].item.id, now);
     flush_when_due(ctx, store, now);
 }
 
 /* --- The search --------------------------------------------------------------------------------------------------- */
 
-/* Once: in the index, then in the blob. *fd is open when the reason is FOUND. */
-static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
+/* Once: in the index, then in the blobs, which are open when the reason is FOUND. */
+static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)
 {
     l->match = (xkv_match){0};
-    memset(&l->item, 0, sizeof l->item);
+    memset(&l->line[0], 0, sizeof l->line[0]);
+    l->count = l->bad = 0;
     xkv_status status = xkv_index_read(ctx, l->store->index, find, l);
     l->match.reason = reason_of(status, l);
     if (status != XKV_OK || l->match.reason != XKV_MATCH_FOUND)
         return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
-    xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);
-    status = xkv_blob_open(ctx, &l->store->folders, &name, true, fd);
+    status = open_blobs(ctx, l);
     if (status == XKV_ERROR_NOT_FOUND) {
         l->match.reason = XKV_MATCH_GONE;
         return XKV_OK;
     }
-    if (status == XKV_OK)
-        status = examine(ctx, l, fd);
+    XKV_TRY(status);
+    status = examine(ctx, l);
     if (xkv_is_damage(status))
         l->match.reason = XKV_MATCH_CORRUPT;
     else if (xkv_is_newer(status))
         l->match.reason = XKV_MATCH_NEWER;
     else if (status == XKV_OK && l->match.tokens < l->min_tokens)
         l->match.reason = XKV_MATCH_SHORT;
-    if (status == XKV_OK && l->match.reason == XKV_MATCH_FOUND)
-        return XKV_OK;
-    if (*fd >= 0)
-        close(*fd);
-    *fd = -1;
+    if (status != XKV_OK || l->match.reason != XKV_MATCH_FOUND)
+        close_blobs(l, l->count);
     return status;
 }
 
-static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
+static void note_entry(lookup *l)
+{
+    l->match.entry_tokens = l->line[0].tokens;
+    l->match.bytes = packed_share(l);
+    l->match.raw_bytes = raw_share(&l->line[0], l->match.tokens);
+}
+
+static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)
 {
     xkv_status status = XKV_OK;
     bool again = true;
-    *fd = -1;
     l->now = xkv_store_now(l->store);
     for (int i = 0; again && i < ATTEMPTS; i++) {
-        status = attempt(ctx, l, find, fd);
+        status = attempt(ctx, l, find);
         again = false;
         if (l->match.reason != XKV_MATCH_FOUND)
             status = settle_miss(ctx, l, status, &again);
@@ -348,53 +425,63 @@ static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
         l->match = l->best;
         return XKV_OK;
     }
-    l->match.entry_tokens = l->item.tokens;
-    l->match.bytes = l->item.file_size;
     l->common = l->match.tokens;
     if (l->match.reason != XKV_MATCH_FOUND)
         l->match.tokens = l->match.keys = 0;
-    l->match.raw_bytes = raw_share(&l->item, l->match.tokens);
+    note_entry(l);
     return XKV_OK;
 }
 
-/* Hand the open blob to a hit, if one is wanted. */
-static xkv_status make_hit(xkv_ctx *ctx, const lookup *l, int fd, xkv_hit **hit_p)
+/* Hand the open blobs of what was found to a hit. */
+static xkv_status hand_out(xkv_ctx *ctx, lookup *l, xkv_hit **hit_p)
 {
     xkv_hit *hit = NULL;
-    xkv_status status = hit_p != NULL && fd >= 0 ? XKV_NEW_ZERO(ctx, 1, &hit) : XKV_OK;
-    if (hit == NULL) {
-        if (fd >= 0)
-            close(fd);
-        if (hit_p != NULL && status == XKV_OK)
-            *hit_p = NULL;
+    xkv_status status = xkv_alloc_zero(ctx, 1, sizeof *hit + l->count * sizeof(part), (void **)&hit);
+    if (status != XKV_OK) {
+        close_blobs(l, l->count);
         return status;
     }
     hit->store = l->store;
-    hit->item = l->item;
     hit->tokens = l->match.tokens;
-    hit->fd = fd;
+    hit->count = l->count;
+    for (uint32_t i = 0; i < l->count; i++) {
+        hit->parts[i].item = l->line[i];
+        hit->parts[i].fd = l->fds[i];
+    }
     *hit_p = hit;
     return XKV_OK;
 }
 
+/* The same if one is wanted. */
+static xkv_status make_hit(xkv_ctx *ctx, lookup *l, xkv_hit **hit_p)
+{
+    bool found = l->match.reason == XKV_MATCH_FOUND;
+    if (hit_p != NULL && found)
+        return hand_out(ctx, l, hit_p);
+    if (found)
+        close_blobs(l, l->count);
+    if (hit_p != NULL)
+        *hit_p = NULL;
+    return XKV_OK;
+}
+
 /* Search here, and when that does not give the whole prompt, in the remote. */
-static xkv_status search_everywhere(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, int *fd)
+static xkv_status search_everywhere(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)
 {
     const xkv_symbols prompt = {.data = l->symbols, .count = l->symbol_count, .tokens = l->token_count};
-    XKV_TRY(search(ctx, l, find, fd));
+    XKV_TRY(search(ctx, l, find));
     if (l->symbols == NULL || l->match.reason == XKV_MATCH_NEWER ||
         !xkv_remote_fetch(ctx, l->store, l->ns, &prompt, l->common))
         return XKV_OK;
-    if (*fd >= 0)
-        close(*fd);
-    return search(ctx, l, find, fd);
+    if (l->match.reason == XKV_MATCH_FOUND)
+        close_blobs(l, l->count);
+    return search(ctx, l, find);
 }
 
 static xkv_status finish(xkv_ctx *ctx, lookup *l, xkv_txn_fn find, xkv_match *match, xkv_hit **hit_p)
 {
-    int fd;
-    XKV_TRY(search_everywhere(ctx, l, find, &fd));
-    XKV_TRY(make_hit(ctx, l, fd, hit_p));
+    XKV_TRY(search_everywhere(ctx, l, find));
+    XKV_TRY(make_hit(ctx, l, hit_p));
     if (hit_p != NULL && *hit_p == NULL) /* who only asks misses nothing */
         count_miss(ctx, l->store);
     *match = l->match;
@@ -441,12 +528,12 @@ xkv_status xkv_store_match_keys(xkv_ctx *ctx, xkv_store *store, const xkv_namesp
 static xkv_status find_by_id(xkv_txn *txn, void *user)
 {
     lookup *l = user;
-    XKV_TRY(xkv_txn_get_item(txn, l->match.id, &l->item));
-    return memcmp(l->item.space, l->ns->id, 32) == 0 ? find_need(txn, l) : XKV_ERROR_NOT_FOUND;
+    XKV_TRY(xkv_txn_get_item(txn, l->match.id, &l->line[0]));
+    return memcmp(l->line[0].space, l->ns->id, 32) == 0 ? find_needs(txn, l) : XKV_ERROR_NOT_FOUND;
 }
 
-/* *fd is open when the reason is FOUND. */
-static xkv_status get(xkv_ctx *ctx, lookup *l, int *fd)
+/* The blobs are open when the reason is FOUND. */
+static xkv_status get(xkv_ctx *ctx, lookup *l)
 {
     const uint64_t id = l->match.id;
     bool again;
@@ -456,19 +543,17 @@ static xkv_status get(xkv_ctx *ctx, lookup *l, int *fd)
         l->match.reason = reason_of(status, l);
         if (l->match.reason != XKV_MATCH_FOUND)
             return settle_miss(ctx, l, status, &again);
-        xkv_blob_name name = xkv_blob_name_of(l->item.blob, l->item.id);
-        status = xkv_blob_open(ctx, &l->store->folders, &name, true, fd);
+        status = open_blobs(ctx, l);
     }
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, status, "there is no entry %llu in the namespace", (unsigned long long)id);
-    if (status == XKV_OK)
-        status = examine(ctx, l, fd);
-    if (status == XKV_OK)
-        return XKV_OK;
-    if (*fd >= 0)
-        close(*fd);
-    *fd = -1;
-    if (xkv_is_damage(status) && l->item.id != 0)
+    if (status == XKV_OK) {
+        status = examine(ctx, l);
+        if (status == XKV_OK)
+            return XKV_OK;
+        close_blobs(l, l->count);
+    }
+    if (xkv_is_damage(status) && l->line[0].id != 0)
         xkv_store_quarantine(ctx, l->store, id, xkv_ctx_error(ctx));
     if (!xkv_is_newer(status))
         return status;
@@ -480,82 +565,138 @@ xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns
                          xkv_hit **hit_p)
 {
     lookup l = {.store = store, .ns = ns, .match.id = id};
-    int fd = -1;
     XKV_TRY(xkv_store_begin(ctx, store));
-    XKV_TRY(get(ctx, &l, &fd));
-    l.match.entry_tokens = l.item.tokens;
-    l.match.bytes = l.item.file_size;
-    if (l.match.reason == XKV_MATCH_FOUND) {
-        l.match.tokens = l.item.tokens;
-        l.match.raw_bytes = l.item.raw_bytes;
-    }
-    XKV_TRY(make_hit(ctx, &l, fd, hit_p));
+    XKV_TRY(get(ctx, &l));
+    if (l.match.reason == XKV_MATCH_FOUND)
+        l.match.tokens = l.line[0].tokens;
+    note_entry(&l);
+    XKV_TRY(make_hit(ctx, &l, hit_p));
     *match = l.match;
     return XKV_OK;
 }
 
+static xkv_status find_line(xkv_txn *txn, void *user)
+{
+    return find_needs(txn, user);
+}
+
 xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p)
 {
-    const lookup l = {.store = store, .item = *item, .match.tokens = item->tokens};
-    xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
-    int fd = -1;
-    XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, true, &fd));
-    XKV_TRY(make_hit(ctx, &l, fd, hit_p));
+    lookup l = {.store = store, .line[0] = *item, .match.tokens = item->tokens};
+    XKV_TRY(xkv_index_read(ctx, store->index, find_line, &l));
+    XKV_TRY(open_blobs(ctx, &l));
+    XKV_TRY(hand_out(ctx, &l, hit_p));
     (*hit_p)->look_only = true;
     return XKV_OK;
 }
 
-/* --- Hits --------------------------------------------------------------------------------------------------------- */
-
-static xkv_status open_entry(xkv_ctx *ctx, xkv_hit *hit)
+xkv_status xkv_store_nearest(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const uint32_t *symbols,
+                             uint32_t count, uint32_t *tokens, xkv_hit **hit_p)
 {
-    xkv_blob_head head;
+    lookup l = {.store = store, .ns = ns, .symbols = symbols, .symbol_count = count, .min_tokens = 1};
+    XKV_TRY(search(ctx, &l, find_by_symbols));
+    *tokens = l.match.tokens;
+    return make_hit(ctx, &l, hit_p);
+}
+
+/* --- Hits
+ * --------------------------------------------------------------------------------------------------------- */
+
+/* The entry's share of a dictionary in memory. */
+static xkv_status attach_dict(xkv_ctx *ctx, xkv_hit *hit, part *p)
+{
     xkv_entry_info info;
-    XKV_TRY(xkv_blob_file(ctx, &hit->fd, &hit->raw));
-    XKV_TRY(xkv_blob_plain(ctx, hit->store->key, &hit->raw, &hit->sealed, &hit->file));
-    XKV_TRY(xkv_blob_read_head(ctx, &hit->file, &head));
-    XKV_TRY(check_blob(ctx, &hit->item, &head));
-    hit->payload = xkv_input_window(&hit->window, &hit->file, head.payload_offset, head.payload_size);
-    XKV_TRY(xkv_entry_open(ctx, &hit->payload, &hit->entry));
-    xkv_entry_get_info(hit->entry, &info);
-    if (xkv_entry_geometry(hit->entry)->token_count < hit->item.tokens)
-        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
+    xkv_entry_get_info(p->entry, &info);
     if (!info.needs_dict)
         return XKV_OK;
-    xkv_status status = xkv_store_use_dict(ctx, hit->store, info.dictionary_id, hit->look_only, &hit->dict);
+    xkv_status status = xkv_store_use_dict(ctx, hit->store, info.dictionary_id, hit->look_only, &p->dict);
     hit->spared = status != XKV_OK;
     XKV_TRY(status);
-    return xkv_entry_attach(ctx, hit->entry, hit->dict->dict);
+    return xkv_entry_attach(ctx, p->entry, p->dict->dict);
+}
+
+/* Let the entry begin with rows of the one that it extends, which is open. */
+static xkv_status extend_part(xkv_ctx *ctx, part *p, const part *parent, const xkv_blob_head *head)
+{
+    xkv_blob_link link;
+    uint8_t *bytes = NULL;
+    XKV_TRY(xkv_blob_read_link(ctx, &p->file, head, &link, &bytes));
+    xkv_status status = XKV_OK;
+    if (link.parent != parent->item.id || link.base != p->item.base_tokens ||
+        memcmp(link.blob, parent->item.blob, 32) != 0)
+        status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it does not extend what its record says [SE1]");
+    if (status == XKV_OK)
+        status = xkv_entry_extend(ctx, p->entry, parent->entry, link.base, link.fram_size > 0 ? link.fram : NULL,
+                                  link.fram_size);
+    xkv_release(ctx, bytes);
+    return status;
+}
+
+/* Open parts[i], after those that it extends. */
+static xkv_status open_part(xkv_ctx *ctx, xkv_hit *hit, uint32_t i)
+{
+    part *p = &hit->parts[i];
+    xkv_blob_head head;
+    XKV_TRY(xkv_blob_file(ctx, &p->fd, &p->raw));
+    XKV_TRY(xkv_blob_plain(ctx, hit->store->key, &p->raw, &p->sealed, &p->file));
+    XKV_TRY(xkv_blob_read_head(ctx, &p->file, &head));
+    XKV_TRY(check_blob(ctx, &p->item, &head));
+    p->payload = xkv_input_window(&p->window, &p->file, head.payload_offset, head.payload_size);
+    XKV_TRY(xkv_entry_open(ctx, &p->payload, &p->entry));
+    if (p->item.parent != 0)
+        XKV_TRY(extend_part(ctx, p, p + 1, &head));
+    if (xkv_entry_geometry(p->entry)->token_count < p->item.tokens)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
+    return attach_dict(ctx, hit, p);
 }
 
 /* A payload that asks for a newer program and is not what was written is damaged. */
-static xkv_status check_newer(xkv_ctx *ctx, xkv_hit *hit, xkv_status status)
+static xkv_status check_newer(xkv_ctx *ctx, xkv_hit *hit, const part *p, xkv_status status)
 {
     uint8_t hash[32];
-    XKV_TRY(xkv_blob_hash(ctx, &hit->raw, hash));
-    if (memcmp(hash, hit->item.blob, 32) != 0)
+    XKV_TRY(xkv_blob_hash(ctx, &p->raw, hash));
+    if (memcmp(hash, p->item.blob, 32) != 0)
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
     hit->spared = true;
+    return status;
+}
+
+static void close_entries(xkv_ctx *ctx, xkv_hit *hit)
+{
+    for (uint32_t i = 0; i < hit->count; i++) {
+        part *p = &hit->parts[i];
+        xkv_entry_close(ctx, p->entry);
+        xkv_store_leave_dict(hit->store, p->dict);
+        p->entry = NULL;
+        p->dict = NULL;
+    }
+}
+
+static xkv_status open_entries(xkv_ctx *ctx, xkv_hit *hit)
+{
+    xkv_status status = XKV_OK;
+    for (uint32_t i = hit->count; status == XKV_OK && i-- > 0;) {
+        status = open_part(ctx, hit, i);
+        if (xkv_is_newer(status) && !hit->spared)
+            status = check_newer(ctx, hit, &hit->parts[i], status);
+    }
+    if (status != XKV_OK)
+        close_entries(ctx, hit);
     return status;
 }
 
 xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
 {
     XKV_TRY(xkv_store_begin(ctx, hit->store));
-    if (hit->entry == NULL) {
-        xkv_status status = open_entry(ctx, hit);
-        if (xkv_is_newer(status) && !hit->spared)
-            status = check_newer(ctx, hit, status);
-        if (status != XKV_OK) {
-            xkv_entry_close(ctx, hit->entry);
-            xkv_store_leave_dict(hit->store, hit->dict);
-            hit->entry = NULL;
-            hit->dict = NULL;
-            return status;
-        }
-    }
-    *entry_p = hit->entry;
+    if (hit->parts[0].entry == NULL)
+        XKV_TRY(open_entries(ctx, hit));
+    *entry_p = hit->parts[0].entry;
     return XKV_OK;
+}
+
+const xkv_item *xkv_hit_item(const xkv_hit *hit, uint32_t i)
+{
+    return i < hit->count ? &hit->parts[i].item : NULL;
 }
 
 static xkv_status read_planes(xkv_ctx *ctx, xkv_hit *hit, xkv_read_options *o, const xkv_view *views)
@@ -581,20 +722,36 @@ xkv_status xkv_hit_read(xkv_ctx *ctx, xkv_hit *hit, const xkv_read_options *opti
     return status;
 }
 
+/* Which of the entries is not what was written; the first one when all are, so that it cannot be them. */
+static const xkv_item *find_damaged(xkv_ctx *ctx, const xkv_hit *hit)
+{
+    for (uint32_t i = hit->count; i-- > 1;) {
+        const part *p = &hit->parts[i];
+        xkv_input raw;
+        uint8_t hash[32];
+        if (xkv_blob_file(ctx, &p->fd, &raw) == XKV_OK && xkv_blob_hash(ctx, &raw, hash) == XKV_OK &&
+            memcmp(hash, p->item.blob, 32) != 0)
+            return &p->item;
+    }
+    return &hit->parts[0].item;
+}
+
 void xkv_hit_reject(xkv_ctx *ctx, xkv_hit *hit)
 {
+    char why[256];
     if (hit->rejected || hit->spared || hit->look_only)
         return;
     hit->rejected = true;
-    xkv_store_quarantine(ctx, hit->store, hit->item.id, xkv_ctx_error(ctx));
+    snprintf(why, sizeof why, "%s", xkv_ctx_error(ctx));
+    xkv_store_quarantine(ctx, hit->store, find_damaged(ctx, hit)->id, why);
 }
 
 void xkv_hit_close(xkv_ctx *ctx, xkv_hit *hit)
 {
     if (hit == NULL)
         return;
-    xkv_entry_close(ctx, hit->entry);
-    xkv_store_leave_dict(hit->store, hit->dict);
-    close(hit->fd);
+    close_entries(ctx, hit);
+    for (uint32_t i = 0; i < hit->count; i++)
+        close(hit->parts[i].fd);
     xkv_release(ctx, hit);
 }

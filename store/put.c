@@ -1,5 +1,5 @@
 /* put.c - storing: entries, planes, dictionaries, exported files. */
-#include "store_internal.h"
+#include "put_parent.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -13,7 +13,8 @@ typedef struct put {
     xkv_item item;
     xkv_put_report report;
     xkv_blob_writer writer;
-    bool fetched; /* it comes from the remote */
+    xkv_parent parent; /* the entry that it will extend, if there is one */
+    bool fetched;      /* it comes from the remote */
 } put;
 
 /* --- Checks ------------------------------------------------------------------------------------------------------- */
@@ -211,7 +212,12 @@ static xkv_status commit_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     memcpy(p->item.blob, p->writer.hash, 32);
     XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, p->item.id));
     change->blobs_synced = true;
-    XKV_TRY(xkv_entry_insert(txn, meta, p->store, p->symbols, p->names, &p->item, &change->quarantine));
+    xkv_status status = xkv_entry_insert(txn, meta, p->store, p->symbols, p->names, &p->item, &change->quarantine);
+    p->parent.gone = status == XKV_ERROR_NOT_FOUND;
+    if (p->parent.gone)
+        return xkv_fail(xkv_txn_ctx(txn), status, "entry %llu, which it extends, was removed meanwhile",
+                        (unsigned long long)p->item.parent);
+    XKV_TRY(status);
     p->report.id = p->item.id;
     p->report.bytes = p->item.file_size;
     meta->puts++;
@@ -232,6 +238,14 @@ static void head_of(const xkv_item *item, xkv_blob_head *head)
     memcpy(head->dict, item->dict, 16);
     memcpy(head->space, item->space, 32);
     memcpy(head->key, item->key, 32);
+}
+
+static xkv_status begin_blob(xkv_ctx *ctx, put *p)
+{
+    const xkv_blob_link *link = p->parent.hit != NULL ? &p->parent.link : NULL;
+    p->item.parent = p->report.parent = link != NULL ? link->parent : 0;
+    p->item.base_tokens = p->report.base_tokens = link != NULL ? link->base : 0;
+    return xkv_blob_begin(ctx, &p->store->folders, p->store->key, p->item.symbols, p->item.names, link, &p->writer);
 }
 
 /* The payload is written: complete the blob and commit it. */
@@ -277,7 +291,7 @@ static void note_prompt(put *p, const xkv_namespace *ns, const xkv_symbols *symb
 
 static xkv_status copy_and_commit(xkv_ctx *ctx, put *p, const xkv_input *entry)
 {
-    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->store->key, p->item.symbols, p->item.names, &p->writer));
+    XKV_TRY(begin_blob(ctx, p));
     xkv_output output = xkv_blob_output(&p->writer);
     xkv_status status = xkv_input_copy(ctx, entry, &output);
     if (status == XKV_OK)
@@ -349,28 +363,58 @@ static xkv_status check_pack_dict(xkv_ctx *ctx, const put *p)
     return xkv_index_read(ctx, p->store->index, check_dict_body, &wanted);
 }
 
-static xkv_status pack_payload(xkv_ctx *ctx, put *p, const planes *from)
+/* Pack all rows, or those that follow the parent's. */
+static xkv_status pack_rows(xkv_ctx *ctx, put *p, const planes *from)
 {
     xkv_output output = xkv_blob_output(&p->writer);
+    if (p->parent.hit != NULL)
+        return xkv_parent_pack_rest(ctx, &p->parent, from->geometry, from->views, p->o->pack, &output, &p->report.pack);
+    return xkv_pack(ctx, from->geometry, from->views, from->framing, from->source, from->source_size, p->o->pack,
+                    &output, &p->report.pack);
+}
+
+static xkv_status pack_payload(xkv_ctx *ctx, put *p, const planes *from)
+{
     xkv_entry *entry = NULL;
-    XKV_TRY(xkv_pack(ctx, from->geometry, from->views, from->framing, from->source, from->source_size, p->o->pack,
-                     &output, &p->report.pack));
+    XKV_TRY(pack_rows(ctx, p, from));
     xkv_input payload = xkv_blob_payload(&p->writer);
     XKV_TRY(xkv_entry_open(ctx, &payload, &entry));
     note_entry(entry, &p->item);
+    p->item.raw_bytes = xkv_geometry_raw_bytes(from->geometry);
     xkv_entry_close(ctx, entry);
     return XKV_OK;
 }
 
 static xkv_status pack_and_commit(xkv_ctx *ctx, put *p, const planes *from)
 {
-    XKV_TRY(check_pack_dict(ctx, p));
-    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->store->key, p->item.symbols, p->item.names, &p->writer));
+    memset(p->item.dict, 0, sizeof p->item.dict);
+    XKV_TRY(begin_blob(ctx, p));
     xkv_status status = pack_payload(ctx, p, from);
     if (status == XKV_OK)
         status = commit(ctx, p);
     xkv_blob_end(&p->writer, status == XKV_OK && !p->report.existed);
     return status;
+}
+
+/* Extend what is stored. All rows are needed after all when that is removed before the commit, or leaves no room under
+ * the cap, where it would have been evicted for the whole. */
+static xkv_status pack_rest_or_all(xkv_ctx *ctx, put *p, const xkv_namespace *ns, const planes *from)
+{
+    XKV_TRY(check_pack_dict(ctx, p));
+    if (p->o->whole == 0)
+        XKV_TRY(xkv_parent_find(ctx, p->store, ns, &p->item, p->symbols, from->geometry, p->o->pack, &p->parent));
+    xkv_status status = XKV_OK;
+    if (p->parent.hit != NULL && from->framing != NULL)
+        status =
+            xkv_parent_set_framing(ctx, &p->parent, from->geometry, from->framing, from->source, from->source_size);
+    if (status == XKV_OK)
+        status = pack_and_commit(ctx, p, from);
+    bool again = p->parent.gone || (p->parent.hit != NULL && status == XKV_ERROR_LIMIT);
+    xkv_parent_leave(ctx, &p->parent);
+    if (!again)
+        return status;
+    xkv_ctx_begin(ctx);
+    return pack_and_commit(ctx, p, from);
 }
 
 static xkv_status put_planes(xkv_ctx *ctx, put *p, const xkv_namespace *ns, const xkv_prompt *prompt,
@@ -386,7 +430,7 @@ static xkv_status put_planes(xkv_ctx *ctx, put *p, const xkv_namespace *ns, cons
     note_prompt(p, ns, &symbols);
     xkv_status status = try_existing(ctx, p);
     if (status == XKV_OK && !p->report.existed)
-        status = pack_and_commit(ctx, p, from);
+        status = pack_rest_or_all(ctx, p, ns, from);
     xkv_symbols_free(ctx, &symbols);
     return status;
 }
@@ -598,7 +642,7 @@ xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *d
     if (p.existed)
         XKV_TRY(check_stored(ctx, &p));
     if (!p.existed) {
-        XKV_TRY(xkv_blob_begin(ctx, &store->folders, store->key, 0, 0, &p.writer));
+        XKV_TRY(xkv_blob_begin(ctx, &store->folders, store->key, 0, 0, NULL, &p.writer));
         xkv_status status = write_dict(ctx, &p, dictionary);
         xkv_blob_end(&p.writer, status == XKV_OK && !p.existed);
         XKV_TRY(status);

@@ -79,6 +79,7 @@ static const struct {
     uint8_t table, key_size, other_key_size; /* EDGE: of an entry that ends at the node */
     uint8_t size;
 } shapes[] = {
+    {XKV_TABLE_CHILD, 17, 17, 0},
     {XKV_TABLE_DICT, 17, 17, XKV_DICT_SIZE},
     {XKV_TABLE_ITEM, 9, 9, XKV_ITEM_SIZE},
     {XKV_TABLE_NAMES, 17, 17, 16},

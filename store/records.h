@@ -19,6 +19,7 @@ enum {
 
 /* First byte of a key: what the record is. */
 enum {
+    XKV_TABLE_CHILD = 'c',   /* id of an entry, id of one that extends it */
     XKV_TABLE_DICT = 'd',    /* id of the dictionary [16] */
     XKV_TABLE_ITEM = 'e',    /* id of the entry */
     XKV_TABLE_NAMES = 'f',   /* id of the entry, number: which page keys it has */
@@ -42,7 +43,7 @@ typedef struct xkv_key {
 xkv_key xkv_key_meta(void);
 xkv_key xkv_key_id(uint8_t table, uint64_t id);                       /* ITEM, NODE, TRASH, UNSENT */
 xkv_key xkv_key_bytes(uint8_t table, const void *bytes, size_t size); /* DICT, KEY, SPACE */
-xkv_key xkv_key_pair(uint8_t table, uint64_t first, uint64_t second); /* USED, EXPIRES, NAMES */
+xkv_key xkv_key_pair(uint8_t table, uint64_t first, uint64_t second); /* CHILD, USED, EXPIRES, NAMES */
 xkv_key xkv_key_edge(uint64_t node, uint32_t symbol);
 xkv_key xkv_key_end(uint64_t node);
 xkv_key xkv_key_page(const uint8_t page[16], uint64_t id);
@@ -80,12 +81,13 @@ typedef struct xkv_item {
     uint64_t id;
     uint64_t file_size, raw_bytes;
     uint64_t created, expires, used;
-    uint64_t node; /* its place in the tree: the edge (node, symbol), or the end of node */
-    uint64_t parent;
+    uint64_t node;   /* its place in the tree: the edge (node, symbol), or the end of node */
+    uint64_t parent; /* the entry that it extends; 0: none */
     uint32_t symbol, at_end;
     uint32_t tokens, symbols;
     uint32_t pinned, names;
-    uint32_t base_tokens, children;
+    uint32_t base_tokens; /* taken from there */
+    uint32_t children;    /* entries that extend it */
     uint8_t blob[32], space[32], key[32];
     uint8_t dict[16];
 } xkv_item;

@@ -90,7 +90,7 @@ typedef struct arrived {
 /* Fetch an object of `limit` bytes at most. End it by xkv_blob_end(), also after an error. */
 static xkv_status receive(const fetch *f, const char *name, uint64_t limit, arrived *a)
 {
-    XKV_TRY(xkv_blob_begin(f->ctx, &f->store->folders, NULL, 0, 0, &a->file));
+    XKV_TRY(xkv_blob_begin(f->ctx, &f->store->folders, NULL, 0, 0, NULL, &a->file));
     xkv_request q = {.kind = XKV_REQUEST_GET, .name = name, .limit = limit, .fd = a->file.fd};
     XKV_TRY(xkv_remote_run(f->ctx, f->remote, &q, f->deadline));
     if (ftruncate(a->file.fd, (off_t)q.size) != 0) /* a failed attempt may have written more */

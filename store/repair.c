@@ -14,6 +14,8 @@ typedef struct repair {
     xkv_index *old;   /* NULL: cannot be read */
     uint32_t kind;    /* of the blobs at this pass */
     uint64_t next_id; /* above those of all blobs */
+    bool extends;     /* entries that extend others, once these are in the index */
+    bool last;        /* no pass follows: what has no place by now has none */
     xkv_repair_report report;
 } repair;
 
@@ -113,6 +115,9 @@ typedef struct found {
     xkv_blob_head head;
     uint32_t *symbols;
     xkv_page_key *names;
+    xkv_blob_link link; /* if it extends another one */
+    uint8_t *link_bytes;
+    xkv_item parent; /* that one; of id 0 when it is not in the index */
 } found;
 
 static xkv_status insert_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
@@ -193,19 +198,77 @@ static xkv_status insert_blob(repair *r, found *f, const xkv_input *file)
         keep_uses(r, &f->item);
     }
     XKV_TRY(settle_id(r, f));
+    if (f->head.extends) {
+        f->item.parent = f->link.parent;
+        f->item.base_tokens = f->link.base;
+        XKV_TRY(xkv_line_check_link(r->ctx, r->store, &f->item, f->symbols, &f->link, &f->parent));
+    }
     return xkv_store_change(r->ctx, &change);
+}
+
+/* The entry that it extends, at the end of a line that has room for one more. */
+static xkv_status find_parent(xkv_txn *txn, void *user)
+{
+    found *f = user;
+    xkv_item up;
+    xkv_status status = xkv_txn_get_item(txn, f->link.parent, &f->parent);
+    if (status != XKV_OK) {
+        f->parent.id = 0;
+        return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+    }
+    up = f->parent;
+    for (int count = 1; up.parent != 0; count++) {
+        if (count == XKV_LINE_MAX - 1)
+            return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "more than %d entries extend each other [SE3]",
+                            XKV_LINE_MAX);
+        XKV_TRY(xkv_txn_get_item(txn, up.parent, &up));
+    }
+    return XKV_OK;
+}
+
+static xkv_status is_inserted(xkv_txn *txn, void *user)
+{
+    const found *f = user;
+    xkv_item item;
+    return xkv_txn_get_item(txn, f->item.id, &item);
+}
+
+/* Whether it is the turn of an entry that extends another: that one is in the index, and it is not. When no pass is
+ * left there must be such an entry, unless only a newer program can read it. */
+static xkv_status is_next(repair *r, found *f, const xkv_input *file, bool *next)
+{
+    *next = false;
+    xkv_status status = xkv_index_read(r->ctx, r->store->index, is_inserted, f);
+    if (status != XKV_ERROR_NOT_FOUND)
+        return status;
+    XKV_TRY(xkv_blob_read_link(r->ctx, file, &f->head, &f->link, &f->link_bytes));
+    XKV_TRY(xkv_index_read(r->ctx, r->store->index, find_parent, f));
+    *next = f->parent.id != 0;
+    if (*next || !r->last)
+        return XKV_OK;
+    xkv_blob_name name = xkv_blob_name_of(f->link.blob, f->link.parent);
+    if (faccessat(r->store->folders.blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
+        return xkv_fail(r->ctx, XKV_ERROR_VERSION, "it extends entry %llu, which is not in the index",
+                        (unsigned long long)f->link.parent);
+    return xkv_fail(r->ctx, XKV_ERROR_CORRUPT, "blob: it extends entry %llu, which is not there [SE1]",
+                    (unsigned long long)f->link.parent);
 }
 
 static xkv_status take_file(repair *r, found *f, const int *fd)
 {
+    bool next = true;
     xkv_input raw, file;
     xkv_sealed sealed;
     uint8_t hash[32];
     XKV_TRY(xkv_blob_file(r->ctx, fd, &raw));
     XKV_TRY(xkv_blob_plain(r->ctx, r->store->key, &raw, &sealed, &file));
     XKV_TRY(xkv_blob_read_head(r->ctx, &file, &f->head));
-    if (f->head.kind != r->kind)
+    if (f->head.kind != r->kind || f->head.extends != r->extends)
         return XKV_OK; /* its turn comes, or has been */
+    if (f->head.extends)
+        XKV_TRY(is_next(r, f, &file, &next));
+    if (!next)
+        return XKV_OK;
     XKV_TRY(xkv_blob_hash(r->ctx, &raw, hash));
     if (memcmp(hash, f->item.blob, 32) != 0)
         return xkv_fail(r->ctx, XKV_ERROR_CHECKSUM, "blob: its SHA-256 is not that of its name [SB6]");
@@ -213,9 +276,9 @@ static xkv_status take_file(repair *r, found *f, const int *fd)
 }
 
 /* It stays where it is. */
-static void leave_newer(repair *r, const char *name)
+static void leave_newer(repair *r, const found *f, const char *name)
 {
-    if (r->kind != XKV_BLOB_ENTRY)
+    if (r->kind != XKV_BLOB_ENTRY || r->extends != f->head.extends) /* at another pass */
         return;
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: left alone: %s", name, xkv_ctx_error(r->ctx));
     r->report.newer++;
@@ -248,8 +311,9 @@ static xkv_status take_blob(void *user, const char *text)
         close(fd);
     xkv_release(r->ctx, f.symbols);
     xkv_release(r->ctx, f.names);
+    xkv_release(r->ctx, f.link_bytes);
     if (xkv_is_newer(status))
-        leave_newer(r, name.text);
+        leave_newer(r, &f, name.text);
     if (!xkv_is_damage(status))
         return xkv_is_newer(status) ? XKV_OK : status;
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: damaged, into quarantine: %s", name.text, xkv_ctx_error(r->ctx));
@@ -321,6 +385,22 @@ static xkv_status begin_new(repair *r)
     return xkv_index_put_meta(r->ctx, r->store->index, &fresh);
 }
 
+/* Entries that extend others come after these: as many passes as the longest line has entries, and one to put aside
+ * what is left. */
+static xkv_status take_extending(repair *r)
+{
+    xkv_meta meta;
+    uint64_t before = 0;
+    r->extends = true;
+    do {
+        XKV_TRY(xkv_index_get_meta(r->ctx, r->store->index, &meta));
+        r->last = meta.entries == before;
+        before = meta.entries;
+        XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
+    } while (!r->last);
+    return XKV_OK;
+}
+
 static xkv_status rebuild(repair *r)
 {
     xkv_meta meta;
@@ -330,6 +410,7 @@ static xkv_status rebuild(repair *r)
     XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
     r->kind = XKV_BLOB_ENTRY;
     XKV_TRY(xkv_folder_list(r->ctx, r->store->folders.blobs, take_blob, r));
+    XKV_TRY(take_extending(r));
     XKV_TRY(xkv_index_get_meta(r->ctx, r->store->index, &meta));
     r->store->properties.byte_cap = meta.byte_cap;
     r->report.entries = meta.entries;

@@ -12,7 +12,8 @@ enum {
     XKV_USE_SLOTS = 4096, /* a power of two */
     XKV_USES = XKV_USE_SLOTS / 2,
     XKV_DONE_TRASH = 256,
-    XKV_BATCH = 64, /* entries removed in one transaction */
+    XKV_BATCH = 64,    /* entries removed in one transaction */
+    XKV_LINE_MAX = 32, /* an entry and those it extends, one after another */
     XKV_DICT_CACHE = 4
 };
 
@@ -123,7 +124,8 @@ void xkv_removed_clear(xkv_ctx *ctx, xkv_removed *r);
 /* After the commit: delete the blobs, or move them to the quarantine; frees the list. */
 void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool quarantine, uint64_t byte_cap);
 
-/* Insert an entry: all its records and sums. item: everything but its place. `names` [item->names]. */
+/* Insert an entry: all its records and sums. item: everything but its place. `names` [item->names]. NOT_FOUND: the
+ * entry that it extends is not there. */
 XKV_MUST_CHECK xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, const uint32_t *symbols,
                                            const xkv_page_key *names, xkv_item *item, xkv_removed *broken);
 /* How far a prompt agrees with any in the tree. */
@@ -134,6 +136,7 @@ typedef struct xkv_common {
 /* The same where that is known. */
 XKV_MUST_CHECK xkv_status xkv_entry_insert_known(xkv_txn *txn, xkv_meta *meta, const uint32_t *symbols,
                                                  const xkv_page_key *names, const xkv_common *c, xkv_item *item);
+/* Take an entry out, after all that extend it. `fd`, its blob locked against readers or -1, is taken over. */
 XKV_MUST_CHECK xkv_status xkv_entry_remove(xkv_txn *txn, xkv_meta *meta, const xkv_item *item, xkv_removed *r, int fd);
 XKV_MUST_CHECK xkv_status xkv_dict_insert(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[16], uint64_t id,
                                           const uint8_t hash[32], uint64_t file_size);
@@ -149,6 +152,28 @@ XKV_MUST_CHECK xkv_status xkv_expire(xkv_txn *txn, xkv_meta *meta, uint64_t now,
 XKV_MUST_CHECK xkv_status xkv_entry_change(xkv_txn *txn, xkv_meta *meta, const xkv_item *before, xkv_item *after);
 /* First 16 bytes of the hash of a namespace and a page key. */
 void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash[16]);
+
+/* --- Entries that extend others (line.c) --- */
+
+/* Symbols of a stored entry, from its blob. */
+XKV_MUST_CHECK xkv_status xkv_line_read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item,
+                                                uint32_t **symbols);
+/* Whether one entry can extend the other, as their records say. CORRUPT [SE1, SE2]. */
+XKV_MUST_CHECK xkv_status xkv_line_check(xkv_ctx *ctx, const xkv_item *child, const xkv_item *parent);
+/* The same, as the link in the child's blob and the tokens of both say, too. */
+XKV_MUST_CHECK xkv_status xkv_line_check_link(xkv_ctx *ctx, const xkv_store *store, const xkv_item *child,
+                                              const uint32_t *symbols, const xkv_blob_link *link,
+                                              const xkv_item *parent);
+/* Inside a write transaction: make the entry one of those that extend its parent, if it has one. NOT_FOUND: that is
+ * gone. */
+XKV_MUST_CHECK xkv_status xkv_line_join(xkv_txn *txn, xkv_meta *meta, const xkv_item *item);
+/* The reverse: a use of the entry was one of its parent, which is next in the order of eviction when nothing extends it
+ * any more. A parent whose record is damaged is left for a repair. */
+XKV_MUST_CHECK xkv_status xkv_line_leave(xkv_txn *txn, xkv_meta *meta, const xkv_item *item);
+/* What others extend lives as long as they do: let the parent of `child`, and so on. */
+XKV_MUST_CHECK xkv_status xkv_line_extend_life(xkv_txn *txn, xkv_meta *meta, const xkv_item *child);
+/* One of those that extend entry `id`, taken off the list. NOT_FOUND: none is left. */
+XKV_MUST_CHECK xkv_status xkv_line_take_child(xkv_txn *txn, uint64_t id, uint64_t *child);
 
 /* --- Pending uses and counters --- */
 
@@ -197,6 +222,13 @@ void xkv_store_drop_dicts(xkv_store *store);                        /* all; none
 /* A hit of an entry to look at it, whatever its age: nothing goes into quarantine because of it. NOT_FOUND without a
  * message: its blob is not there. */
 XKV_MUST_CHECK xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p);
+
+/* A hit of the entry that has the longest common prefix with the symbols, and how many *tokens that is; NULL when none
+ * can be read. Counts nothing. */
+XKV_MUST_CHECK xkv_status xkv_store_nearest(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
+                                            const uint32_t *symbols, uint32_t count, uint32_t *tokens, xkv_hit **hit_p);
+/* The record of the hit's entry (0), of the one that it extends (1), and so on; NULL behind the last one. */
+const xkv_item *xkv_hit_item(const xkv_hit *hit, uint32_t i);
 
 /* xkv_store_match(), but a hit counts as one, and as a use of the entry, only when xkv_hit_count() says how many of its
  * tokens are reused. */

@@ -22,6 +22,7 @@ typedef struct verify {
     xkv_records_report records;
     uint32_t *symbols; /* of the entry at hand */
     const xkv_item *item;
+    xkv_item parent; /* that it extends */
 } verify;
 
 /* Count a fault; the first one is described. */
@@ -64,7 +65,11 @@ static bool has_names(xkv_txn *txn, const xkv_item *item)
 static xkv_status check_reach(xkv_txn *txn, void *user)
 {
     verify *v = user;
-    const xkv_item *item = v->item;
+    xkv_item now; /* the tree and the uses may have changed since */
+    const xkv_item *item = &now;
+    xkv_status status = xkv_txn_get_item(txn, v->item->id, &now);
+    if (status != XKV_OK)
+        return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
     xkv_key key = xkv_key_bytes(XKV_TABLE_KEY, item->key, 32);
     xkv_key leaf = item->at_end ? xkv_key_end(item->node) : xkv_key_edge(item->node, item->symbol);
     uint8_t value[XKV_EDGE_SIZE];
@@ -79,12 +84,67 @@ static xkv_status check_reach(xkv_txn *txn, void *user)
         xkv_edge_decode(value, &edge);
     if (!reached || edge.entry != item->id || edge.child != 0 || edge.depth != item->symbols)
         note(v, &v->report->unreachable, item->id, "a lookup of its prompt does not lead to it");
-    if ((item->pinned == 0 && !has_mark(txn, XKV_TABLE_USED, item->used, item->id)) ||
+    if ((item->pinned == 0 && item->children == 0 && !has_mark(txn, XKV_TABLE_USED, item->used, item->id)) ||
         (item->expires != 0 && !has_mark(txn, XKV_TABLE_EXPIRES, item->expires, item->id)))
         note(v, &v->report->wrong_sums, item->id, "it is not listed for eviction or expiry");
     if (!has_names(txn, item))
         note(v, &v->report->wrong_sums, item->id, "a page key of it is not noted");
     return XKV_OK;
+}
+
+/* How many entries are said to extend this one, and do; false when one of them does not. */
+static bool count_children(xkv_txn *txn, const xkv_item *item, uint32_t *count)
+{
+    xkv_key from = xkv_key_pair(XKV_TABLE_CHILD, item->id, 0), key;
+    for (*count = 0; xkv_txn_seek(txn, &from, 9, &key, NULL) == XKV_OK; ++*count) {
+        xkv_item child;
+        if (xkv_txn_get_item(txn, xkv_key_u64(&key, 9), &child) != XKV_OK || child.parent != item->id)
+            return false;
+        from = key;
+        from.bytes[from.size++] = 0;
+    }
+    return true;
+}
+
+/* Whether the entry and those next to it in its line say the same of each other [SI5]. */
+static xkv_status check_line(xkv_txn *txn, void *user)
+{
+    verify *v = user;
+    const xkv_item *item = v->item;
+    xkv_item now;
+    uint32_t children = 0;
+    xkv_status status = xkv_txn_get_item(txn, item->id, &now);
+    if (status != XKV_OK) /* it was removed meanwhile, or is damaged, which is noted elsewhere */
+        return XKV_OK;
+    if (!count_children(txn, item, &children) || children != now.children)
+        note(v, &v->report->wrong_sums, item->id, "it is wrong about what extends it");
+    if (item->parent == 0)
+        return XKV_OK;
+    if (!has_mark(txn, XKV_TABLE_CHILD, item->parent, item->id))
+        note(v, &v->report->wrong_sums, item->id, "what it extends does not know it");
+    status = xkv_txn_get_item(txn, item->parent, &v->parent);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(v->ctx, XKV_ERROR_CORRUPT, "it extends entry %llu, which is not there [SE1]",
+                        (unsigned long long)item->parent);
+    XKV_TRY(status);
+    if (v->parent.expires != 0 && (now.expires == 0 || now.expires > v->parent.expires))
+        note(v, &v->report->wrong_sums, item->id, "it outlives what it extends");
+    return XKV_OK;
+}
+
+static xkv_status check_link(verify *v, const xkv_input *file, const xkv_blob_head *head)
+{
+    xkv_blob_link link;
+    uint8_t *bytes = NULL;
+    if (head->extends != (v->item->parent != 0))
+        return xkv_fail(v->ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
+    XKV_TRY(xkv_index_read(v->ctx, v->store->index, check_line, v));
+    if (!head->extends)
+        return XKV_OK;
+    XKV_TRY(xkv_blob_read_link(v->ctx, file, head, &link, &bytes));
+    xkv_release(v->ctx, bytes);
+    xkv_status status = xkv_line_check_link(v->ctx, v->store, v->item, v->symbols, &link, &v->parent);
+    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status; /* the blob that it extends is noted itself */
 }
 
 /* Go on reading entries. */
@@ -155,6 +215,8 @@ static xkv_status check_opened(verify *v, const int *fd)
     XKV_TRY(xkv_blob_read_body(v->ctx, &file, &head, &count, &v->symbols, &names));
     xkv_release(v->ctx, names);
     xkv_status status = xkv_index_read(v->ctx, v->store->index, check_reach, v);
+    if (status == XKV_OK)
+        status = check_link(v, &file, &head);
     xkv_release(v->ctx, v->symbols);
     v->symbols = NULL;
     return status;

@@ -116,6 +116,14 @@ static const char *check_time(xkv_txn *txn, const xkv_key *key)
     return NULL;
 }
 
+static const char *check_child(xkv_txn *txn, const xkv_key *key)
+{
+    xkv_item item;
+    if (!has_item(txn, xkv_key_u64(key, 9), &item) || (item.id != 0 && item.parent != xkv_key_u64(key, 1)))
+        return "an entry is listed as an extension of one that it does not extend";
+    return NULL;
+}
+
 static const char *check_record(xkv_txn *txn, walk *w, const xkv_key *key, const uint8_t *value)
 {
     xkv_space space;
@@ -133,6 +141,8 @@ static const char *check_record(xkv_txn *txn, walk *w, const xkv_key *key, const
     case XKV_TABLE_USED:
     case XKV_TABLE_EXPIRES:
         return check_time(txn, key);
+    case XKV_TABLE_CHILD:
+        return check_child(txn, key);
     case XKV_TABLE_SPACE:
         xkv_space_decode(value, &space);
         w->report->spaces++;

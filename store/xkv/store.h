@@ -158,6 +158,7 @@ typedef struct xkv_put_options {
     const xkv_page_key *keys; /* [key_count] names in an engine's scheme: of every page from the first one on */
     uint32_t key_count;
     const xkv_pack_options *pack; /* for xkv_store_put_planes(); NULL: defaults */
+    uint32_t whole; /* non-zero: xkv_store_put_planes() stores all tokens, also those of a stored prefix (default 0) */
 } xkv_put_options;
 
 static inline xkv_put_options xkv_put_options_default(void)
@@ -176,7 +177,9 @@ typedef struct xkv_put_report {
     uint64_t bytes;           /* of the blob */
     uint32_t evicted_entries; /* to make room; a put that fails may have evicted some, too */
     uint64_t evicted_bytes;   /* of them */
-    xkv_pack_report pack;     /* xkv_store_put_planes() that packed; else zero */
+    xkv_pack_report pack;     /* xkv_store_put_planes() that packed; else zero. Of the tokens from base_tokens on */
+    uint64_t parent;          /* the entry that this one extends; 0: none, all tokens were stored */
+    uint32_t base_tokens;     /* tokens that it takes from there */
 } xkv_put_report;
 
 /* Store a packed entry (.xkv) under the prompt that made it. `prompt` NULL: the token ids in the entry. The prompt has
@@ -191,7 +194,15 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_store_put(xkv_ctx *ctx, xkv_store *store, 
                                                 const xkv_put_options *options, xkv_put_report *report);
 
 /* Pack planes straight into the store: the arguments are those of xkv_pack(). The dictionary of the pack options must
- * be in the store. Errors: also those of xkv_pack(). */
+ * be in the store. Errors: also those of xkv_pack().
+ *
+ * Where another entry begins like the prompt, only the chunks that follow are packed, and the new entry extends that
+ * one: it is found, restored and removed like any other, and keeps the other one from eviction and expiry. That is done
+ * when at least half of the other entry is shared, both caches have the same planes and positions, and the shared rows
+ * are as good as asked for: they are lossless, or coded with the dictionary of the pack options at the step of their
+ * quality or within their error; a ratio, ranks and an energy are kept for the whole, which is then stored. Extending
+ * is the default since it costs no quality, and bytes in proportion to what is new; `whole` is for entries that shall
+ * not depend on others. Rows are packed from `views` and not again later, so that loss does not add up. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_put_planes(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
                                                        const xkv_prompt *prompt, const xkv_geometry *geometry,
                                                        const xkv_view *views, const xkv_framing *framing,
@@ -223,7 +234,7 @@ typedef struct xkv_match {
     uint32_t entry_tokens; /* of the entry that serves them */
     uint32_t keys;         /* xkv_store_match_keys(): leading keys that are stored */
     uint64_t id;           /* of the entry; also for EXPIRED, NO_DICTIONARY, CORRUPT, GONE and NEWER when it is known */
-    uint64_t bytes;        /* of the entry's blob */
+    uint64_t bytes;        /* of the entry's blob, and of its share of those that it extends */
     uint64_t raw_bytes;    /* of the matched tokens, as the engine holds them */
 } xkv_match;
 

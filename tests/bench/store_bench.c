@@ -126,7 +126,7 @@ static void write_blob(xkv_ctx *ctx, filler *f, uint64_t i, xkv_item *item)
         f->symbols[at] = token_of(&f->l, i, at);
     memcpy(head.space, item->space, 32);
     memcpy(head.key, item->key, 32);
-    need(ctx, xkv_blob_begin(ctx, &f->store->folders, NULL, item->symbols, 0, &w), "blob");
+    need(ctx, xkv_blob_begin(ctx, &f->store->folders, NULL, item->symbols, 0, NULL, &w), "blob");
     xkv_output output = xkv_blob_output(&w);
     need(ctx, output.write(output.user, ctx, 0, "payload", 8), "blob");
     need(ctx, xkv_blob_finish(ctx, &w, &head, f->symbols, NULL), "blob");

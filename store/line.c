@@ -1,0 +1,131 @@
+/* line.c - entries that extend each other, in the index (spec/store.md, section 10). */
+#include "store_internal.h"
+
+#include <unistd.h>
+
+/* --- Whether one can extend the other ----------------------------------------------------------------------------- */
+
+/* Symbols of a stored entry, from its blob. */
+xkv_status xkv_line_read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item, uint32_t **symbols)
+{
+    xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
+    xkv_blob_head head;
+    xkv_input raw, file;
+    xkv_sealed sealed;
+    uint32_t count = item->symbols;
+    int fd = -1;
+    XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, false, &fd)); /* nobody removes it during this transaction */
+    xkv_status status = xkv_blob_file(ctx, &fd, &raw);
+    if (status == XKV_OK)
+        status = xkv_blob_plain(ctx, store->key, &raw, &sealed, &file);
+    if (status == XKV_OK)
+        status = xkv_blob_read_head(ctx, &file, &head);
+    if (status == XKV_OK && head.symbols != item->symbols)
+        status =
+            xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %u symbols, its record says %u [SB6]", head.symbols, item->symbols);
+    if (status == XKV_OK)
+        status = xkv_blob_read_body(ctx, &file, &head, &count, symbols, NULL);
+    close(fd);
+    return status;
+}
+
+xkv_status xkv_line_check(xkv_ctx *ctx, const xkv_item *child, const xkv_item *parent)
+{
+    if (memcmp(child->space, parent->space, 32) != 0)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "entry %llu extends one of another namespace [SE1]",
+                        (unsigned long long)child->id);
+    if (child->base_tokens <= parent->base_tokens || child->base_tokens > parent->tokens ||
+        child->base_tokens >= child->tokens)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT,
+                        "entry %llu takes %u of its %u tokens from entry %llu, which has tokens %u .. %u [SE2]",
+                        (unsigned long long)child->id, child->base_tokens, child->tokens,
+                        (unsigned long long)parent->id, parent->base_tokens, parent->tokens);
+    return XKV_OK;
+}
+
+/* Both must begin with the same tokens, as far as they are taken over. */
+static xkv_status check_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *child, const uint32_t *symbols,
+                                const xkv_item *parent)
+{
+    uint32_t *theirs = NULL, same = 0;
+    XKV_TRY(xkv_line_read_symbols(ctx, store, parent, &theirs));
+    while (same < child->symbols && same < parent->symbols && symbols[same] == theirs[same])
+        same++;
+    xkv_release(ctx, theirs);
+    return xkv_symbols_to_tokens(symbols, same) >= child->base_tokens
+               ? XKV_OK
+               : xkv_fail(ctx, XKV_ERROR_CORRUPT, "entry %llu has other tokens than entry %llu, which it extends [SE1]",
+                          (unsigned long long)child->id, (unsigned long long)parent->id);
+}
+
+xkv_status xkv_line_check_link(xkv_ctx *ctx, const xkv_store *store, const xkv_item *child, const uint32_t *symbols,
+                               const xkv_blob_link *link, const xkv_item *parent)
+{
+    if (link->parent != child->parent || link->parent != parent->id || link->base != child->base_tokens ||
+        memcmp(link->blob, parent->blob, 32) != 0)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it does not extend what its record says [SE1]");
+    XKV_TRY(xkv_line_check(ctx, child, parent));
+    return check_symbols(ctx, store, child, symbols, parent);
+}
+
+/* --- Lines in the index ------------------------------------------------------------------------------------------- */
+
+static uint64_t later(uint64_t a, uint64_t b)
+{
+    return a == 0 || b == 0 ? 0 : xkv_max64(a, b); /* 0: never */
+}
+
+/* What others extend lives as long as they do. The way up ends, since bases fall on it. */
+xkv_status xkv_line_extend_life(xkv_txn *txn, xkv_meta *meta, const xkv_item *child)
+{
+    xkv_item before, after;
+    xkv_status status = xkv_txn_get_item(txn, child->parent, &before);
+    if (status == XKV_ERROR_CORRUPT || (status == XKV_OK && before.base_tokens >= child->base_tokens))
+        return XKV_OK; /* whoever reads the child meets the damage */
+    XKV_TRY(status);
+    after = before;
+    after.expires = later(before.expires, child->expires);
+    return after.expires == before.expires ? XKV_OK : xkv_entry_change(txn, meta, &before, &after);
+}
+
+/* Make the entry one of those that extend its parent. NOT_FOUND: that is gone. */
+xkv_status xkv_line_join(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
+{
+    xkv_key mark = xkv_key_pair(XKV_TABLE_CHILD, item->parent, item->id);
+    xkv_item before, after;
+    if (item->parent == 0)
+        return XKV_OK;
+    XKV_TRY(xkv_txn_get_item(txn, item->parent, &before));
+    after = before;
+    after.children++;
+    XKV_TRY(xkv_entry_change(txn, meta, &before, &after));
+    XKV_TRY(xkv_txn_put_mark(txn, &mark));
+    return xkv_line_extend_life(txn, meta, item);
+}
+
+/* A use of the entry was one of its parent, which is next in the order of eviction when it was the last one that
+ * extends it. A parent whose record is damaged is left for a repair. */
+xkv_status xkv_line_leave(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
+{
+    xkv_key mark = xkv_key_pair(XKV_TABLE_CHILD, item->parent, item->id);
+    xkv_item before, after;
+    if (item->parent == 0)
+        return XKV_OK;
+    XKV_TRY(xkv_txn_delete(txn, &mark));
+    xkv_status status = xkv_txn_get_item(txn, item->parent, &before);
+    if (status != XKV_OK)
+        return status == XKV_ERROR_NOT_FOUND || status == XKV_ERROR_CORRUPT ? XKV_OK : status;
+    after = before;
+    after.children -= after.children > 0;
+    after.used = xkv_max64(before.used, item->used);
+    return xkv_entry_change(txn, meta, &before, &after);
+}
+
+/* One of those that extend entry `id`, taken off the list. NOT_FOUND: none is left. */
+xkv_status xkv_line_take_child(xkv_txn *txn, uint64_t id, uint64_t *child)
+{
+    xkv_key from = xkv_key_pair(XKV_TABLE_CHILD, id, 0), key;
+    XKV_TRY(xkv_txn_seek(txn, &from, 9, &key, NULL));
+    *child = xkv_key_u64(&key, 9);
+    return xkv_txn_delete(txn, &key);
+}
