@@ -22,6 +22,7 @@ enum {
     OPT_MIN,
     OPT_ID,
     OPT_ALL,
+    OPT_WHOLE,
     OPT_DECODE,
     OPT_COMPACT,
     OPT_UNUSED,
@@ -44,6 +45,7 @@ static const struct option long_options[] = {
     {"cap", required_argument, NULL, OPT_CAP},
     {"ttl", required_argument, NULL, OPT_TTL},
     {"pin", no_argument, NULL, OPT_PIN},
+    {"whole", no_argument, NULL, OPT_WHOLE},
     {"profile", required_argument, NULL, OPT_PROFILE},
     {"ratio", required_argument, NULL, OPT_RATIO},
     {"error", required_argument, NULL, OPT_ERROR},
@@ -69,12 +71,12 @@ static const char help[] =
     "  get STORE PROMPT      restore the stored part of the prompt as the engine's file, -o FILE; or of --id\n"
     "  ls STORE              entries of the namespace\n"
     "  stat STORE            sums and counters\n"
-    "  rm STORE ID...        remove entries; --all: all of the namespace\n"
+    "  rm STORE ID...        remove entries and what extends them; --all: all of the namespace\n"
     "  pin, unpin STORE ID...  keep entries from eviction\n"
     "  gc STORE              remove what is expired, orphaned or in quarantine: --cap, --compact\n"
     "  verify STORE          check every file and record: --decode\n"
     "  repair STORE          rebuild the index and the properties from the files\n"
-    "  export STORE ID       one entry with its tokens as a file, -o FILE\n"
+    "  export STORE ID       one entry, its tokens and what it needs as a file, -o FILE\n"
     "  import STORE FILE...  what export wrote\n"
     "  push STORE            send what waits for the remote; --all: all of the namespace\n"
     "A PROMPT is a list of tokens (1,2,3), a file with such a list, or an engine's file; - is standard input.\n"
@@ -99,6 +101,7 @@ static const char help[] =
     "  -D, --dictionary PATH dictionary (.xkvd) to pack with; it is stored too\n"
     "      --ttl SECONDS     the entry expires\n"
     "      --pin             never evict it\n"
+    "      --whole           store all tokens, also those that another entry begins with\n"
     "\n"
     "Other options of commands:\n"
     "      --block N         tokens in a block of the key chain [256]\n"
@@ -148,6 +151,9 @@ static bool take_flag(store_tool *tool, int option)
     switch (option) {
     case OPT_PIN:
         tool->put.pin = 1;
+        return true;
+    case OPT_WHOLE:
+        tool->put.whole = 1;
         return true;
     case OPT_ALL:
         tool->all = true;
@@ -261,6 +267,9 @@ static json_t *item_json(const xkv_store_item *item)
         "pinned", (int)item->pinned, "bytes", (json_int_t)item->bytes, "raw_bytes", (json_int_t)item->raw_bytes,
         "created", (json_int_t)item->created, "used", (json_int_t)item->used, "expires", (json_int_t)item->expires,
         "key", cli_hex_text(item->key, 31).text, "blob", cli_hex_text(item->blob, 31).text);
+    json_object_set_new(object, "parent", json_integer((json_int_t)item->parent));
+    json_object_set_new(object, "base_tokens", json_integer(item->base_tokens));
+    json_object_set_new(object, "children", json_integer(item->children));
     json_object_set_new(object, "dictionary_id",
                         item->needs_dict ? json_string(cli_hex_text(item->dictionary_id, 16).text) : json_null());
     return object;
@@ -269,16 +278,18 @@ static json_t *item_json(const xkv_store_item *item)
 static int print_item(void *user, const xkv_store_item *item)
 {
     cli *c = user;
-    char used[32], expires[32];
+    char used[32], expires[32], extends[48] = "";
     if (c->json) {
         cli_json_print(item_json(item));
         return 0;
     }
     time_text(item->used, used);
     time_text(item->expires, expires);
-    printf("%8" PRIu64 " %8u %11s %11s %7.2f  %-19s  %-19s %s\n", item->id, item->tokens,
+    if (item->parent != 0)
+        snprintf(extends, sizeof extends, "%u of %" PRIu64 " ", item->base_tokens, item->parent);
+    printf("%8" PRIu64 " %8u %11s %11s %7.2f  %-19s  %-19s %s%s\n", item->id, item->tokens,
            cli_size_text(item->raw_bytes).text, cli_size_text(item->bytes).text,
-           (double)item->raw_bytes / (double)item->bytes, used, expires, item->pinned ? "pinned" : "");
+           (double)item->raw_bytes / (double)item->bytes, used, expires, extends, item->pinned ? "pinned" : "");
     return 0;
 }
 
@@ -322,6 +333,8 @@ static void print_stats(const xkv_store_stats *s)
     print_number("damaged", s->corrupt);
     print_number("tokens reused", s->tokens_reused);
     print_bytes("raw bytes reused", s->bytes_reused);
+    print_number("extending entries", s->extending);
+    print_bytes("raw bytes shared", s->bytes_shared);
 }
 
 static json_t *stats_json(const xkv_store_stats *s)
@@ -348,6 +361,8 @@ static json_t *stats_json(const xkv_store_stats *s)
         {"block_tokens", s->block_tokens},
         {"tokens_reused", s->tokens_reused},
         {"bytes_reused", s->bytes_reused},
+        {"extending", s->extending},
+        {"bytes_shared", s->bytes_shared},
     };
     json_t *object = json_object();
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)

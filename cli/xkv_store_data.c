@@ -93,18 +93,22 @@ static cli_exit open_prompt(cli *c, const char *argument, prompt_source *p)
 static void print_put(const cli *c, const char *name, const xkv_put_report *r, double seconds)
 {
     if (c->json) {
-        cli_json_print(json_pack("{s:o, s:b, s:I, s:b, s:i, s:I, s:i, s:I, s:f}", "file", cli_json_string(name), "ok",
-                                 1, "id", (json_int_t)r->id, "existed", (int)r->existed, "tokens", (int)r->tokens,
-                                 "bytes", (json_int_t)r->bytes, "evicted", (int)r->evicted_entries, "evicted_bytes",
-                                 (json_int_t)r->evicted_bytes, "seconds", seconds));
+        cli_json_print(
+            json_pack("{s:o, s:b, s:I, s:b, s:i, s:i, s:I, s:I, s:i, s:I, s:f}", "file", cli_json_string(name), "ok", 1,
+                      "id", (json_int_t)r->id, "existed", (int)r->existed, "tokens", (int)r->tokens, "base_tokens",
+                      (int)r->base_tokens, "parent", (json_int_t)r->parent, "bytes", (json_int_t)r->bytes, "evicted",
+                      (int)r->evicted_entries, "evicted_bytes", (json_int_t)r->evicted_bytes, "seconds", seconds));
         return;
     }
     if (c->verbosity < 1)
         return;
     char visible[1024];
     cli_printable(visible, sizeof visible, name);
-    printf("%s: %s %" PRIu64 ", %u tokens, %s\n", visible, r->existed ? "is there as" : "stored as", r->id, r->tokens,
+    printf("%s: %s %" PRIu64 ", %u tokens, %s", visible, r->existed ? "is there as" : "stored as", r->id, r->tokens,
            cli_size_text(r->bytes).text);
+    if (r->parent != 0)
+        printf(" behind %u tokens of %" PRIu64, r->base_tokens, r->parent);
+    putchar('\n');
 }
 
 static cli_exit put_dictionary(cli *c, const char *path)

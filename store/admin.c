@@ -50,6 +50,9 @@ static void describe(const xkv_item *item, xkv_store_item *out)
         .expires = item->expires,
         .used = item->used,
         .needs_dict = xkv_item_needs_dict(item),
+        .parent = item->parent,
+        .base_tokens = item->base_tokens,
+        .children = item->children,
     };
     memcpy(out->dictionary_id, item->dict, 16);
     memcpy(out->key, item->key, 32);
@@ -198,13 +201,20 @@ static xkv_status add_file(void *user, const char *name)
     return XKV_OK;
 }
 
+static xkv_status get_shared(xkv_txn *txn, void *user)
+{
+    return xkv_line_get_shared(txn, user);
+}
+
 xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *stats)
 {
     xkv_store_stats s = {.block_tokens = store->properties.block_tokens, .read_only = store->read_only};
     const xkv_pending *p = &store->pending;
     xkv_meta m;
+    xkv_shared shared;
     XKV_TRY(xkv_store_begin(ctx, store));
     XKV_TRY(xkv_index_get_meta(ctx, store->index, &m));
+    XKV_TRY(xkv_index_read(ctx, store->index, get_shared, &shared));
     folder_sum bad = {.folder = store->folders.quarantine};
     XKV_TRY(xkv_folder_list(ctx, store->folders.quarantine, add_file, &bad));
     s.quarantined = bad.count;
@@ -217,6 +227,8 @@ xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *
     s.namespaces = m.namespaces;
     s.dictionaries = m.dictionaries;
     s.puts = m.puts;
+    s.extending = shared.entries;
+    s.bytes_shared = shared.bytes;
     s.evictions = m.evictions;
     s.expirations = m.expirations;
     pthread_mutex_lock(&store->mutex);
@@ -398,35 +410,96 @@ static xkv_status find_own(xkv_txn *txn, void *user)
     return get_own(txn, o, o->item);
 }
 
-/* The caller's output is of no use unless all of this succeeds. */
-static xkv_status copy_blob(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item, const int *fd,
-                            const xkv_output *output)
+/* An exported file in the making: blobs, one behind the other. */
+typedef struct exporting {
+    xkv_ctx *ctx;
+    xkv_store *store;
+    const xkv_output *output;
+    uint64_t size;
+} exporting;
+
+static xkv_status copy_blob(exporting *e, const uint8_t hash[32], const int *fd)
 {
     xkv_input file, plain;
     xkv_sealed sealed;
-    uint8_t hash[32];
-    XKV_TRY(xkv_blob_file(ctx, fd, &file));
-    XKV_TRY(xkv_blob_hash(ctx, &file, hash));
-    if (memcmp(hash, item->blob, 32) != 0)
-        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
-    XKV_TRY(xkv_blob_plain(ctx, store->key, &file, &sealed, &plain));
-    return xkv_blob_copy_plain(ctx, &plain, output);
+    xkv_shift shift;
+    uint8_t found[32];
+    XKV_TRY(xkv_blob_file(e->ctx, fd, &file));
+    XKV_TRY(xkv_blob_hash(e->ctx, &file, found));
+    if (memcmp(found, hash, 32) != 0)
+        return xkv_fail(e->ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    XKV_TRY(xkv_blob_plain(e->ctx, e->store->key, &file, &sealed, &plain));
+    xkv_output output = xkv_output_from(&shift, e->output, e->size);
+    e->size += plain.size;
+    return xkv_blob_copy_plain(e->ctx, &plain, &output);
+}
+
+static xkv_status export_blob(exporting *e, const uint8_t hash[32], uint64_t id)
+{
+    xkv_blob_name name = xkv_blob_name_of(hash, id);
+    int fd = -1;
+    xkv_status status = xkv_blob_open(e->ctx, &e->store->folders, &name, true, &fd);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(e->ctx, status, "blob %llu is gone", (unsigned long long)id);
+    XKV_TRY(status);
+    status = copy_blob(e, hash, &fd);
+    close(fd);
+    return status;
+}
+
+typedef struct needed_dict {
+    const uint8_t *id;
+    xkv_dict_record record;
+} needed_dict;
+
+static xkv_status find_dict(xkv_txn *txn, void *user)
+{
+    needed_dict *d = user;
+    return xkv_txn_get_dict(txn, d->id, &d->record);
+}
+
+/* The dictionary of entry i, unless one before it has the same. */
+static xkv_status export_dict(exporting *e, const xkv_hit *hit, uint32_t i)
+{
+    needed_dict d = {.id = xkv_hit_item(hit, i)->dict};
+    if (!xkv_item_needs_dict(xkv_hit_item(hit, i)))
+        return XKV_OK;
+    for (uint32_t j = 0; j < i; j++) {
+        if (memcmp(xkv_hit_item(hit, j)->dict, d.id, 16) == 0)
+            return XKV_OK;
+    }
+    xkv_status status = xkv_index_read(e->ctx, e->store->index, find_dict, &d);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(e->ctx, XKV_ERROR_MISMATCH, "the dictionary of the entry is not in the store");
+    XKV_TRY(status);
+    return export_blob(e, d.record.blob, d.record.id);
+}
+
+/* What is needed comes before what needs it. */
+static xkv_status export_all(exporting *e, const xkv_hit *hit)
+{
+    uint32_t count = 0;
+    for (; xkv_hit_item(hit, count) != NULL; count++)
+        XKV_TRY(export_dict(e, hit, count));
+    while (count-- > 0)
+        XKV_TRY(export_blob(e, xkv_hit_item(hit, count)->blob, xkv_hit_item(hit, count)->id));
+    return XKV_OK;
 }
 
 xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                             const xkv_output *output)
 {
+    exporting e = {.ctx = ctx, .store = store, .output = output};
+    xkv_hit *hit = NULL;
     xkv_item item;
     one o = {.ns = ns, .id = id, .item = &item};
-    int fd = -1;
     XKV_TRY(xkv_store_begin(ctx, store));
     XKV_TRY(xkv_index_read(ctx, store->index, find_own, &o));
-    xkv_blob_name name = xkv_blob_name_of(item.blob, item.id);
-    xkv_status status = xkv_blob_open(ctx, &store->folders, &name, true, &fd);
+    xkv_status status = xkv_store_look(ctx, store, &item, &hit);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, status, "the blob of entry %llu is gone", (unsigned long long)id);
     XKV_TRY(status);
-    status = copy_blob(ctx, store, &item, &fd, output);
-    close(fd);
+    status = export_all(&e, hit);
+    xkv_hit_close(ctx, hit);
     return status;
 }

@@ -129,6 +129,18 @@ xkv_input xkv_input_window(xkv_window *w, const xkv_input *input, uint64_t offse
     return (xkv_input){.user = w, .size = size, .read = window_read, .name = input->name};
 }
 
+static xkv_status shifted_write(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
+{
+    const xkv_shift *s = user;
+    return s->output->write(s->output->user, ctx, s->offset + offset, src, size);
+}
+
+xkv_output xkv_output_from(xkv_shift *s, const xkv_output *output, uint64_t offset)
+{
+    *s = (xkv_shift){output, offset};
+    return (xkv_output){.user = s, .write = shifted_write};
+}
+
 xkv_status xkv_input_copy(xkv_ctx *ctx, const xkv_input *from, const xkv_output *to)
 {
     xkv_status status = XKV_OK;
@@ -690,12 +702,32 @@ xkv_status xkv_blob_copy_plain(xkv_ctx *ctx, const xkv_input *plain, const xkv_o
 {
     uint8_t bytes[XKV_BLOB_HEAD];
     xkv_blob_head head;
+    xkv_window window;
+    xkv_shift shift;
     XKV_TRY(xkv_blob_read_head(ctx, plain, &head));
     head.sealed = false;
     head.file_size = plain->size;
     encode_head(&head, bytes);
-    XKV_TRY(xkv_input_copy(ctx, plain, output));
-    return output->write(output->user, ctx, 0, bytes, sizeof bytes);
+    XKV_TRY(output->write(output->user, ctx, 0, bytes, sizeof bytes));
+    const xkv_input rest = xkv_input_window(&window, plain, XKV_BLOB_HEAD, plain->size - XKV_BLOB_HEAD);
+    xkv_output behind = xkv_output_from(&shift, output, XKV_BLOB_HEAD);
+    return xkv_input_copy(ctx, &rest, &behind);
+}
+
+xkv_status xkv_blob_next(xkv_ctx *ctx, const xkv_input *file, uint64_t offset, xkv_window *window, xkv_input *blob)
+{
+    uint8_t b[24];
+    if (file->size - offset < XKV_BLOB_HEAD)
+        return xkv_fail(ctx, XKV_ERROR_TRUNCATED, "blob: %llu bytes are no blob [SB1]",
+                        (unsigned long long)(file->size - offset));
+    XKV_TRY(file->read(file->user, ctx, offset, b, sizeof b));
+    if (memcmp(b, magic, sizeof magic) != 0)
+        return xkv_fail(ctx, XKV_ERROR_FORMAT, "blob: wrong magic [SB1]");
+    uint64_t size = xkv_load64(b + 16);
+    if (size > file->size - offset)
+        return xkv_fail(ctx, XKV_ERROR_TRUNCATED, "blob: its size differs from that of the file [SB3]");
+    *blob = xkv_input_window(window, file, offset, xkv_max64(size, XKV_BLOB_HEAD));
+    return XKV_OK;
 }
 
 /* --- Removing ----------------------------------------------------------------------------------------------------- */

@@ -85,12 +85,12 @@ XKV_MUST_CHECK xkv_status xkv_blob_open(xkv_ctx *ctx, const xkv_folders *folders
  */
 XKV_MUST_CHECK xkv_status xkv_blob_plain(xkv_ctx *ctx, const uint8_t *key, const xkv_input *file, xkv_sealed *sealed,
                                          xkv_input *plain);
-/* Write what it holds as an unencrypted blob file. */
+/* Write what it holds as an unencrypted blob file of plain->size bytes. */
 XKV_MUST_CHECK xkv_status xkv_blob_copy_plain(xkv_ctx *ctx, const xkv_input *plain, const xkv_output *output);
 /* Whether the head of a blob file, which nobody has authenticated, says that it is encrypted. FORMAT, CHECKSUM,
  * TRUNCATED [SB1]. */
 XKV_MUST_CHECK xkv_status xkv_blob_is_sealed(xkv_ctx *ctx, const xkv_input *file, bool *sealed);
-/* Read and check the head of an open blob, or of an exported file. CORRUPT [SB1 - SB4]. */
+/* Read and check the head of an open blob, or of an exported one. CORRUPT [SB1 - SB4]. */
 XKV_MUST_CHECK xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head *head);
 /* Read the first *count symbols, or all if there are fewer, and check them; more may come, as *count then says. With
  * names_p everything up to the payload, or to the link, is read and checked. CORRUPT, CHECKSUM [SB5]. Release both. */
@@ -108,6 +108,15 @@ typedef struct xkv_window {
     uint64_t offset;
 } xkv_window;
 xkv_input xkv_input_window(xkv_window *w, const xkv_input *input, uint64_t offset, uint64_t size);
+/* An output from an offset on; both structs must outlive it. */
+typedef struct xkv_shift {
+    const xkv_output *output;
+    uint64_t offset;
+} xkv_shift;
+xkv_output xkv_output_from(xkv_shift *s, const xkv_output *output, uint64_t offset);
+/* The blob at `offset` (below file->size) of an exported file, which is a row of them. FORMAT, TRUNCATED [SB1, SB3]. */
+XKV_MUST_CHECK xkv_status xkv_blob_next(xkv_ctx *ctx, const xkv_input *file, uint64_t offset, xkv_window *window,
+                                        xkv_input *blob);
 /* All of an input to an output. */
 XKV_MUST_CHECK xkv_status xkv_input_copy(xkv_ctx *ctx, const xkv_input *from, const xkv_output *to);
 /* SHA-256 of a whole input. */

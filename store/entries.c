@@ -353,7 +353,8 @@ xkv_status xkv_dict_remove(xkv_txn *txn, xkv_meta *meta, const uint8_t dict_id[1
 
 bool xkv_item_is_listed(const xkv_item *item, uint8_t table, uint64_t time)
 {
-    return table == XKV_TABLE_USED ? item->pinned == 0 && item->children == 0 && item->used == time : item->expires == time;
+    return table == XKV_TABLE_USED ? item->pinned == 0 && item->children == 0 && item->used == time
+                                   : item->expires == time;
 }
 
 /* The next record of USED or EXPIRES from `from` on: its time and the entry. A damaged record, or one that is not of

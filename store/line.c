@@ -88,6 +88,33 @@ xkv_status xkv_line_extend_life(xkv_txn *txn, xkv_meta *meta, const xkv_item *ch
     return after.expires == before.expires ? XKV_OK : xkv_entry_change(txn, meta, &before, &after);
 }
 
+xkv_status xkv_line_get_shared(xkv_txn *txn, xkv_shared *shared)
+{
+    xkv_key key = xkv_key_shared();
+    uint8_t value[XKV_SHARED_SIZE];
+    xkv_status status = xkv_txn_get(txn, &key, value, sizeof value);
+    *shared = (xkv_shared){0};
+    if (status == XKV_OK)
+        xkv_shared_decode(value, shared);
+    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+}
+
+/* One entry more, or less, that extends another. A damaged sum is begun anew, and counted again by a repair. */
+static xkv_status count_shared(xkv_txn *txn, const xkv_item *item, bool more)
+{
+    xkv_key key = xkv_key_shared();
+    xkv_shared shared;
+    uint8_t value[XKV_SHARED_SIZE];
+    uint64_t bytes = xkv_item_raw_share(item, item->base_tokens);
+    xkv_status status = xkv_line_get_shared(txn, &shared);
+    if (status != XKV_OK && status != XKV_ERROR_CORRUPT)
+        return status;
+    shared.entries = more ? shared.entries + 1 : shared.entries - (shared.entries > 0);
+    shared.bytes = more ? shared.bytes + bytes : shared.bytes - xkv_min64(shared.bytes, bytes);
+    xkv_shared_encode(&shared, value);
+    return xkv_txn_put(txn, &key, value, sizeof value);
+}
+
 /* Make the entry one of those that extend its parent. NOT_FOUND: that is gone. */
 xkv_status xkv_line_join(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
 {
@@ -100,6 +127,7 @@ xkv_status xkv_line_join(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
     after.children++;
     XKV_TRY(xkv_entry_change(txn, meta, &before, &after));
     XKV_TRY(xkv_txn_put_mark(txn, &mark));
+    XKV_TRY(count_shared(txn, item, true));
     return xkv_line_extend_life(txn, meta, item);
 }
 
@@ -112,6 +140,7 @@ xkv_status xkv_line_leave(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
     if (item->parent == 0)
         return XKV_OK;
     XKV_TRY(xkv_txn_delete(txn, &mark));
+    XKV_TRY(count_shared(txn, item, false));
     xkv_status status = xkv_txn_get_item(txn, item->parent, &before);
     if (status != XKV_OK)
         return status == XKV_ERROR_NOT_FOUND || status == XKV_ERROR_CORRUPT ? XKV_OK : status;

@@ -325,12 +325,6 @@ static uint32_t reason_of(xkv_status status, const lookup *l)
     return l->has_dicts ? XKV_MATCH_FOUND : XKV_MATCH_NO_DICTIONARY;
 }
 
-/* Raw bytes of so many of an entry's tokens. */
-static uint64_t raw_share(const xkv_item *item, uint32_t tokens)
-{
-    return item->tokens == 0 ? 0 : (uint64_t)((double)item->raw_bytes * tokens / item->tokens);
-}
-
 /* Bytes of the entry's blob, and of its share of those that it extends. */
 static uint64_t packed_share(const lookup *l)
 {
@@ -366,7 +360,7 @@ void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens)
     pthread_mutex_lock(&store->mutex);
     store->pending.hits++;
     store->pending.tokens_reused += tokens;
-    store->pending.bytes_reused += raw_share(&hit->parts[0].item, tokens);
+    store->pending.bytes_reused += xkv_item_raw_share(&hit->parts[0].item, tokens);
     pthread_mutex_unlock(&store->mutex);
     xkv_pending_use(store, hit->parts[0].item.id, now);
     flush_when_due(ctx, store, now);
@@ -406,7 +400,7 @@ static void note_entry(lookup *l)
 {
     l->match.entry_tokens = l->line[0].tokens;
     l->match.bytes = packed_share(l);
-    l->match.raw_bytes = raw_share(&l->line[0], l->match.tokens);
+    l->match.raw_bytes = xkv_item_raw_share(&l->line[0], l->match.tokens);
 }
 
 static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)

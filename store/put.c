@@ -1,4 +1,5 @@
 /* put.c - storing: entries, planes, dictionaries, exported files. */
+#include "entry_internal.h"
 #include "put_parent.h"
 
 #include <fcntl.h>
@@ -491,60 +492,139 @@ static xkv_status check_foreign(xkv_ctx *ctx, const xkv_geometry *g, const xkv_s
     return XKV_OK;
 }
 
-static xkv_status import_opened(xkv_ctx *ctx, put *p, const xkv_blob_head *head, const uint32_t *list,
-                                const xkv_input *payload)
+/* A blob of an exported file. */
+typedef struct exported {
+    const xkv_input *file;
+    xkv_blob_head head;
+    uint32_t *symbols;
+    xkv_page_key *names;
+    xkv_window window;
+    xkv_input payload;
+} exported;
+
+static xkv_status read_exported(xkv_ctx *ctx, exported *e)
+{
+    uint32_t count = e->head.symbols;
+    XKV_TRY(xkv_blob_read_body(ctx, e->file, &e->head, &count, &e->symbols, &e->names));
+    e->payload = xkv_input_window(&e->window, e->file, e->head.payload_offset, e->head.payload_size);
+    return XKV_OK;
+}
+
+static xkv_status get_item(xkv_txn *txn, void *user)
+{
+    xkv_item *item = user;
+    return xkv_txn_get_item(txn, item->id, item);
+}
+
+/* What it extends is the entry that came before it in the file, by whatever id that has here, or one that this extends
+ * in turn. */
+static xkv_status find_imported_parent(xkv_ctx *ctx, put *p, const exported *e, uint64_t before)
+{
+    xkv_hit *hit = NULL;
+    xkv_blob_link link;
+    xkv_item item = {.id = before};
+    XKV_TRY(xkv_blob_read_link(ctx, e->file, &e->head, &link, &p->parent.fram));
+    xkv_status status = xkv_index_read(ctx, p->store->index, get_item, &item);
+    if (status == XKV_OK)
+        status = xkv_store_look(ctx, p->store, &item, &hit);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "the file does not have the entry that another one extends [SE1]");
+    XKV_TRY(status);
+    XKV_TRY(xkv_parent_take(ctx, hit, link.base, &p->parent));
+    p->parent.link.fram = link.fram;
+    p->parent.link.fram_size = link.fram_size;
+    p->item.parent = p->parent.link.parent;
+    p->item.base_tokens = link.base;
+    return xkv_line_check_link(ctx, p->store, &p->item, e->symbols, &p->parent.link, p->parent.item);
+}
+
+static xkv_status check_entry(xkv_ctx *ctx, put *p, xkv_entry *entry, const xkv_symbols *symbols)
+{
+    const xkv_blob_link *link = &p->parent.link;
+    note_entry(entry, &p->item);
+    if (p->parent.hit != NULL)
+        XKV_TRY(xkv_entry_extend(ctx, entry, p->parent.entry, link->base, link->fram_size > 0 ? link->fram : NULL,
+                                 link->fram_size));
+    p->item.raw_bytes = xkv_geometry_raw_bytes(xkv_entry_geometry(entry));
+    XKV_TRY(check_foreign(ctx, xkv_entry_geometry(entry), symbols));
+    return verify_foreign(ctx, p->store, entry);
+}
+
+/* An entry; `before`: the one before it in the file, 0: none. */
+static xkv_status import_entry(xkv_ctx *ctx, put *p, const exported *e, uint64_t before)
 {
     xkv_namespace ns;
-    xkv_symbols symbols = {.data = list, .count = head->symbols, .tokens = head->tokens};
+    const xkv_symbols symbols = {.data = e->symbols, .count = e->head.symbols, .tokens = e->head.tokens};
     xkv_entry *entry = NULL;
-    memcpy(ns.id, head->space, 32);
-    XKV_TRY(xkv_entry_open(ctx, payload, &entry));
+    memcpy(ns.id, e->head.space, 32);
     note_prompt(p, &ns, &symbols);
-    note_entry(entry, &p->item);
-    p->item.expires = head->expires;
-    xkv_status status = check_foreign(ctx, xkv_entry_geometry(entry), &symbols);
+    p->item.expires = e->head.expires;
+    XKV_TRY(xkv_entry_open(ctx, &e->payload, &entry));
+    xkv_status status = e->head.extends ? find_imported_parent(ctx, p, e, before) : XKV_OK;
     if (status == XKV_OK)
-        status = verify_foreign(ctx, p->store, entry);
+        status = check_entry(ctx, p, entry, &symbols);
     xkv_entry_close(ctx, entry);
     XKV_TRY(status);
     XKV_TRY(try_existing(ctx, p));
-    return p->report.existed ? XKV_OK : copy_and_commit(ctx, p, payload);
+    return p->report.existed ? XKV_OK : copy_and_commit(ctx, p, &e->payload);
 }
 
-static xkv_status import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, bool fetched, xkv_put_report *report)
+static xkv_status begin_import(xkv_ctx *ctx, xkv_store *store)
 {
     xkv_put_options o = xkv_put_options_default();
-    put p = {.store = store, .o = &o, .fetched = fetched};
-    xkv_blob_head head;
-    uint32_t *symbols = NULL;
-    xkv_page_key *names = NULL;
-    xkv_window window;
     XKV_TRY(xkv_store_begin(ctx, store));
-    XKV_TRY(check_options(ctx, store, NULL, &o));
-    XKV_TRY(xkv_blob_read_head(ctx, file, &head));
-    if (head.kind != XKV_BLOB_ENTRY)
-        return xkv_fail(ctx, XKV_ERROR_FORMAT, "the file holds no entry [SB3]");
-    uint32_t count = head.symbols;
-    XKV_TRY(xkv_blob_read_body(ctx, file, &head, &count, &symbols, &names));
-    o.keys = names;
-    o.key_count = head.names;
-    xkv_input payload = xkv_input_window(&window, file, head.payload_offset, head.payload_size);
-    xkv_status status = import_opened(ctx, &p, &head, symbols, &payload);
-    xkv_release(ctx, symbols);
-    xkv_release(ctx, names);
-    if (status == XKV_OK && report != NULL)
+    return check_options(ctx, store, NULL, &o);
+}
+
+/* One of the blobs of a file. What was fetched from a remote is an entry. */
+static xkv_status import_blob(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, bool fetched,
+                              xkv_put_report *report)
+{
+    exported e = {.file = file};
+    xkv_put_options o = xkv_put_options_default();
+    put p = {.store = store, .o = &o, .fetched = fetched};
+    XKV_TRY(xkv_blob_read_head(ctx, file, &e.head));
+    if (e.head.kind == XKV_BLOB_DICT && !fetched) {
+        e.payload = xkv_input_window(&e.window, file, e.head.payload_offset, e.head.payload_size);
+        return xkv_store_put_dict(ctx, store, &e.payload, NULL);
+    }
+    xkv_status status = read_exported(ctx, &e);
+    o.keys = e.names;
+    o.key_count = e.head.names;
+    if (status == XKV_OK)
+        status = import_entry(ctx, &p, &e, report->id);
+    xkv_parent_leave(ctx, &p.parent);
+    xkv_release(ctx, e.symbols);
+    xkv_release(ctx, e.names);
+    if (status == XKV_OK)
         *report = p.report;
     return status;
 }
 
 xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, xkv_put_report *report)
 {
-    return import(ctx, store, file, false, report);
+    xkv_put_report last = {.id = 0};
+    uint64_t offset = 0;
+    XKV_TRY(begin_import(ctx, store));
+    do {
+        xkv_window window;
+        xkv_input blob;
+        XKV_TRY(xkv_blob_next(ctx, file, offset, &window, &blob));
+        XKV_TRY(import_blob(ctx, store, &blob, false, &last));
+        offset += blob.size;
+    } while (offset < file->size);
+    if (last.id == 0)
+        return xkv_fail(ctx, XKV_ERROR_FORMAT, "the file holds no entry [SB3]");
+    if (report != NULL)
+        *report = last;
+    return XKV_OK;
 }
 
 xkv_status xkv_store_import_fetched(xkv_ctx *ctx, xkv_store *store, const xkv_input *file)
 {
-    return import(ctx, store, file, true, NULL);
+    xkv_put_report report = {.id = 0};
+    XKV_TRY(begin_import(ctx, store));
+    return import_blob(ctx, store, file, true, &report);
 }
 
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */

@@ -96,34 +96,39 @@ static bool has_key(const xkv_hit *hit, const uint8_t key[32])
     return false;
 }
 
-static void set_link(const xkv_item *item, uint32_t base, xkv_blob_link *link)
+/* The entry that holds the row before `base` becomes the parent; `entry` is that of the hit. False: its line is too
+ * long. */
+static bool set_parent(xkv_parent *p, const xkv_entry *entry, uint32_t base)
 {
-    link->parent = item->id;
-    link->base = base;
-    memcpy(link->blob, item->blob, 32);
+    uint32_t i = holder(p->hit, base);
+    p->item = xkv_hit_item(p->hit, i);
+    p->entry = entry;
+    for (uint32_t up = 0; up < i; up++)
+        p->entry = p->entry->parent;
+    p->link.parent = p->item->id;
+    p->link.base = base;
+    memcpy(p->link.blob, p->item->blob, 32);
+    return line_length(p->hit, i) < XKV_LINE_MAX;
 }
 
-/* Whether the hit is one to extend; then sets the link. `common`: tokens that it shares with the prompt. */
-static bool choose(xkv_ctx *ctx, xkv_hit *hit, const xkv_item *item, uint32_t common, const xkv_geometry *geometry,
-                   const xkv_pack_options *o, xkv_blob_link *link)
+/* Tokens that may be taken over: those that must be exact at the end, and the last one, are the new entry's own. */
+static uint32_t most_tokens(const xkv_item *item, uint32_t common, const xkv_geometry *geometry,
+                            const xkv_pack_options *o)
+{
+    uint32_t before_window = geometry->token_count - (uint32_t)xkv_min64(o->window, geometry->token_count);
+    return (uint32_t)xkv_min64(xkv_min64(common, before_window), item->tokens - 1);
+}
+
+/* Whether the hit has a parent for the entry of `item`, which begins with `common` tokens of it. */
+static bool choose(xkv_ctx *ctx, xkv_parent *p, const xkv_item *item, uint32_t common, const xkv_geometry *geometry,
+                   const xkv_pack_options *o)
 {
     const xkv_entry *entry = NULL;
-    uint32_t exact = xkv_min64(o->window, geometry->token_count) < geometry->token_count - common
-                         ? common
-                         : geometry->token_count - (uint32_t)xkv_min64(o->window, geometry->token_count);
-    if (has_key(hit, item->key) || xkv_hit_entry(ctx, hit, &entry) != XKV_OK)
+    if (has_key(p->hit, item->key) || xkv_hit_entry(ctx, p->hit, &entry) != XKV_OK)
         return false;
-    uint32_t base = last_boundary(entry, (uint32_t)xkv_min64(exact, item->tokens - 1));
-    if (base == 0 || base < o->sinks)
-        return false;
-    uint32_t i = holder(hit, base);
-    for (uint32_t up = 0; up < i; up++)
-        entry = entry->parent;
-    if (line_length(hit, i) >= XKV_LINE_MAX || base < xkv_hit_item(hit, i)->tokens / 2 ||
-        !fits(ctx, entry, geometry, base, o))
-        return false;
-    set_link(xkv_hit_item(hit, i), base, link);
-    return true;
+    uint32_t base = last_boundary(entry, most_tokens(item, common, geometry, o));
+    return base > 0 && base >= o->sinks && set_parent(p, entry, base) && base >= p->item->tokens / 2 &&
+           fits(ctx, p->entry, geometry, base, o);
 }
 
 xkv_status xkv_parent_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_item *item,
@@ -136,7 +141,7 @@ xkv_status xkv_parent_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *
     if (!rows_stand_alone(&o))
         return XKV_OK;
     XKV_TRY(xkv_store_nearest(ctx, store, ns, symbols, item->symbols, &common, &parent->hit));
-    if (parent->hit != NULL && !choose(ctx, parent->hit, item, common, geometry, &o, &parent->link))
+    if (parent->hit != NULL && !choose(ctx, parent, item, common, geometry, &o))
         xkv_parent_leave(ctx, parent);
     xkv_ctx_begin(ctx); /* whatever was wrong with it is no error of the put */
     return XKV_OK;
@@ -144,15 +149,15 @@ xkv_status xkv_parent_find(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *
 
 xkv_status xkv_parent_take(xkv_ctx *ctx, xkv_hit *hit, uint32_t base, xkv_parent *parent)
 {
+    const xkv_entry *entry = NULL;
     parent->hit = hit;
     if (base == 0 || base > xkv_hit_item(hit, 0)->tokens)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it takes %u of %u tokens from another [SE2]", base,
                         xkv_hit_item(hit, 0)->tokens);
-    uint32_t i = holder(hit, base);
-    if (line_length(hit, i) >= XKV_LINE_MAX)
-        return xkv_fail(ctx, XKV_ERROR_LIMIT, "more than %d entries would extend each other [SE3]", XKV_LINE_MAX);
-    set_link(xkv_hit_item(hit, i), base, &parent->link);
-    return XKV_OK;
+    XKV_TRY(xkv_hit_entry(ctx, hit, &entry));
+    return set_parent(parent, entry, base)
+               ? XKV_OK
+               : xkv_fail(ctx, XKV_ERROR_LIMIT, "more than %d entries would extend each other [SE3]", XKV_LINE_MAX);
 }
 
 /* --- What follows ------------------------------------------------------------------------------------------------- */

@@ -8,6 +8,8 @@
 /* Zero: there is none. */
 typedef struct xkv_parent {
     xkv_hit *hit; /* keeps it from eviction; the parent may be one that the hit's entry extends */
+    const xkv_item *item;
+    const xkv_entry *entry; /* the opened parent */
     xkv_blob_link link;
     uint8_t *fram; /* what link.fram points to, owned */
     bool gone;     /* it was removed before the new entry was committed */

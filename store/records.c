@@ -31,6 +31,11 @@ xkv_key xkv_key_meta(void)
     return (xkv_key){.bytes = {XKV_TABLE_META}, .size = 1};
 }
 
+xkv_key xkv_key_shared(void)
+{
+    return (xkv_key){.bytes = {XKV_TABLE_SHARED}, .size = 1};
+}
+
 xkv_key xkv_key_bytes(uint8_t table, const void *bytes, size_t size)
 {
     xkv_key k = {.bytes = {table}, .size = 1 + size};
@@ -82,6 +87,7 @@ static const struct {
     {XKV_TABLE_CHILD, 17, 17, 0},
     {XKV_TABLE_DICT, 17, 17, XKV_DICT_SIZE},
     {XKV_TABLE_ITEM, 9, 9, XKV_ITEM_SIZE},
+    {XKV_TABLE_SHARED, 1, 1, XKV_SHARED_SIZE},
     {XKV_TABLE_NAMES, 17, 17, 16},
     {XKV_TABLE_KEY, 33, 33, 8},
     {XKV_TABLE_USED, 17, 17, 0},
@@ -220,9 +226,25 @@ void xkv_item_decode(const uint8_t value[XKV_ITEM_SIZE], xkv_item *item)
     memcpy(item->dict, value + 192, 16);
 }
 
+uint64_t xkv_item_raw_share(const xkv_item *item, uint32_t tokens)
+{
+    return item->tokens == 0 ? 0 : (uint64_t)((double)item->raw_bytes * tokens / item->tokens);
+}
+
 bool xkv_item_needs_dict(const xkv_item *item)
 {
     return !xkv_all_zero(item->dict, sizeof item->dict);
+}
+
+void xkv_shared_encode(const xkv_shared *shared, uint8_t value[XKV_SHARED_SIZE])
+{
+    xkv_store64(value, shared->entries);
+    xkv_store64(value + 8, shared->bytes);
+}
+
+void xkv_shared_decode(const uint8_t value[XKV_SHARED_SIZE], xkv_shared *shared)
+{
+    *shared = (xkv_shared){xkv_load64(value), xkv_load64(value + 8)};
 }
 
 void xkv_dict_record_encode(const xkv_dict_record *dict, uint8_t value[XKV_DICT_SIZE])

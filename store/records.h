@@ -14,6 +14,7 @@ enum {
     XKV_NODE_SIZE = 16,
     XKV_ITEM_SIZE = 216,
     XKV_DICT_SIZE = 56,
+    XKV_SHARED_SIZE = 16,
     XKV_VALUE_MAX = XKV_ITEM_SIZE
 };
 
@@ -22,6 +23,7 @@ enum {
     XKV_TABLE_CHILD = 'c',   /* id of an entry, id of one that extends it */
     XKV_TABLE_DICT = 'd',    /* id of the dictionary [16] */
     XKV_TABLE_ITEM = 'e',    /* id of the entry */
+    XKV_TABLE_SHARED = 'h',  /* one record, when entries extend others */
     XKV_TABLE_NAMES = 'f',   /* id of the entry, number: which page keys it has */
     XKV_TABLE_KEY = 'k',     /* native key [32] -> id */
     XKV_TABLE_USED = 'l',    /* time of use, id: what may be evicted, oldest first */
@@ -41,6 +43,7 @@ typedef struct xkv_key {
 } xkv_key;
 
 xkv_key xkv_key_meta(void);
+xkv_key xkv_key_shared(void);
 xkv_key xkv_key_id(uint8_t table, uint64_t id);                       /* ITEM, NODE, TRASH, UNSENT */
 xkv_key xkv_key_bytes(uint8_t table, const void *bytes, size_t size); /* DICT, KEY, SPACE */
 xkv_key xkv_key_pair(uint8_t table, uint64_t first, uint64_t second); /* CHILD, USED, EXPIRES, NAMES */
@@ -92,6 +95,12 @@ typedef struct xkv_item {
     uint8_t dict[16];
 } xkv_item;
 
+/* What need not be stored since entries extend others. */
+typedef struct xkv_shared {
+    uint64_t entries; /* that do */
+    uint64_t bytes;   /* raw ones of the tokens that they take over */
+} xkv_shared;
+
 typedef struct xkv_dict_record {
     uint64_t id, file_size, users;
     uint8_t blob[32];
@@ -111,8 +120,12 @@ void xkv_node_encode(const xkv_node *node, uint8_t value[XKV_NODE_SIZE]);
 void xkv_node_decode(const uint8_t value[XKV_NODE_SIZE], xkv_node *node);
 void xkv_item_encode(const xkv_item *item, uint8_t value[XKV_ITEM_SIZE]);
 void xkv_item_decode(const uint8_t value[XKV_ITEM_SIZE], xkv_item *item);
+/* Raw bytes of so many of the entry's tokens. */
+uint64_t xkv_item_raw_share(const xkv_item *item, uint32_t tokens);
 /* Whether the entry was packed with a dictionary. */
 bool xkv_item_needs_dict(const xkv_item *item);
+void xkv_shared_encode(const xkv_shared *shared, uint8_t value[XKV_SHARED_SIZE]);
+void xkv_shared_decode(const uint8_t value[XKV_SHARED_SIZE], xkv_shared *shared);
 void xkv_dict_record_encode(const xkv_dict_record *dict, uint8_t value[XKV_DICT_SIZE]);
 void xkv_dict_record_decode(const uint8_t value[XKV_DICT_SIZE], xkv_dict_record *dict);
 

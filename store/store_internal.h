@@ -172,6 +172,8 @@ XKV_MUST_CHECK xkv_status xkv_line_join(xkv_txn *txn, xkv_meta *meta, const xkv_
 XKV_MUST_CHECK xkv_status xkv_line_leave(xkv_txn *txn, xkv_meta *meta, const xkv_item *item);
 /* What others extend lives as long as they do: let the parent of `child`, and so on. */
 XKV_MUST_CHECK xkv_status xkv_line_extend_life(xkv_txn *txn, xkv_meta *meta, const xkv_item *child);
+/* What the entries that extend others need not store. */
+XKV_MUST_CHECK xkv_status xkv_line_get_shared(xkv_txn *txn, xkv_shared *shared);
 /* One of those that extend entry `id`, taken off the list. NOT_FOUND: none is left. */
 XKV_MUST_CHECK xkv_status xkv_line_take_child(xkv_txn *txn, uint64_t id, uint64_t *child);
 

@@ -17,8 +17,9 @@ typedef struct verify {
     xkv_key next;          /* record to go on from */
     xkv_item items[BATCH]; /* read in one transaction */
     uint32_t count;
-    uint64_t bytes, pinned; /* sums over the records */
-    uint64_t dict_bytes;    /* of them, of dictionaries */
+    uint64_t bytes, pinned;     /* sums over the records */
+    uint64_t dict_bytes;        /* of them, of dictionaries */
+    xkv_shared shared, counted; /* what the index says of entries that extend others, and what is there */
     xkv_records_report records;
     uint32_t *symbols; /* of the entry at hand */
     const xkv_item *item;
@@ -229,6 +230,8 @@ static xkv_status check_item(verify *v)
     v->report->entries++;
     v->bytes += v->item->file_size;
     v->pinned += v->item->pinned;
+    v->counted.entries += v->item->parent != 0;
+    v->counted.bytes += xkv_item_raw_share(v->item, v->item->base_tokens);
     xkv_ctx_begin(v->ctx);
     xkv_status status = xkv_blob_open(v->ctx, &v->store->folders, &name, false, &fd);
     if (status == XKV_OK) {
@@ -340,6 +343,13 @@ static xkv_status check_orphan(void *user, const char *name)
     return xkv_check_cancel(v->ctx);
 }
 
+static xkv_status get_sums(xkv_txn *txn, void *user)
+{
+    verify *v = user;
+    XKV_TRY(xkv_line_get_shared(txn, &v->shared));
+    return xkv_txn_get_meta(txn, &v->meta);
+}
+
 /* Others may have changed the store meanwhile: sums are compared only if nobody has. */
 static void check_sums(verify *v, const xkv_meta *before)
 {
@@ -351,7 +361,7 @@ static void check_sums(verify *v, const xkv_meta *before)
     if (r->spaces != m->namespaces || r->entries != m->entries || r->bytes != entry_bytes)
         note(v, &v->report->wrong_sums, 0, "the sums of the namespaces are wrong");
     if (m->entries != v->report->entries || m->dictionaries != v->report->dictionaries || m->bytes != v->bytes ||
-        m->pinned != v->pinned)
+        m->pinned != v->pinned || v->shared.entries != v->counted.entries || v->shared.bytes != v->counted.bytes)
         note(v, &v->report->wrong_sums, 0, "the sums of the store are wrong");
 }
 
@@ -363,7 +373,7 @@ static xkv_status verify_all(verify *v)
     XKV_TRY(check_dicts(v));
     XKV_TRY(check_records(v));
     XKV_TRY(xkv_folder_list(v->ctx, v->store->folders.blobs, check_orphan, v));
-    XKV_TRY(xkv_index_get_meta(v->ctx, v->store->index, &v->meta));
+    XKV_TRY(xkv_index_read(v->ctx, v->store->index, get_sums, v));
     check_sums(v, &before);
     return XKV_OK;
 }

@@ -290,8 +290,10 @@ typedef struct xkv_store_item {
     uint64_t created, expires, used; /* microseconds since 1970; expires 0: never */
     uint32_t needs_dict;
     uint8_t dictionary_id[16];
-    uint8_t key[32];  /* the last of the native chain */
-    uint8_t blob[32]; /* SHA-256 of the blob file */
+    uint8_t key[32];                /* the last of the native chain */
+    uint8_t blob[32];               /* SHA-256 of the blob file */
+    uint64_t parent;                /* the entry that it extends; 0: none */
+    uint32_t base_tokens, children; /* tokens that it takes from there; entries that extend it */
 } xkv_store_item;
 
 /* Call `item` for every entry of a namespace, in order of id; return non-zero from it to stop. Without the namespace,
@@ -299,7 +301,8 @@ typedef struct xkv_store_item {
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_list(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
                                                  int (*item)(void *user, const xkv_store_item *item), void *user);
 
-/* Errors of these: NOT_FOUND (no such id in the namespace), IO, NO_SPACE, CORRUPT. */
+/* A pinned entry keeps those that it extends; removing one removes all that extend it, pinned ones too.
+ * Errors of these: NOT_FOUND (no such id in the namespace), IO, NO_SPACE, CORRUPT. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_pin(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                                                 int pinned);
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_remove(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
@@ -319,6 +322,8 @@ typedef struct xkv_store_stats {
     uint64_t puts, hits, misses, evictions, expirations, corrupt;
     uint64_t tokens_reused; /* matched, over all hits */
     uint64_t bytes_reused;  /* raw bytes of the caches that these tokens stand for */
+    uint64_t extending;     /* entries now there that extend others */
+    uint64_t bytes_shared;  /* raw bytes of the tokens that these need not store */
 } xkv_store_stats;
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_get_stats(xkv_ctx *ctx, xkv_store *store, xkv_store_stats *stats);
 
@@ -375,12 +380,14 @@ typedef struct xkv_repair_report {
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_repair(xkv_ctx *ctx, const char *path, const uint8_t *key, int compact_only,
                                                    xkv_repair_report *report);
 
-/* Write one entry, with its tokens, keys and namespace id, as a file that any store can import; it is not encrypted. */
+/* Write one entry, with its tokens, keys and namespace id, and whatever it needs (the entries that it extends,
+ * dictionaries), as a file that any store can import; it is not encrypted. Errors: NOT_FOUND, MISMATCH (a dictionary is
+ * not in the store), CORRUPT, CHECKSUM, IO, and what `output` returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, uint64_t id,
                                                    const xkv_output *output);
 
-/* Store what xkv_store_export() wrote, in the namespace it came from, after checking all of it. The entry's dictionary
- * must be there. Errors: as xkv_store_put(). */
+/* Store what xkv_store_export() wrote, in the namespace it came from, each part after checking all of it: what came
+ * before a part that fails stays. The report is that of the entry. Errors: as xkv_store_put(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file,
                                                    xkv_put_report *report);
 

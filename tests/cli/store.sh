@@ -100,9 +100,7 @@ same back back2
 run 0 xkv-store put -q -D d.xkvd --quality 50 --settings other s a
 run 0 xkv-store export -o e s 4
 run 0 xkv-store init t
-run 4 xkv-store import t e
-run 0 xkv-store put t d.xkvd
-run 0 xkv-store import t e
+run 0 xkv-store import t e # its dictionary comes along
 out_is 'e: stored as 2, 120 tokens, SIZE'
 run 0 xkv-store match t part
 out_is '120 of 120 tokens, entry 2 of 120 tokens, SIZE'
