@@ -434,6 +434,123 @@ static void lines_are_bounded(void **state)
     assert_sound(XKV_LINE_MAX + 2);
 }
 
+/* --- Moving, damage, repair --------------------------------------------------------------------------------------- */
+
+/* The path of an entry's blob. */
+static void blob_path(uint64_t id, char path[512])
+{
+    char folder[300];
+    snprintf(folder, sizeof folder, "%s/blobs", t.path);
+    DIR *d = opendir(folder);
+    assert_non_null(d);
+    path[0] = '\0';
+    for (struct dirent *e; (e = readdir(d)) != NULL;)
+        if (strlen(e->d_name) == 81 && strtoull(e->d_name + 65, NULL, 16) == id)
+            snprintf(path, 512, "%s/%.100s", folder, e->d_name);
+    closedir(d);
+    assert_true(path[0] != '\0');
+}
+
+/* Change a byte in the middle of an entry's payload. */
+static void damage_blob(uint64_t id)
+{
+    char path[512], byte;
+    struct stat st;
+    blob_path(id, path);
+    int fd = open(path, O_RDWR);
+    assert_int_equal(fstat(fd, &st), 0);
+    assert_int_equal(pread(fd, &byte, 1, st.st_size / 2), 1);
+    byte ^= 8;
+    assert_int_equal(pwrite(fd, &byte, 1, st.st_size / 2), 1);
+    close(fd);
+}
+
+static void repair(void)
+{
+    xkv_store_close(t.ctx, t.store);
+    t.store = NULL;
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
+    open_with_clock();
+}
+
+static void exported_lines_can_be_imported(void **state)
+{
+    (void)state;
+    uint64_t ids[3];
+    memory m = {0};
+    xkv_output output = memory_output(&m);
+    xkv_put_report report;
+    put_line(ids);
+    assert_ok(t.ctx, xkv_store_export(t.ctx, t.store, &ns, ids[2], &output));
+    remove_folder(&t);
+    make_store(&t, 0);
+    for (size_t at = 0; at < m.size; at += 97) {
+        xkv_input bad = xkv_input_from_memory(m.data, m.size), cut = xkv_input_from_memory(m.data, at);
+        m.data[at] ^= 4;
+        assert_int_not_equal(xkv_store_import(t.ctx, t.store, &bad, &report), XKV_OK);
+        m.data[at] ^= 4;
+        assert_true(xkv_store_import(t.ctx, t.store, &cut, &report) != XKV_OK || report.tokens < LONG);
+        uint32_t tokens_found = found(LONG); /* what came before the damage may be there, whole */
+        assert_true(tokens_found == 0 || tokens_found == 100 || tokens_found == 200);
+    }
+    xkv_input good = xkv_input_from_memory(m.data, m.size);
+    assert_ok(t.ctx, xkv_store_import(t.ctx, t.store, &good, &report));
+    assert_int_equal(report.tokens, LONG);
+    assert_int_equal(report.base_tokens, 192);
+    assert_int_equal(found(LONG), LONG);
+    assert_sound(3);
+    free(m.data);
+}
+
+static void what_is_shared_is_counted(void **state)
+{
+    (void)state;
+    const uint64_t row = 2 * STORE_LAYERS * STORE_WIDTH * 4;
+    uint64_t ids[3];
+    put_line(ids);
+    assert_int_equal(stats().extending, 2);
+    assert_int_equal(stats().bytes_shared, row * (96 + 192));
+    assert_ok(t.ctx, xkv_store_remove(t.ctx, t.store, &ns, ids[2]));
+    assert_int_equal(stats().extending, 1);
+    assert_int_equal(stats().bytes_shared, row * 96);
+}
+
+/* Whichever of the three it is, no row of it is handed out; the others are whole, or gone. */
+static void damage_of_a_line_is_a_miss(void **state)
+{
+    (void)state;
+    for (uint32_t bad = 0; bad < 3; bad++) {
+        uint64_t ids[3];
+        put_line(ids);
+        damage_blob(ids[bad]);
+        for (int i = 0; i < 4; i++) { /* each look finds one more damage */
+            xkv_hit *hit = NULL;
+            xkv_status status = XKV_OK;
+            xkv_match m = match_tokens(LONG, &hit);
+            assert_true(hit == NULL || hit_is_right(t.ctx, hit, m.tokens, tokens, &status) || status != XKV_OK);
+            xkv_hit_close(t.ctx, hit);
+        }
+        assert_int_equal(found(LONG), 100 * bad);
+        assert_true(stats().corrupt > bad);
+        assert_sound(bad);
+        assert_ok(t.ctx, xkv_store_remove_namespace(t.ctx, t.store, &ns, NULL));
+    }
+}
+
+static void a_repair_rebuilds_lines(void **state)
+{
+    (void)state;
+    uint64_t ids[3];
+    put_line(ids);
+    repair();
+    assert_int_equal(found(LONG), LONG);
+    assert_sound(3);
+    damage_blob(ids[1]);
+    repair();
+    assert_int_equal(found(LONG), 100);
+    assert_sound(1);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -451,6 +568,10 @@ int main(void)
         TEST(what_is_worse_is_not_extended),
         TEST(other_caches_are_not_extended),
         TEST(lines_are_bounded),
+        TEST(exported_lines_can_be_imported),
+        TEST(what_is_shared_is_counted),
+        TEST(damage_of_a_line_is_a_miss),
+        TEST(a_repair_rebuilds_lines),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
