@@ -1,4 +1,4 @@
-/* extend.c - entries that begin with rows of another one (spec/store.md, section 10): which rows are whose, and reading
+/* extend.c - entries that begin with rows of another one (spec/store.md, section 11): which rows are whose, and reading
  * a range across them. */
 #include "engine_file.h"
 #include "entry_internal.h"

@@ -37,7 +37,7 @@ typedef struct xkv_blob_head {
     uint8_t nonce[XKV_SEAL_NONCE];
 } xkv_blob_head;
 
-/* Where an entry that extends another goes on, and the framing of the whole (spec/store.md, section 10). */
+/* Where an entry that extends another goes on, and the framing of the whole (spec/store.md, section 11). */
 typedef struct xkv_blob_link {
     uint64_t parent; /* id of the entry that it extends */
     uint8_t blob[32];

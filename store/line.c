@@ -1,4 +1,4 @@
-/* line.c - entries that extend each other, in the index (spec/store.md, section 10). */
+/* line.c - entries that extend each other, in the index (spec/store.md, section 11). */
 #include "store_internal.h"
 
 #include <unistd.h>

@@ -1,5 +1,5 @@
 /* put_parent.h - the stored entry that a new one extends: finding it, and packing what follows (spec/store.md,
- * section 10). */
+ * section 11). */
 #ifndef XKV_PUT_PARENT_H
 #define XKV_PUT_PARENT_H
 
