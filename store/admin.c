@@ -447,32 +447,22 @@ static xkv_status export_blob(exporting *e, const uint8_t hash[32], uint64_t id)
     return status;
 }
 
-typedef struct needed_dict {
-    const uint8_t *id;
-    xkv_dict_record record;
-} needed_dict;
-
-static xkv_status find_dict(xkv_txn *txn, void *user)
-{
-    needed_dict *d = user;
-    return xkv_txn_get_dict(txn, d->id, &d->record);
-}
-
 /* The dictionary of entry i, unless one before it has the same. */
 static xkv_status export_dict(exporting *e, const xkv_hit *hit, uint32_t i)
 {
-    needed_dict d = {.id = xkv_hit_item(hit, i)->dict};
+    const uint8_t *id = xkv_hit_item(hit, i)->dict;
+    xkv_dict_record record;
     if (!xkv_item_needs_dict(xkv_hit_item(hit, i)))
         return XKV_OK;
     for (uint32_t j = 0; j < i; j++) {
-        if (memcmp(xkv_hit_item(hit, j)->dict, d.id, 16) == 0)
+        if (memcmp(xkv_hit_item(hit, j)->dict, id, 16) == 0)
             return XKV_OK;
     }
-    xkv_status status = xkv_index_read(e->ctx, e->store->index, find_dict, &d);
+    xkv_status status = xkv_index_get_dict(e->ctx, e->store->index, id, &record);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(e->ctx, XKV_ERROR_MISMATCH, "the dictionary of the entry is not in the store");
     XKV_TRY(status);
-    return export_blob(e, d.record.blob, d.record.id);
+    return export_blob(e, record.blob, record.id);
 }
 
 /* What is needed comes before what needs it. */

@@ -10,17 +10,6 @@
 
 /* --- Decoding ----------------------------------------------------------------------------------------------------- */
 
-typedef struct dict_lookup {
-    const uint8_t *id;
-    xkv_dict_record record;
-} dict_lookup;
-
-static xkv_status find_dict(xkv_txn *txn, void *user)
-{
-    dict_lookup *l = user;
-    return xkv_txn_get_dict(txn, l->id, &l->record);
-}
-
 static xkv_status decode_opened(xkv_ctx *own, const xkv_store *store, const xkv_dict_record *record, const int *fd,
                                 xkv_dict **dict_p)
 {
@@ -137,13 +126,13 @@ xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[1
                               xkv_cached_dict **slot_p)
 {
     char why[256];
-    dict_lookup l = {.id = id};
-    xkv_status status = xkv_index_read(ctx, store->index, find_dict, &l);
+    xkv_dict_record record;
+    xkv_status status = xkv_index_get_dict(ctx, store->index, id, &record);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the dictionary of the entry is not in the store");
     XKV_TRY(status);
     pthread_mutex_lock(&store->mutex);
-    status = load(ctx, store, id, &l.record, slot_p);
+    status = load(ctx, store, id, &record, slot_p);
     pthread_mutex_unlock(&store->mutex);
     if (status == XKV_OK)
         return XKV_OK;
@@ -151,7 +140,7 @@ xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[1
     if (status != XKV_ERROR_NOT_FOUND && !xkv_is_damage(status))
         return xkv_fail(ctx, status, "dictionary: %s", why);
     if (!look_only)
-        xkv_store_quarantine_dict(ctx, store, id, l.record.id, why);
+        xkv_store_quarantine_dict(ctx, store, id, record.id, why);
     return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the dictionary of the entry is of no use: %s", why);
 }
 

@@ -532,6 +532,23 @@ xkv_status xkv_txn_put_dict(xkv_txn *txn, const uint8_t id[16], const xkv_dict_r
     return xkv_txn_put(txn, &key, value, sizeof value);
 }
 
+typedef struct dict_search {
+    const uint8_t *id;
+    xkv_dict_record *dict;
+} dict_search;
+
+static xkv_status get_dict_body(xkv_txn *txn, void *user)
+{
+    const dict_search *s = user;
+    return xkv_txn_get_dict(txn, s->id, s->dict);
+}
+
+xkv_status xkv_index_get_dict(xkv_ctx *ctx, xkv_index *index, const uint8_t id[16], xkv_dict_record *dict)
+{
+    dict_search s = {.id = id, .dict = dict};
+    return xkv_index_read(ctx, index, get_dict_body, &s);
+}
+
 xkv_status xkv_txn_get_u64(xkv_txn *txn, const xkv_key *key, uint64_t *number)
 {
     uint8_t value[8];

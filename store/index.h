@@ -57,6 +57,8 @@ void xkv_index_sizes(xkv_index *index, uint64_t *used, uint64_t *map);
 XKV_MUST_CHECK xkv_status xkv_txn_get_meta(xkv_txn *txn, xkv_meta *meta);
 XKV_MUST_CHECK xkv_status xkv_txn_put_meta(xkv_txn *txn, const xkv_meta *meta);
 /* The same in a transaction of their own. */
+XKV_MUST_CHECK xkv_status xkv_index_get_dict(xkv_ctx *ctx, xkv_index *index, const uint8_t id[16],
+                                             xkv_dict_record *dict);
 XKV_MUST_CHECK xkv_status xkv_index_get_meta(xkv_ctx *ctx, xkv_index *index, xkv_meta *meta);
 XKV_MUST_CHECK xkv_status xkv_index_put_meta(xkv_ctx *ctx, xkv_index *index, xkv_meta *meta);
 XKV_MUST_CHECK xkv_status xkv_txn_get_space(xkv_txn *txn, const uint8_t ns[32], xkv_space *space);

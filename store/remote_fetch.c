@@ -108,12 +108,6 @@ static xkv_status open_arrived(const fetch *f, arrived *a)
 
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
 
-static xkv_status find_dict(xkv_txn *txn, void *user)
-{
-    xkv_dict_record record;
-    return xkv_txn_get_dict(txn, user, &record);
-}
-
 /* The id follows from what a dictionary holds, so that none can be passed off as another. */
 static xkv_status check_dict(const fetch *f, const arrived *a, const uint8_t id[16])
 {
@@ -140,9 +134,10 @@ static xkv_status take_dict(const fetch *f, const char *name, const uint8_t id[1
 static xkv_status fetch_dict(const fetch *f, uint8_t id[16])
 {
     arrived a = {.file.fd = -1, .file.plain = -1};
+    xkv_dict_record record;
     if (xkv_all_zero(id, 16))
         return XKV_OK;
-    xkv_status status = xkv_index_read(f->ctx, f->store->index, find_dict, id);
+    xkv_status status = xkv_index_get_dict(f->ctx, f->store->index, id, &record);
     if (status != XKV_ERROR_NOT_FOUND)
         return status;
     xkv_remote_name name = xkv_remote_dict_name(f->remote, id);

@@ -80,21 +80,10 @@ static xkv_status put_blob(push *p, const char *name, const uint8_t hash[32], co
     return put_object(p, name, &file, hash);
 }
 
-typedef struct dict_search {
-    const uint8_t *id;
-    xkv_dict_record record;
-} dict_search;
-
-static xkv_status find_dict(xkv_txn *txn, void *user)
-{
-    dict_search *s = user;
-    return xkv_txn_get_dict(txn, s->id, &s->record);
-}
-
 /* The dictionary of an entry, unless the remote has it. */
 static xkv_status push_dict(push *p, const xkv_item *item)
 {
-    dict_search s = {.id = item->dict};
+    xkv_dict_record record;
     int fd = -1;
     if (!xkv_item_needs_dict(item))
         return XKV_OK;
@@ -103,13 +92,13 @@ static xkv_status push_dict(push *p, const xkv_item *item)
     xkv_status status = xkv_remote_run(p->ctx, p->remote, &q, p->deadline);
     if (status != XKV_ERROR_NOT_FOUND)
         return status;
-    status = xkv_index_read(p->ctx, p->store->index, find_dict, &s);
+    status = xkv_index_get_dict(p->ctx, p->store->index, item->dict, &record);
     if (status == XKV_OK) {
-        xkv_blob_name blob = xkv_blob_name_of(s.record.blob, s.record.id);
+        xkv_blob_name blob = xkv_blob_name_of(record.blob, record.id);
         status = xkv_blob_open(p->ctx, &p->store->folders, &blob, true, &fd);
     }
     if (status == XKV_OK)
-        status = put_blob(p, name.text, s.record.blob, &fd);
+        status = put_blob(p, name.text, record.blob, &fd);
     if (fd >= 0)
         close(fd);
     return status;
