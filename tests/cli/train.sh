@@ -206,7 +206,7 @@ files_are c1 c2 c3 c4 d.xkvd d2.xkvd dicts dicts/b.xkvd dicts/d2.xkvd e.xkv othe
 # A genuine cache, by its model: 156 rows for bases of 1536 elements.
 sample=$data/smollm2-135m-jargon.ggsq gguf=$data/smollm2-135m.gguf
 run 0 xkv-train --model "$gguf" -o dicts/genuine.xkvd "$sample"
-err_is "xkv-train: dicts/genuine.xkvd: 156 tokens of 1 cache, 8 groups, cross stage of 2048 components -> SIZE, T s
+err_is "xkv-train: dicts/genuine.xkvd: 156 tokens of 1 cache, 8 groups, cross stage of 1536 components -> SIZE, T s
 xkv-train: warning: 156 training tokens are few for bases 1536 wide; from 3072 on the figures below hold for other texts"
 run 0 xkv-pack -D dicts --model "$gguf" --ratio 16 -o g.xkv "$sample"
 err_has ', step [0-9.]+, metric error 0\.[0-9]+, [0-9]+ of 11520 components, dictionary [0-9a-f]{8}, error K 0\.[0-9]+ V '
