@@ -284,18 +284,19 @@ static xkv_dict *load_dict(xkv_ctx *ctx, const char *path)
 
 static void usage(FILE *out)
 {
-    (void)fputs(
-        "usage: xkv_bench [--quick] [--tokens N] [--threads N] [--repeats N] [[--model GGUF] [--dict XKVD] FILE...]\n"
-        "Prints one JSON document: machine, ceilings, lossless and svd speed on synthetic caches, scaling\n"
-        "over 1k .. 32k tokens, and the same figures for each engine file given.\n"
-        "  --quick      tiny sizes, once: tells whether the benchmark works, not how fast anything is\n"
-        "  --tokens N   tokens of the synthetic caches\n"
-        "  --threads N  largest number of threads (default: processors online)\n"
-        "  --repeats N  each time is the median of N (default 3)\n"
-        "  --model GGUF the model of the files that follow\n"
-        "  --dict XKVD  its dictionary: pack these files with it to 16x as well\n"
-        "  --json       accepted; there is no other output\n",
-        out);
+    (void)fputs("usage: xkv_bench [--quick] [--only-files] [--tokens N] [--threads N] [--repeats N]\n"
+                "                 [[--model GGUF] [--dict XKVD] FILE...]\n"
+                "Prints one JSON document: machine, ceilings, lossless and svd speed on synthetic caches, scaling\n"
+                "over 1k .. 32k tokens, and the same figures for each engine file given.\n"
+                "  --quick      tiny sizes, once: tells whether the benchmark works, not how fast anything is\n"
+                "  --only-files the ceilings and the engine files alone\n"
+                "  --tokens N   tokens of the synthetic caches\n"
+                "  --threads N  largest number of threads (default: processors online)\n"
+                "  --repeats N  each time is the median of N (default 3)\n"
+                "  --model GGUF the model of the files that follow\n"
+                "  --dict XKVD  its dictionary: pack these files with it to 16x as well\n"
+                "  --json       accepted; there is no other output\n",
+                out);
 }
 
 static uint32_t number(const char *text, uint32_t largest)
@@ -318,20 +319,19 @@ typedef struct argument {
 
 static int parse(int argc, char **argv, bench_plan *plan, argument *arguments)
 {
-    static const struct option options[] = {{"quick", no_argument, NULL, 'q'},
-                                            {"json", no_argument, NULL, 'j'},
-                                            {"tokens", required_argument, NULL, 't'},
-                                            {"threads", required_argument, NULL, 'T'},
-                                            {"repeats", required_argument, NULL, 'r'},
-                                            {"model", required_argument, NULL, 'm'},
-                                            {"dict", required_argument, NULL, 'd'},
-                                            {"help", no_argument, NULL, 'h'},
-                                            {NULL, 0, NULL, 0}};
+    static const struct option options[] = {
+        {"quick", no_argument, NULL, 'q'},         {"only-files", no_argument, NULL, 'o'},
+        {"json", no_argument, NULL, 'j'},          {"tokens", required_argument, NULL, 't'},
+        {"threads", required_argument, NULL, 'T'}, {"repeats", required_argument, NULL, 'r'},
+        {"model", required_argument, NULL, 'm'},   {"dict", required_argument, NULL, 'd'},
+        {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
     int c, count = 0;
 
     while ((c = getopt_long(argc, argv, "-h", options, NULL)) != -1) {
         if (c == 'q')
             plan->quick = true;
+        else if (c == 'o')
+            plan->only_files = true;
         else if (c == 't')
             plan->tokens = number(optarg, 1u << 20);
         else if (c == 'T')
@@ -382,12 +382,13 @@ static json_t *measure_files(bench_plan *plan, const argument *arguments, int co
 
 static json_t *measure_all(bench_plan *plan, const argument *arguments, int count)
 {
-    json_t *description = machine();       /* with the load before ours */
-    json_t *scaling = bench_scaling(plan); /* next: while this process is small */
+    json_t *description = machine();                                                     /* with the load before ours */
+    json_t *scaling = plan->only_files ? bench_json(json_array()) : bench_scaling(plan); /* while we are small */
     json_t *ceilings = bench_ceilings(plan), *lossless = bench_json(json_array()), *svd = bench_json(json_array());
     json_t *files;
 
-    measure_cases(plan, lossless, svd);
+    if (!plan->only_files)
+        measure_cases(plan, lossless, svd);
     files = measure_files(plan, arguments, count);
     return bench_json(json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "benchmark", "xkv", "machine", description,
                                 "ceilings", ceilings, "lossless", lossless, "svd", svd, "scaling", scaling, "files",

@@ -9,7 +9,7 @@
 
 /* What the command line asked for. */
 typedef struct bench_plan {
-    bool quick;
+    bool quick, only_files;
     uint32_t tokens; /* of the synthetic caches; 0: as each case says */
     int repeats;     /* each time is the median of so many, each ceiling the best */
     uint32_t threads[2];
