@@ -110,6 +110,39 @@ run 3 xkv-store import t a
 err_has '\[SB1\]$'
 rm -rf t e back back2
 
+# A longer prompt is stored behind what is there, and comes back identical, also from an export.
+make_ggsq tokens=600 >long
+run 0 xkv-store init t
+run 0 xkv-store put t a
+run 0 xkv-store put t long
+out_is 'long: stored as 2, 600 tokens, SIZE behind 256 tokens of 1'
+run 0 xkv-store get -q -o back t long
+same long back
+run 0 xkv-store get -q -f -o back t a
+same a back
+run 0 xkv-pack -q -o long.xkv long
+run 0 xkv-unpack -q --first 400 -o first long.xkv
+run 0 xkv-store get -q -f -o back t first
+same first back
+run 0 xkv-store verify -q --decode t
+run 0 xkv-store ls --json t
+out_has '"parent":1,"base_tokens":256,"children":0,'
+run 0 xkv-store stat t
+out_has '^  extending entries +1$'
+run 0 xkv-store put --whole --settings x t a long
+out_has '^long: stored as 4, 600 tokens, [0-9.]+ [KM]iB$'
+run 0 xkv-store export -q -o e t 2
+run 0 xkv-store init u
+run 0 xkv-store import u e
+out_is 'e: stored as 2, 600 tokens, SIZE behind 256 tokens of 1'
+rm -rf u/index/data.mdb
+run 0 xkv-store repair -q u
+run 0 xkv-store get -q -f -o back u long
+same long back
+run 0 xkv-store rm u 1
+run 7 xkv-store match -q u long
+rm -rf t u e back first long long.xkv
+
 # Encryption: the right key or nothing; exports are plain.
 head -c 32 /dev/urandom >key
 head -c 32 /dev/urandom >key2

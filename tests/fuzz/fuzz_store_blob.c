@@ -16,6 +16,18 @@ static void check_promises(const xkv_blob_head *h, uint32_t count, const uint32_
         abort();
 }
 
+/* The framing of an accepted link lies before the payload. */
+static void read_link(xkv_ctx *ctx, const xkv_input *input, const xkv_blob_head *head)
+{
+    xkv_blob_link link;
+    uint8_t *bytes = NULL;
+    if (!head->extends || xkv_blob_read_link(ctx, input, head, &link, &bytes) != XKV_OK)
+        return;
+    if (link.parent == 0 || link.base == 0 || link.base >= head->tokens || link.fram_size > head->payload_offset)
+        abort();
+    xkv_release(ctx, bytes);
+}
+
 static void read_blob(const uint8_t *data, size_t size)
 {
     xkv_ctx_options o = xkv_ctx_options_default();
@@ -36,6 +48,7 @@ static void read_blob(const uint8_t *data, size_t size)
             xkv_release(ctx, symbols);
             xkv_release(ctx, names);
         }
+        read_link(ctx, &input, &head);
     }
     if (xkv_ctx_memory_used(ctx) != 0)
         abort();
@@ -56,6 +69,11 @@ static void seal(uint8_t *data, size_t size)
         }
         xkv_store64(data + 256 + 8 * runs, XXH3_64bits(data + keys, 40 * names));
         xkv_store64(data + 80, XXH3_64bits(data + 256, table));
+    }
+    uint64_t link = keys + 40 * names;
+    if (link + 64 <= size && link + 64 + xkv_load32(data + link + 44) <= size) {
+        xkv_store64(data + link + 48, XXH3_64bits(data + link + 64, xkv_load32(data + link + 44)));
+        xkv_store64(data + link + 56, XXH3_64bits(data + link, 56));
     }
     xkv_store64(data + 248, XXH3_64bits(data, 248));
 }

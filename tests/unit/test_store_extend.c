@@ -149,6 +149,7 @@ static void restore_range(xkv_hit *hit, uint32_t first, uint32_t count)
     assert_ok(t.ctx, xkv_hit_read(t.ctx, hit, &o, got->views));
     for (uint32_t p = 0; p < 2 * STORE_LAYERS; p++)
         assert_memory_equal(got->data[p][0], expected->data[p][first], count * sizeof got->data[p][0]);
+
     free(expected);
     free(got);
 }
@@ -318,6 +319,19 @@ static void what_is_extended_lives_as_long(void **state)
     assert_sound(2);
 }
 
+static void what_is_shared_is_counted(void **state)
+{
+    (void)state;
+    const uint64_t row = 2 * STORE_LAYERS * STORE_WIDTH * 4;
+    uint64_t ids[3];
+    put_line(ids);
+    assert_int_equal(stats().extending, 2);
+    assert_int_equal(stats().bytes_shared, row * (96 + 192));
+    assert_ok(t.ctx, xkv_store_remove(t.ctx, t.store, &ns, ids[2]));
+    assert_int_equal(stats().extending, 1);
+    assert_int_equal(stats().bytes_shared, row * 96);
+}
+
 /* --- Which entries extend others ---------------------------------------------------------------------------------- */
 
 static void what_adds_no_chunk_is_passed_over(void **state)
@@ -389,6 +403,57 @@ static void what_is_worse_is_not_extended(void **state)
     assert_sound(7);
 }
 
+/* While the new entry is packed, somebody removes what it was to extend. */
+static int remove_parent(void *user, uint64_t done, uint64_t total)
+{
+    uint64_t *id = user;
+    xkv_ctx *other = new_ctx(1);
+    (void)done;
+    (void)total;
+    if (*id != 0)
+        assert_ok(other, xkv_store_remove(other, t.store, &ns, *id));
+    *id = 0;
+    xkv_ctx_free(other);
+    return 0;
+}
+
+static void what_is_extended_may_go(void **state)
+{
+    (void)state;
+    xkv_pack_options pack = xkv_pack_options_default();
+    uint64_t ids[3];
+    put_line(ids);
+    pack.chunk_tokens = CHUNK;
+    pack.progress = remove_parent;
+    pack.progress_user = &ids[1];
+    xkv_put_report r = put_packed(400, &pack);
+    assert_int_equal(ids[1], 0);
+    assert_int_equal(r.parent, 0);
+    assert_int_equal(found(400), 400);
+    assert_sound(2);
+}
+
+/* Both do not fit under the cap, but the whole does without the other one. */
+static void the_cap_is_for_the_whole(void **state)
+{
+    (void)state;
+    put(1000);
+    uint64_t most = stats().bytes + 2000;
+    assert_ok(t.ctx, xkv_store_remove_namespace(t.ctx, t.store, &ns, NULL));
+    put(520);
+    assert_ok(t.ctx, xkv_store_set_cap(t.ctx, t.store, most, NULL));
+    xkv_put_report r = put(1000);
+    assert_true(r.parent != 0 || r.evicted_entries == 1);
+    assert_int_equal(found(1000), 1000);
+    tokens[300] += 1; /* shares 300 of 1000: less than half */
+    assert_int_equal(put(1000).parent, 0);
+    tokens[600] += 1; /* shares 600 */
+    r = put(1000);
+    assert_int_equal(r.parent, 0);
+    assert_int_equal(found(1000), 1000);
+    assert_sound(1);
+}
+
 /* Another layout, or rows at other positions, are not the same rows. */
 static void other_caches_are_not_extended(void **state)
 {
@@ -434,121 +499,614 @@ static void lines_are_bounded(void **state)
     assert_sound(XKV_LINE_MAX + 2);
 }
 
-/* --- Moving, damage, repair --------------------------------------------------------------------------------------- */
+/* --- Loss, dictionaries and groups -------------------------------------------------------------------------------- */
 
-/* The path of an entry's blob. */
-static void blob_path(uint64_t id, char path[512])
+enum { SAMPLE = 256, LAYERS = 4 };
+
+static synthetic sample(uint64_t seed)
 {
-    char folder[300];
-    snprintf(folder, sizeof folder, "%s/blobs", t.path);
-    DIR *d = opendir(folder);
-    assert_non_null(d);
-    path[0] = '\0';
-    for (struct dirent *e; (e = readdir(d)) != NULL;)
-        if (strlen(e->d_name) == 81 && strtoull(e->d_name + 65, NULL, 16) == id)
-            snprintf(path, 512, "%s/%.100s", folder, e->d_name);
-    closedir(d);
-    assert_true(path[0] != '\0');
+    const synthetic_options o = {.layers = LAYERS,
+                                 .tokens = SAMPLE,
+                                 .heads = 2,
+                                 .head_dim = 8,
+                                 .dtype = XKV_F16,
+                                 .rank = 6,
+                                 .group_layers = 2,
+                                 .noise = 0.1,
+                                 .rope = 1,
+                                 .seed = seed};
+    return make_synthetic(&o);
 }
 
-/* Change a byte in the middle of an entry's payload. */
-static void damage_blob(uint64_t id)
+/* Put the first `count` rows of the sample. */
+static xkv_put_report put_sample(const synthetic *s, uint32_t count, const xkv_pack_options *pack)
 {
-    char path[512], byte;
+    xkv_geometry geometry = s->geometry;
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = count};
+    xkv_put_options o = xkv_put_options_default();
+    xkv_put_report report;
+    geometry.token_count = count;
+    geometry.token_id_count = 0;
+    o.pack = pack;
+    assert_ok(t.ctx,
+              xkv_store_put_planes(t.ctx, t.store, &ns, &prompt, &geometry, s->views, NULL, NULL, 0, &o, &report));
+    return report;
+}
+
+/* Rows [0, count) of the sample's prompt. */
+static uint8_t *load_sample(const synthetic *s, uint32_t count)
+{
+    uint8_t *data = calloc(1, s->size);
+    xkv_view *views = views_into(s, data);
+    xkv_hit *hit = NULL;
+    assert_int_equal(match_tokens(count, &hit).tokens, count);
+    assert_ok(t.ctx, xkv_hit_read(t.ctx, hit, NULL, views));
+    xkv_hit_close(t.ctx, hit);
+    free(views);
+    return data;
+}
+
+/* Relative error of V in rows [first, end): squares of what differs over those of what is there. */
+static double error_of(const synthetic *s, const uint8_t *data, uint32_t first, uint32_t end)
+{
+    double wrong = 0, all = 0;
+    for (uint32_t p = 1; p < s->geometry.plane_count; p += 2)
+        for (uint32_t r = first; r < end; r++)
+            for (uint32_t i = 0; i < row_width(&s->planes[p]); i++) {
+                double x = element(s, s->data, p, r, i), d = element(s, data, p, r, i) - x;
+                wrong += d * d;
+                all += x * x;
+            }
+    return wrong / all;
+}
+
+typedef struct trained {
+    memory file;
+    xkv_dict *dict;
+} trained;
+
+static trained train(void)
+{
+    trained d = {.dict = NULL};
+    synthetic s = sample(1);
+    const synthetic *list = &s;
+    memset(&d.file, 0, sizeof d.file);
+    assert_ok(t.ctx, train_on(t.ctx, &list, 1, NULL, &d.file));
+    free_synthetic(&s);
+    const xkv_input input = xkv_input_from_memory(d.file.data, d.file.size);
+    assert_ok(t.ctx, xkv_dict_open(t.ctx, &input, 1, &d.dict));
+    assert_ok(t.ctx, xkv_store_put_dict(t.ctx, t.store, &input, NULL));
+    return d;
+}
+
+static void free_trained(trained *d)
+{
+    xkv_dict_close(t.ctx, d->dict);
+    memory_free(&d->file);
+}
+
+/* The rows that are taken over keep their bits, the others have the error that whole packing gives them. */
+static void lines_of_lossy_entries(void **state)
+{
+    (void)state;
+    trained d = train();
+    synthetic s = sample(2);
+    xkv_pack_options pack = xkv_pack_options_default();
+    pack.chunk_tokens = CHUNK;
+    pack.dict = d.dict;
+    pack.quality = 50;
+    assert_int_equal(put_sample(&s, 110, &pack).parent, 0);
+    uint8_t *before = load_sample(&s, 110);
+    xkv_put_report r = put_sample(&s, 180, &pack);
+    assert_int_equal(r.base_tokens, 96);
+    assert_int_equal(put_sample(&s, SAMPLE, &pack).base_tokens, 160);
+    uint8_t *line = load_sample(&s, SAMPLE);
+    for (uint32_t p = 0; p < s.geometry.plane_count; p++)
+        for (uint32_t i = 0; i < row_width(&s.planes[p]); i++)
+            for (uint32_t row = 0; row < 96; row++)
+                assert_true(element(&s, before, p, row, i) == element(&s, line, p, row, i));
+    xkv_namespace other = make_namespace("whole"), mine = ns;
+    ns = other;
+    put_sample(&s, SAMPLE, &pack);
+    uint8_t *whole = load_sample(&s, SAMPLE);
+    ns = mine;
+    assert_true(error_of(&s, whole, 0, SAMPLE) > 0);
+    assert_true(error_of(&s, line, 96, SAMPLE) < 1.1 * error_of(&s, whole, 96, SAMPLE));
+    assert_true(error_of(&s, line, 0, SAMPLE) < 1.1 * error_of(&s, whole, 0, SAMPLE));
+    assert_sound(4);
+    free(before);
+    free(line);
+    free(whole);
+    free_synthetic(&s);
+    free_trained(&d);
+}
+
+/* Coarser steps and larger errors are not what is asked for. */
+static void what_is_coarser_is_not_extended(void **state)
+{
+    (void)state;
+    trained d = train();
+    synthetic s = sample(2);
+    xkv_pack_options pack = xkv_pack_options_default(), error = pack;
+    pack.chunk_tokens = error.chunk_tokens = CHUNK;
+    pack.dict = error.dict = d.dict;
+    pack.quality = 40;
+    xkv_put_report first = put_sample(&s, 128, &pack);
+    pack.quality = 60;
+    assert_int_equal(put_sample(&s, 160, &pack).parent, 0);
+    assert_int_equal(put_sample(&s, 192, &pack).base_tokens, 160);
+    error.error = first.pack.error_metric / 2;
+    assert_int_equal(put_sample(&s, 200, &error).parent, 0);
+    error.error *= 1.5;
+    assert_int_equal(put_sample(&s, 240, &error).base_tokens, 192);
+    assert_ok(t.ctx, xkv_store_remove_namespace(t.ctx, t.store, &ns, NULL));
+    assert_int_equal(put_sample(&s, 128, &pack).parent, 0);
+    pack.dict = NULL;
+    pack.quality = 0;
+    assert_int_equal(put_sample(&s, 160, &pack).parent, 0); /* lossless */
+    assert_sound(2);
+    free_synthetic(&s);
+    free_trained(&d);
+}
+
+typedef struct progress {
+    const synthetic *s;
+    const uint8_t *data;
+    uint32_t layers, calls, count;
+} progress;
+
+/* What is announced is there, of all entries of the line. */
+static int layers_ready(void *user, uint32_t group, uint32_t layers)
+{
+    progress *p = user;
+    assert_int_equal(group, p->calls++);
+    assert_true(layers >= p->layers && layers <= LAYERS);
+    p->layers = layers;
+    for (uint32_t plane = 0; plane < 2 * layers; plane++)
+        for (uint32_t row = 0; row < p->count; row++)
+            for (uint32_t i = 0; i < row_width(&p->s->planes[plane]); i++)
+                assert_true(element(p->s, p->data, plane, row, i) == element(p->s, p->s->data, plane, row, i));
+    return 0;
+}
+
+static void load_in_groups(const synthetic *s, xkv_hook *hook, uint32_t count, uint32_t groups)
+{
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = count};
+    xkv_hook_match_options o = xkv_hook_match_options_default();
+    xkv_hook_load_options load = xkv_hook_load_options_default();
+    uint8_t *data = calloc(1, s->size);
+    xkv_view *views = views_into(s, data);
+    progress p = {.s = s, .data = data, .count = count};
+    xkv_hook_found f;
+    xkv_hook_hit *hit = NULL;
+    o.compute_tokens = 0;
+    load.group_ready = layers_ready;
+    load.group_ready_user = &p;
+    load.positions = s->positions;
+    assert_ok(t.ctx, xkv_hook_match(t.ctx, hook, &ns, &prompt, &o, &f, &hit));
+    assert_int_equal(f.tokens, count);
+    assert_ok(t.ctx, xkv_hook_load(t.ctx, hit, &s->geometry, views, &load));
+    assert_int_equal(p.layers, LAYERS);
+    assert_int_equal(p.calls, groups);
+    xkv_hook_hit_close(hit);
+    free(views);
+    free(data);
+}
+
+/* Two layers a group, then one, then four: whoever loads sees the groups of the last entry. */
+static void loads_announce_groups_of_all(void **state)
+{
+    (void)state;
+    static const uint32_t counts[] = {110, 180, SAMPLE}, layers[] = {2, 1, 4};
+    synthetic s = sample(2);
+    xkv_hook *hook = NULL;
+    assert_ok(t.ctx, xkv_hook_create(t.ctx, t.store, NULL, &hook));
+    for (uint32_t i = 0; i < 3; i++) {
+        xkv_pack_options pack = xkv_pack_options_default();
+        pack.chunk_tokens = CHUNK;
+        pack.group_layers = layers[i];
+        assert_int_equal(put_sample(&s, counts[i], &pack).parent != 0, i > 0);
+        xkv_hit *hit = NULL;
+        const xkv_entry *entry = NULL;
+        xkv_entry_info info;
+        assert_int_equal(match_tokens(counts[i], &hit).tokens, counts[i]);
+        assert_ok(t.ctx, xkv_hit_entry(t.ctx, hit, &entry));
+        xkv_entry_get_info(entry, &info);
+        xkv_hit_close(t.ctx, hit);
+        load_in_groups(&s, hook, counts[i], info.group_count);
+    }
+    xkv_hook_close(hook);
+    free_synthetic(&s);
+}
+
+/* --- Damage and repair -------------------------------------------------------------------------------------------- */
+
+typedef struct blob_file {
+    char path[256];
+    uint8_t *data;
+    size_t size;
+} blob_file;
+
+static blob_file read_blob(uint64_t id)
+{
+    blob_file b;
     struct stat st;
-    blob_path(id, path);
-    int fd = open(path, O_RDWR);
-    assert_int_equal(fstat(fd, &st), 0);
-    assert_int_equal(pread(fd, &byte, 1, st.st_size / 2), 1);
-    byte ^= 8;
-    assert_int_equal(pwrite(fd, &byte, 1, st.st_size / 2), 1);
+    const xkv_store_item *item = item_of(id);
+    assert_non_null(item);
+    snprintf(b.path, sizeof b.path, "%s/blobs/%s", t.path, xkv_blob_name_of(item->blob, id).text);
+    int fd = open(b.path, O_RDONLY);
+    assert_true(fd >= 0 && fstat(fd, &st) == 0);
+    b.size = (size_t)st.st_size;
+    b.data = malloc(b.size);
+    assert_int_equal(read(fd, b.data, b.size), st.st_size);
+    close(fd);
+    return b;
+}
+
+static void write_file(const char *path, const uint8_t *data, size_t size)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, data, size), (ssize_t)size);
     close(fd);
 }
 
-static void repair(void)
+static void flip(uint64_t id, long from_end)
 {
+    blob_file b = read_blob(id);
+    b.data[b.size - (size_t)from_end] ^= 4;
+    write_file(b.path, b.data, b.size);
+    free(b.data);
+}
+
+static xkv_repair_report repair(bool lose_index)
+{
+    xkv_repair_report r;
+    char path[96];
     xkv_store_close(t.ctx, t.store);
     t.store = NULL;
-    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, NULL));
+    snprintf(path, sizeof path, "%s/index/data.mdb", t.path);
+    if (lose_index)
+        assert_int_equal(unlink(path), 0);
+    assert_ok(t.ctx, xkv_store_repair(t.ctx, t.path, NULL, 0, &r));
     open_with_clock();
+    return r;
 }
 
-static void exported_lines_can_be_imported(void **state)
-{
-    (void)state;
-    uint64_t ids[3];
-    memory m = {0};
-    xkv_output output = memory_output(&m);
-    xkv_put_report report;
-    put_line(ids);
-    assert_ok(t.ctx, xkv_store_export(t.ctx, t.store, &ns, ids[2], &output));
-    remove_folder(&t);
-    make_store(&t, 0);
-    for (size_t at = 0; at < m.size; at += 97) {
-        xkv_input bad = xkv_input_from_memory(m.data, m.size), cut = xkv_input_from_memory(m.data, at);
-        m.data[at] ^= 4;
-        assert_int_not_equal(xkv_store_import(t.ctx, t.store, &bad, &report), XKV_OK);
-        m.data[at] ^= 4;
-        assert_true(xkv_store_import(t.ctx, t.store, &cut, &report) != XKV_OK || report.tokens < LONG);
-        uint32_t tokens_found = found(LONG); /* what came before the damage may be there, whole */
-        assert_true(tokens_found == 0 || tokens_found == 100 || tokens_found == 200);
-    }
-    xkv_input good = xkv_input_from_memory(m.data, m.size);
-    assert_ok(t.ctx, xkv_store_import(t.ctx, t.store, &good, &report));
-    assert_int_equal(report.tokens, LONG);
-    assert_int_equal(report.base_tokens, 192);
-    assert_int_equal(found(LONG), LONG);
-    assert_sound(3);
-    free(m.data);
-}
-
-static void what_is_shared_is_counted(void **state)
-{
-    (void)state;
-    const uint64_t row = 2 * STORE_LAYERS * STORE_WIDTH * 4;
-    uint64_t ids[3];
-    put_line(ids);
-    assert_int_equal(stats().extending, 2);
-    assert_int_equal(stats().bytes_shared, row * (96 + 192));
-    assert_ok(t.ctx, xkv_store_remove(t.ctx, t.store, &ns, ids[2]));
-    assert_int_equal(stats().extending, 1);
-    assert_int_equal(stats().bytes_shared, row * 96);
-}
-
-/* Whichever of the three it is, no row of it is handed out; the others are whole, or gone. */
-static void damage_of_a_line_is_a_miss(void **state)
+/* Whichever entry is damaged: what extends it is not served, what it extends is. */
+static void damage_takes_what_extends_it(void **state)
 {
     (void)state;
     for (uint32_t bad = 0; bad < 3; bad++) {
         uint64_t ids[3];
+        xkv_hit *hit = NULL;
         put_line(ids);
-        damage_blob(ids[bad]);
-        for (int i = 0; i < 4; i++) { /* each look finds one more damage */
-            xkv_hit *hit = NULL;
-            xkv_status status = XKV_OK;
-            xkv_match m = match_tokens(LONG, &hit);
-            assert_true(hit == NULL || hit_is_right(t.ctx, hit, m.tokens, tokens, &status) || status != XKV_OK);
-            xkv_hit_close(t.ctx, hit);
-        }
+        flip(ids[bad], 1000); /* before the last chunk, of which nothing is taken over */
+        assert_int_equal(match_tokens(LONG, &hit).tokens, LONG);
+        rows *got = make_rows(NULL, LONG);
+        assert_true(xkv_is_damage(xkv_hit_read(t.ctx, hit, NULL, got->views)));
+        free(got);
+        xkv_hit_close(t.ctx, hit);
         assert_int_equal(found(LONG), 100 * bad);
-        assert_true(stats().corrupt > bad);
+        assert_int_equal(stats().corrupt, bad + 1);
         assert_sound(bad);
         assert_ok(t.ctx, xkv_store_remove_namespace(t.ctx, t.store, &ns, NULL));
     }
 }
 
-static void a_repair_rebuilds_lines(void **state)
+static void missing_blobs_take_what_extends_them(void **state)
+{
+    (void)state;
+    uint64_t ids[3];
+    xkv_hit *hit = NULL;
+    put_line(ids);
+    blob_file b = read_blob(ids[1]);
+    assert_int_equal(unlink(b.path), 0);
+    free(b.data);
+    assert_string_not_equal(verify().first, "");
+    xkv_match m = match_tokens(LONG, &hit);
+    assert_int_equal(m.tokens, 100);
+    xkv_hit_close(t.ctx, hit);
+    assert_int_equal(found(LONG), 100);
+    assert_sound(1);
+}
+
+static void lines_are_rebuilt_from_blobs(void **state)
+{
+    (void)state;
+    for (int lose = 0; lose < 2; lose++) {
+        uint64_t ids[3];
+        put_line(ids);
+        assert_ok(t.ctx, xkv_store_pin(t.ctx, t.store, &ns, ids[1], 1));
+        assert_int_equal(repair(lose != 0).entries, 3);
+        assert_sound(3);
+        for (uint32_t i = 0; i < 3; i++) {
+            assert_int_equal(item_of(ids[i])->parent, i > 0 ? ids[i - 1] : 0);
+            assert_int_equal(item_of(ids[i])->children, i < 2);
+            assert_int_equal(item_of(ids[i])->pinned, i == 1 && !lose);
+        }
+        assert_int_equal(found(LONG), LONG);
+        flip(ids[1], 10);
+        xkv_repair_report r = repair(lose != 0);
+        assert_int_equal(r.entries, 1);
+        assert_int_equal(r.quarantined, 2);
+        assert_int_equal(found(LONG), 100);
+        assert_sound(1);
+        assert_ok(t.ctx, xkv_store_remove_namespace(t.ctx, t.store, &ns, NULL));
+    }
+}
+
+/* A link as spec/store.md, section 11, has it. */
+static uint8_t *link_of(const blob_file *b)
+{
+    uint32_t symbols = xkv_load32(b->data + 32), names = xkv_load32(b->data + 36);
+    return b->data + 256 + 8 * ((symbols + 1023) / 1024 + 1) + 4 * symbols + 40 * names;
+}
+
+static void seal_link(uint8_t *link)
+{
+    xkv_store64(link + 56, XXH3_64bits(link, 56));
+}
+
+enum {
+    OWN_ID,
+    MISSING_ID,
+    OTHER_HASH,
+    NO_BASE,
+    FRAMING_BEYOND,
+    BASE_BELOW,
+    BASE_BEYOND,
+    BASE_OF_ALL,
+    OTHER_SPACE,
+    OTHER_TOKENS,
+    BASE_NEAR,
+    LIES
+};
+
+/* The third entry of a line, with a link that is not true. */
+static void lie(uint8_t *link, int which, const uint64_t ids[3], uint64_t other)
+{
+    const xkv_store_item *item;
+    switch (which) {
+    case OWN_ID:
+        xkv_store64(link + 32, ids[2]);
+        break;
+    case MISSING_ID:
+        xkv_store64(link + 32, 1000);
+        break;
+    case OTHER_HASH:
+        link[5] ^= 1;
+        break;
+    case NO_BASE:
+        xkv_store32(link + 40, 0);
+        break;
+    case FRAMING_BEYOND:
+        xkv_store32(link + 44, 1u << 20);
+        break;
+    case BASE_BELOW: /* the second entry holds nothing before token 96 */
+        xkv_store32(link + 40, 96);
+        break;
+    case BASE_NEAR: /* by itself it could be true */
+        xkv_store32(link + 40, 193);
+        break;
+    case BASE_BEYOND:
+        xkv_store32(link + 40, 201);
+        break;
+    case BASE_OF_ALL:
+        xkv_store32(link + 40, 300);
+        break;
+    default:
+        item = item_of(other);
+        assert_non_null(item);
+        xkv_store64(link + 32, other);
+        memcpy(link, item->blob, 32);
+    }
+    seal_link(link);
+}
+
+static void links_that_lie_are_refused(void **state)
+{
+    (void)state;
+    for (int which = 0; which < LIES; which++) {
+        uint64_t ids[3], other = 0;
+        xkv_namespace mine = ns;
+        put_line(ids);
+        blob_file b = read_blob(ids[2]);
+        if (which == OTHER_TOKENS)
+            tokens[150] += 1;
+        if (which == OTHER_SPACE)
+            ns = make_namespace("other");
+        if (which == OTHER_SPACE || which == OTHER_TOKENS)
+            other = put(200).id;
+        lie(link_of(&b), which, ids, other);
+        ns = mine;
+        if (which == OTHER_TOKENS)
+            tokens[150] -= 1;
+
+        /* Under its old name: the record says what the link should be. */
+        write_file(b.path, b.data, b.size);
+        xkv_hit *hit = NULL;
+        assert_int_equal(match_tokens(LONG, &hit).tokens, LONG);
+        rows *got = make_rows(NULL, LONG);
+        assert_int_equal(xkv_hit_read(t.ctx, hit, NULL, got->views), XKV_ERROR_CORRUPT);
+        free(got);
+        xkv_hit_close(t.ctx, hit);
+        assert_int_equal(found(LONG), 200);
+        if (which == BASE_NEAR) {
+            free(b.data);
+            break;
+        }
+
+        /* Under its true one, when the index is made anew. */
+        uint8_t hash[32];
+        const xkv_input input = xkv_input_from_memory(b.data, b.size);
+        assert_ok(t.ctx, xkv_blob_hash(t.ctx, &input, hash));
+        snprintf(b.path, sizeof b.path, "%s/blobs/%s", t.path, xkv_blob_name_of(hash, ids[2]).text);
+        write_file(b.path, b.data, b.size);
+        assert_int_equal(repair(true).quarantined, 1);
+        assert_int_equal(found(LONG), 200);
+        if (which == OTHER_SPACE)
+            assert_int_equal(verify().entries, 3);
+        else
+            assert_sound(which == OTHER_TOKENS ? 3 : 2);
+        free(b.data);
+        teardown(NULL);
+        setup(NULL);
+    }
+}
+
+/* An index that says entries extend each other in a ring is not followed for ever. */
+static xkv_status make_ring(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    const uint64_t *ids = change->user;
+    xkv_key mark = xkv_key_pair(XKV_TABLE_CHILD, ids[2], ids[0]);
+    xkv_item item;
+    (void)meta;
+    XKV_TRY(xkv_txn_get_item(txn, ids[0], &item));
+    item.parent = ids[2];
+    item.base_tokens = 50;
+    XKV_TRY(xkv_txn_put_mark(txn, &mark));
+    return xkv_txn_put_item(txn, &item);
+}
+
+static void rings_end(void **state)
 {
     (void)state;
     uint64_t ids[3];
     put_line(ids);
-    repair();
+    xkv_change change = {.store = t.store, .body = make_ring, .user = ids};
+    assert_ok(t.ctx, xkv_store_change(t.ctx, &change));
+    assert_string_not_equal(verify().first, "");
+    xkv_hit *hit = NULL;
+    assert_int_equal(match_tokens(LONG, &hit).tokens, 0);
+    assert_null(hit);
+    (void)!xkv_store_remove(t.ctx, t.store, &ns, ids[1]);
+    repair(true);
+    assert_sound(stats().entries);
+}
+
+/* --- Export and import -------------------------------------------------------------------------------------------- */
+
+static memory export(uint64_t id)
+{
+    memory m = {.data = NULL};
+    const xkv_output output = memory_output(&m);
+    assert_ok(t.ctx, xkv_store_export(t.ctx, t.store, &ns, id, &output));
+    return m;
+}
+
+static void make_other_store(const uint8_t *key)
+{
+    xkv_store_properties p = xkv_store_properties_default();
+    xkv_store_options o = xkv_store_options_default();
+    teardown(NULL);
+    make_folder(&t);
+    p.block_tokens = 16;
+    p.key = o.key = key;
+    assert_ok(t.ctx, xkv_store_create(t.ctx, t.path, &p));
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+}
+
+static xkv_status import(const memory *m, size_t size, xkv_put_report *report)
+{
+    const xkv_input input = xkv_input_from_memory(m->data, size);
+    return xkv_store_import(t.ctx, t.store, &input, report);
+}
+
+/* From a store into another, from there into an encrypted one, and from that into a third. */
+static void exports_hold_the_line(void **state)
+{
+    (void)state;
+    const uint8_t key[32] = {1, 2, 3};
+    uint64_t ids[3];
+    xkv_put_report r;
+    put_line(ids);
+    put(290); /* not exported */
+    for (int i = 0; i < 3; i++) {
+        memory m = export(ids[2]);
+        make_other_store(i == 1 ? key : NULL);
+        assert_ok(t.ctx, import(&m, m.size, &r));
+        assert_int_equal(r.base_tokens, 192);
+        ids[2] = r.id;
+        assert_int_equal(found(LONG), LONG);
+        assert_int_equal(stats().extending, 2);
+        assert_int_equal(stats().bytes_shared, (96 + 192) * 2 * STORE_WIDTH * 4);
+        assert_sound(3);
+        assert_ok(t.ctx, import(&m, m.size, &r));
+        assert_int_equal(r.existed, 1);
+        assert_sound(3);
+        memory_free(&m);
+    }
+}
+
+/* What an entry of the file extends may be there already, as an entry that extends others. */
+static void imports_join_what_is_there(void **state)
+{
+    (void)state;
+    xkv_put_options o = xkv_put_options_default();
+    xkv_put_report r;
+    o.whole = 1;
+    put(100);
+    put_with(200, o);
+    memory m = export(put(300).id); /* of two entries: 200 whole, and 300 */
+    make_other_store(NULL);
+    put(100);
+    put(200);
+    assert_ok(t.ctx, import(&m, m.size, &r));
+    assert_int_equal(r.base_tokens, 192);
     assert_int_equal(found(LONG), LONG);
     assert_sound(3);
-    damage_blob(ids[1]);
-    repair();
-    assert_int_equal(found(LONG), 100);
-    assert_sound(1);
+    assert_int_equal(stats().extending, 2);
+    memory_free(&m);
+}
+
+static void damaged_exports_are_refused(void **state)
+{
+    (void)state;
+    uint64_t ids[3];
+    put_line(ids);
+    memory m = export(ids[2]);
+    make_other_store(NULL);
+    for (size_t i = 0; i < m.size; i += 97) {
+        m.data[i] ^= 16;
+        assert_int_not_equal(import(&m, m.size, NULL), XKV_OK);
+        m.data[i] ^= 16;
+        assert_int_not_equal(import(&m, i, NULL), XKV_OK);
+    }
+    assert_sound(stats().entries);
+    assert_true(found(LONG) <= 200);
+    size_t first = (size_t)xkv_load64(m.data + 16); /* the second and third one without the first */
+    const memory rest = {.data = m.data + first, .size = m.size - first};
+    assert_ok(t.ctx, xkv_store_remove_namespace(t.ctx, t.store, &ns, NULL));
+    assert_int_equal(import(&rest, rest.size, NULL), XKV_ERROR_CORRUPT);
+    assert_sound(0);
+    memory_free(&m);
+}
+
+static void exports_hold_dictionaries(void **state)
+{
+    (void)state;
+    trained d = train();
+    synthetic s = sample(2);
+    xkv_pack_options pack = xkv_pack_options_default();
+    pack.chunk_tokens = CHUNK;
+    pack.dict = d.dict;
+    put_sample(&s, 128, &pack);
+    memory m = export(put_sample(&s, SAMPLE, &pack).id);
+    uint8_t *before = load_sample(&s, SAMPLE);
+    xkv_dict_close(t.ctx, d.dict);
+    d.dict = NULL;
+    make_other_store(NULL);
+    assert_ok(t.ctx, import(&m, m.size, NULL));
+    assert_int_equal(stats().dictionaries, 1);
+    uint8_t *after = load_sample(&s, SAMPLE);
+    assert_memory_equal(before, after, s.size);
+    assert_sound(2);
+    free(before);
+    free(after);
+    free_synthetic(&s);
+    free_trained(&d);
+    memory_free(&m);
 }
 
 int main(void)
@@ -563,15 +1121,26 @@ int main(void)
         TEST(readers_keep_the_line),
         TEST(removal_takes_what_extends_it),
         TEST(what_is_extended_lives_as_long),
+        TEST(what_is_shared_is_counted),
         TEST(what_adds_no_chunk_is_passed_over),
         TEST(options_can_forbid_it),
         TEST(what_is_worse_is_not_extended),
+        TEST(what_is_extended_may_go),
+        TEST(the_cap_is_for_the_whole),
         TEST(other_caches_are_not_extended),
         TEST(lines_are_bounded),
-        TEST(exported_lines_can_be_imported),
-        TEST(what_is_shared_is_counted),
-        TEST(damage_of_a_line_is_a_miss),
-        TEST(a_repair_rebuilds_lines),
+        TEST(lines_of_lossy_entries),
+        TEST(what_is_coarser_is_not_extended),
+        TEST(loads_announce_groups_of_all),
+        TEST(damage_takes_what_extends_it),
+        TEST(missing_blobs_take_what_extends_them),
+        TEST(lines_are_rebuilt_from_blobs),
+        TEST(links_that_lie_are_refused),
+        TEST(rings_end),
+        TEST(exports_hold_the_line),
+        TEST(imports_join_what_is_there),
+        TEST(damaged_exports_are_refused),
+        TEST(exports_hold_dictionaries),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

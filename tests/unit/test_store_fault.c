@@ -157,17 +157,26 @@ int fchmod(int fd, mode_t m)
 
 /* --- Changes ------------------------------------------------------------------------------------------------------ */
 
-enum { ENTRIES = 4, SIZE = 40 };
+enum { ENTRIES = 4, SIZE = 40, CHUNK = 32, EXTENDED = 2 * SIZE };
 
 static test_store t;
 static xkv_namespace ns;
+
+static xkv_status put_chunked(const int32_t *tokens, uint32_t count, xkv_put_report *report)
+{
+    xkv_pack_options pack = xkv_pack_options_default();
+    xkv_put_options o = xkv_put_options_default();
+    pack.chunk_tokens = CHUNK;
+    o.pack = &pack;
+    return put_rows(t.ctx, t.store, &ns, tokens, count, &o, report);
+}
 
 static xkv_status put_number(uint64_t number)
 {
     int32_t tokens[SIZE];
     make_tokens(number / 2, 50000, tokens, SIZE); /* pairs share their first half */
     tokens[SIZE / 2] += (int32_t)(number % 2);
-    return put_rows(t.ctx, t.store, &ns, tokens, SIZE, NULL, NULL);
+    return put_chunked(tokens, SIZE, NULL);
 }
 
 /* 1: found and right; 0: not found, or a shorter prefix of another one. */
@@ -225,6 +234,70 @@ static xkv_status run_remove_and_repair(void)
     assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, NULL, &t.store));
     if (look_up(1))
         fail_msg("call %ld: the removed entry is back", calls);
+    return XKV_OK;
+}
+
+/* --- Entries that extend others ----------------------------------------------------------------------------------- */
+
+/* A prompt that goes on where entry 1 ends, in the chunk before. */
+static void extended_tokens(int32_t tokens[EXTENDED])
+{
+    make_tokens(0, 50000, tokens, SIZE);
+    make_tokens(99, 50000, tokens + SIZE, SIZE);
+}
+
+static xkv_status run_extend(void)
+{
+    int32_t tokens[EXTENDED];
+    xkv_put_report report;
+    extended_tokens(tokens);
+    xkv_status status = put_chunked(tokens, EXTENDED, &report);
+    if (status == XKV_OK && calls < fail_at) /* nothing has failed so far */
+        assert_int_equal(report.base_tokens, CHUNK);
+    return status;
+}
+
+/* Whatever is found of it is right. */
+static uint32_t look_up_extended(void)
+{
+    int32_t tokens[EXTENDED];
+    xkv_match m;
+    xkv_hit *hit = NULL;
+    xkv_status status;
+    extended_tokens(tokens);
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = EXTENDED};
+    assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit));
+    if (hit != NULL)
+        assert_true(hit_is_right(t.ctx, hit, m.tokens, tokens, &status));
+    xkv_hit_close(t.ctx, hit);
+    return m.tokens;
+}
+
+static xkv_status run_extend_and_evict(void)
+{
+    xkv_store_stats s;
+    xkv_status status = run_extend();
+    if (status == XKV_OK)
+        status = xkv_store_get_stats(t.ctx, t.store, &s);
+    return status == XKV_OK ? xkv_store_set_cap(t.ctx, t.store, s.bytes / 3, NULL) : status;
+}
+
+static xkv_status run_extend_and_remove(void)
+{
+    xkv_status status = run_extend();
+    return status == XKV_OK ? xkv_store_remove(t.ctx, t.store, &ns, 1) : status;
+}
+
+static xkv_status run_extend_and_repair(void)
+{
+    xkv_status status = run_extend();
+    if (status == XKV_OK)
+        status = repair(0);
+    if (status != XKV_OK)
+        return status;
+    fail_at = 0;
+    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, NULL, &t.store));
+    assert_int_equal(look_up_extended(), EXTENDED);
     return XKV_OK;
 }
 
@@ -354,6 +427,10 @@ static const change changes[] = {
     {"remove and repair", run_remove_and_repair, 1, 1, 40},
     {"save", run_save, 1, 0, 20},
     {"load", run_load, 1, 0, 4},
+    {"extend", run_extend, 1, 0, 20},
+    {"extend and evict", run_extend_and_evict, 0, 3, 30},
+    {"extend and remove", run_extend_and_remove, 0, 0, 30},
+    {"extend and repair", run_extend_and_repair, 1, 0, 60},
 };
 
 /* --- One attempt -------------------------------------------------------------------------------------------------- */
@@ -394,6 +471,7 @@ static void check(const change *c)
             fail_msg("%s: entry %u is lost", c->name, i);
     }
     look_up(ENTRIES);
+    look_up_extended();
 }
 
 /* With the n-th call failing; true when none failed any more. */
