@@ -651,9 +651,7 @@ xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_
     d.first = o.first_token;
     d.end = o.first_token + o.token_count;
     d.first_chunk = d.first / entry->c.chunk_tokens;
-    XKV_TRY_GOTO(xkv_moves_create(ctx, &entry->c, d.first, o.token_count, o.first_group, o.first_group + o.group_count,
-                                  o.positions, &d.moves),
-                 out);
+    XKV_TRY_GOTO(xkv_moves_create(ctx, &entry->c.geometry, entry->c.groups, &o, &d.moves), out);
     XKV_TRY_GOTO(init(&d), out);
     XKV_TRY_GOTO(restore_groups(&d, &o), out);
 out:

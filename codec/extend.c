@@ -2,6 +2,7 @@
  * a range across them. */
 #include "engine_file.h"
 #include "entry_internal.h"
+#include "moves.h"
 
 /* --- Geometry ----------------------------------------------------------------------------------------------------- */
 
@@ -151,15 +152,31 @@ static int bytes_read(void *user, uint64_t done, uint64_t total)
     return r->o->progress(r->o->progress_user, r->read + done, r->total);
 }
 
+static bool some_groups(const reading *r)
+{
+    return r->o->group_count < r->entry->c.group_count;
+}
+
+/* What one of the entries would refuse, before another has touched a view. */
+static xkv_status check_asked(const reading *r)
+{
+    uint32_t limit = UINT32_MAX, first, end;
+    xkv_moves moves;
+
+    for (const xkv_entry *e = r->entry; e; limit = e->base, e = e->parent)
+        if (some_groups(r) && rows_of(e, r->o, limit, &first, &end) && !same_groups(&e->c, &r->entry->c))
+            return xkv_fail(r->ctx, XKV_ERROR_UNSUPPORTED,
+                            "some groups of an entry that extends another, whose groups are not the same");
+    XKV_TRY(xkv_moves_create(r->ctx, &r->entry->geometry, r->entry->c.groups, r->o, &moves));
+    xkv_moves_free(r->ctx, &moves);
+    return XKV_OK;
+}
+
 static xkv_status read_rows(reading *r, const xkv_entry *e, uint32_t first, uint32_t end)
 {
     xkv_read_options o = xkv_read_options_default();
-    uint32_t groups = r->entry->c.group_count;
 
-    if (r->o->first_group > 0 || r->o->group_count < groups) {
-        if (!same_groups(&e->c, &r->entry->c))
-            return xkv_fail(r->ctx, XKV_ERROR_UNSUPPORTED,
-                            "some groups of an entry that extends another, whose groups are not the same");
+    if (some_groups(r)) {
         o.first_group = r->o->first_group;
         o.group_count = r->o->group_count;
     }
@@ -208,6 +225,7 @@ xkv_status xkv_extended_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_r
     r.total = asked_bytes(entry, o);
     XKV_TRY_GOTO(XKV_NEW(ctx, entry->geometry.plane_count, &r.shifted), out);
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, entry->geometry.plane_count, &r.done), out);
+    XKV_TRY_GOTO(check_asked(&r), out);
     XKV_TRY_GOTO(read_some(&r, false), out);
     XKV_TRY_GOTO(read_some(&r, true), out);
 out:

@@ -15,11 +15,12 @@ static xkv_status subtract(xkv_ctx *ctx, const int32_t *to, const int32_t *from,
 }
 
 /* A K whose rotation the entry does not know cannot be turned. */
-static xkv_status check_ropes(xkv_ctx *ctx, const xkv_container *c, uint32_t group, uint32_t group_end)
+static xkv_status check_ropes(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_group *groups,
+                              const xkv_read_options *o)
 {
-    for (uint32_t i = group; i < group_end; i++)
-        for (uint32_t j = 0; j < c->groups[i].plane_count; j++) {
-            const xkv_plane *p = &c->geometry.planes[c->groups[i].planes[j]];
+    for (uint32_t i = o->first_group; i < o->first_group + o->group_count; i++)
+        for (uint32_t j = 0; j < groups[i].plane_count; j++) {
+            const xkv_plane *p = &geometry->planes[groups[i].planes[j]];
             if ((p->kind == XKV_PLANE_K || p->kind == XKV_PLANE_K_ROPE) && p->rope == XKV_NO_ROPE)
                 return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED,
                                 "%s of layer %u has no known RoPE: it cannot be moved to other positions",
@@ -40,23 +41,23 @@ static xkv_status copy_ropes(xkv_ctx *ctx, const xkv_geometry *geometry, xkv_mov
     return XKV_OK;
 }
 
-xkv_status xkv_moves_create(xkv_ctx *ctx, const xkv_container *c, uint32_t first, uint32_t count, uint32_t group,
-                            uint32_t group_end, const int32_t *positions, xkv_moves *m)
+xkv_status xkv_moves_create(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_group *groups,
+                            const xkv_read_options *o, xkv_moves *m)
 {
-    const int32_t *stored = c->geometry.positions + first;
+    const int32_t *stored = geometry->positions + o->first_token;
     xkv_status status = XKV_OK;
     bool any;
 
     *m = (xkv_moves){.positions = stored};
-    if (!positions)
+    if (!o->positions)
         return XKV_OK;
-    XKV_TRY(XKV_NEW(ctx, count, &m->distances));
-    XKV_TRY_GOTO(subtract(ctx, positions, stored, count, m->distances, &any), out);
+    XKV_TRY(XKV_NEW(ctx, o->token_count, &m->distances));
+    XKV_TRY_GOTO(subtract(ctx, o->positions, stored, o->token_count, m->distances, &any), out);
     if (!any)
         goto out;
-    m->positions = positions;
-    XKV_TRY_GOTO(check_ropes(ctx, c, group, group_end), out);
-    XKV_TRY_GOTO(copy_ropes(ctx, &c->geometry, m), out);
+    m->positions = o->positions;
+    XKV_TRY_GOTO(check_ropes(ctx, geometry, groups, o), out);
+    XKV_TRY_GOTO(copy_ropes(ctx, geometry, m), out);
     return XKV_OK;
 out:
     xkv_moves_free(ctx, m);

@@ -3,6 +3,7 @@
 #define XKV_MOVES_H
 
 #include "container.h"
+#include "xkv/codec.h"
 
 /* From the entry's positions to those asked for. Groups that are coded before RoPE are rotated to the new position;
  * rows that are stored exactly turn once more, by the distance, which is the same for any RoPE whose angles are a
@@ -14,10 +15,10 @@ typedef struct xkv_moves {
     xkv_rope *ropes;
 } xkv_moves;
 
-/* Of `count` tokens from `first` on, in groups [group, group_end). `positions` NULL: they stay.
- * Errors: ARGUMENT (a distance too large), UNSUPPORTED (a K without a known RoPE), MEMORY. */
-XKV_MUST_CHECK xkv_status xkv_moves_create(xkv_ctx *ctx, const xkv_container *c, uint32_t first, uint32_t count,
-                                           uint32_t group, uint32_t group_end, const int32_t *positions, xkv_moves *m);
+/* Of the tokens and groups that are asked for; `geometry` is that of the planes of `groups`. Without positions they
+ * stay. Errors: ARGUMENT (a distance too large), UNSUPPORTED (a K without a known RoPE), MEMORY. */
+XKV_MUST_CHECK xkv_status xkv_moves_create(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_group *groups,
+                                           const xkv_read_options *o, xkv_moves *m);
 void xkv_moves_free(xkv_ctx *ctx, xkv_moves *m);
 
 #endif

@@ -154,6 +154,29 @@ static void restore_range(xkv_hit *hit, uint32_t first, uint32_t count)
     free(got);
 }
 
+/* What an entry refuses is refused before another one has touched a view: rows without a known RoPE stay. */
+static void refused_reads_touch_nothing(void **state)
+{
+    (void)state;
+    uint64_t ids[3];
+    xkv_hit *hit = NULL;
+    rows *got = make_rows(NULL, LONG), *untouched = make_rows(NULL, LONG);
+    xkv_read_options o = xkv_read_options_default();
+    put_line(ids);
+    assert_int_equal(match_tokens(LONG, &hit).tokens, LONG);
+    o.positions = got->positions;
+    for (uint32_t i = 0; i < LONG; i += LONG - 1) {
+        got->positions[i]++;
+        assert_int_equal(xkv_hit_read(t.ctx, hit, &o, got->views), XKV_ERROR_UNSUPPORTED);
+        got->positions[i]--;
+        assert_memory_equal(got->data, untouched->data, sizeof got->data);
+    }
+    assert_ok(t.ctx, xkv_hit_read(t.ctx, hit, &o, got->views));
+    xkv_hit_close(t.ctx, hit);
+    free(got);
+    free(untouched);
+}
+
 /* Ranges that begin and end around every boundary. */
 static void every_range_is_restored(void **state)
 {
@@ -1115,6 +1138,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(only_what_is_new_is_stored),
         TEST(every_range_is_restored),
+        TEST(refused_reads_touch_nothing),
         TEST(lines_are_evicted_from_the_end),
         TEST(uses_count_for_what_is_extended),
         TEST(pins_keep_the_line),
