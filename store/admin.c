@@ -423,11 +423,8 @@ static xkv_status copy_blob(exporting *e, const uint8_t hash[32], const int *fd)
     xkv_input file, plain;
     xkv_sealed sealed;
     xkv_shift shift;
-    uint8_t found[32];
     XKV_TRY(xkv_blob_file(e->ctx, fd, &file));
-    XKV_TRY(xkv_blob_hash(e->ctx, &file, found));
-    if (memcmp(found, hash, 32) != 0)
-        return xkv_fail(e->ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    XKV_TRY(xkv_blob_check_hash(e->ctx, &file, hash));
     XKV_TRY(xkv_blob_plain(e->ctx, e->store->key, &file, &sealed, &plain));
     xkv_output output = xkv_output_from(&shift, e->output, e->size);
     e->size += plain.size;

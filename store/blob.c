@@ -176,6 +176,15 @@ xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32])
     return XKV_OK;
 }
 
+xkv_status xkv_blob_check_hash(xkv_ctx *ctx, const xkv_input *file, const uint8_t expected[32])
+{
+    uint8_t hash[32];
+    XKV_TRY(xkv_blob_hash(ctx, file, hash));
+    return memcmp(hash, expected, sizeof hash) == 0
+               ? XKV_OK
+               : xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+}
+
 /* --- Head --------------------------------------------------------------------------------------------------------- */
 
 static void sign_head(uint8_t bytes[XKV_BLOB_HEAD])

@@ -121,6 +121,8 @@ XKV_MUST_CHECK xkv_status xkv_blob_next(xkv_ctx *ctx, const xkv_input *file, uin
 XKV_MUST_CHECK xkv_status xkv_input_copy(xkv_ctx *ctx, const xkv_input *from, const xkv_output *to);
 /* SHA-256 of a whole input. */
 XKV_MUST_CHECK xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32]);
+/* Compare it with that of the file's name or record. CHECKSUM [SB6]. */
+XKV_MUST_CHECK xkv_status xkv_blob_check_hash(xkv_ctx *ctx, const xkv_input *file, const uint8_t expected[32]);
 
 /* --- Removing --- */
 

@@ -17,11 +17,8 @@ static xkv_status decode_opened(xkv_ctx *own, const xkv_store *store, const xkv_
     xkv_sealed sealed;
     xkv_window window;
     xkv_blob_head head;
-    uint8_t hash[32];
     XKV_TRY(xkv_blob_file(own, fd, &raw));
-    XKV_TRY(xkv_blob_hash(own, &raw, hash));
-    if (memcmp(hash, record->blob, 32) != 0)
-        return xkv_fail(own, XKV_ERROR_CHECKSUM, "the SHA-256 of a dictionary does not match [SB6]");
+    XKV_TRY(xkv_blob_check_hash(own, &raw, record->blob));
     XKV_TRY(xkv_blob_plain(own, store->key, &raw, &sealed, &file));
     XKV_TRY(xkv_blob_read_head(own, &file, &head));
     xkv_input payload = xkv_input_window(&window, &file, head.payload_offset, head.payload_size);

@@ -647,10 +647,7 @@ static xkv_status open_part(xkv_ctx *ctx, xkv_hit *hit, uint32_t i)
 /* A payload that asks for a newer program and is not what was written is damaged. */
 static xkv_status check_newer(xkv_ctx *ctx, xkv_hit *hit, const part *p, xkv_status status)
 {
-    uint8_t hash[32];
-    XKV_TRY(xkv_blob_hash(ctx, &p->raw, hash));
-    if (memcmp(hash, p->item.blob, 32) != 0)
-        return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    XKV_TRY(xkv_blob_check_hash(ctx, &p->raw, p->item.blob));
     hit->spared = true;
     return status;
 }
@@ -722,9 +719,8 @@ static const xkv_item *find_damaged(xkv_ctx *ctx, const xkv_hit *hit)
     for (uint32_t i = hit->count; i-- > 1;) {
         const part *p = &hit->parts[i];
         xkv_input raw;
-        uint8_t hash[32];
-        if (xkv_blob_file(ctx, &p->fd, &raw) == XKV_OK && xkv_blob_hash(ctx, &raw, hash) == XKV_OK &&
-            memcmp(hash, p->item.blob, 32) != 0)
+        if (xkv_blob_file(ctx, &p->fd, &raw) == XKV_OK &&
+            xkv_blob_check_hash(ctx, &raw, p->item.blob) == XKV_ERROR_CHECKSUM)
             return &p->item;
     }
     return &hit->parts[0].item;

@@ -72,11 +72,8 @@ static xkv_status put_object(push *p, const char *name, const xkv_input *from, c
 static xkv_status put_blob(push *p, const char *name, const uint8_t hash[32], const int *fd)
 {
     xkv_input file;
-    uint8_t found[32];
     XKV_TRY(xkv_blob_file(p->ctx, fd, &file));
-    XKV_TRY(xkv_blob_hash(p->ctx, &file, found));
-    if (memcmp(found, hash, 32) != 0)
-        return xkv_fail(p->ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+    XKV_TRY(xkv_blob_check_hash(p->ctx, &file, hash));
     return put_object(p, name, &file, hash);
 }
 

@@ -259,7 +259,6 @@ static xkv_status take_file(repair *r, found *f, const int *fd)
     bool next = true;
     xkv_input raw, file;
     xkv_sealed sealed;
-    uint8_t hash[32];
     XKV_TRY(xkv_blob_file(r->ctx, fd, &raw));
     XKV_TRY(xkv_blob_plain(r->ctx, r->store->key, &raw, &sealed, &file));
     XKV_TRY(xkv_blob_read_head(r->ctx, &file, &f->head));
@@ -269,9 +268,7 @@ static xkv_status take_file(repair *r, found *f, const int *fd)
         XKV_TRY(is_next(r, f, &file, &next));
     if (!next)
         return XKV_OK;
-    XKV_TRY(xkv_blob_hash(r->ctx, &raw, hash));
-    if (memcmp(hash, f->item.blob, 32) != 0)
-        return xkv_fail(r->ctx, XKV_ERROR_CHECKSUM, "blob: its SHA-256 is not that of its name [SB6]");
+    XKV_TRY(xkv_blob_check_hash(r->ctx, &raw, f->item.blob));
     return insert_blob(r, f, &file);
 }
 

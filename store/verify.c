@@ -191,22 +191,13 @@ static xkv_status decode_all(verify *v)
     return status;
 }
 
-static xkv_status check_hash(verify *v, const xkv_input *file, const uint8_t expected[32])
-{
-    uint8_t hash[32];
-    XKV_TRY(xkv_blob_hash(v->ctx, file, hash));
-    return memcmp(hash, expected, 32) == 0
-               ? XKV_OK
-               : xkv_fail(v->ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
-}
-
 static xkv_status check_opened(verify *v, const int *fd)
 {
     xkv_input raw, file;
     xkv_sealed sealed;
     xkv_blob_head head;
     XKV_TRY(xkv_blob_file(v->ctx, fd, &raw));
-    XKV_TRY(check_hash(v, &raw, v->item->blob));
+    XKV_TRY(xkv_blob_check_hash(v->ctx, &raw, v->item->blob));
     XKV_TRY(xkv_blob_plain(v->ctx, v->store->key, &raw, &sealed, &file));
     XKV_TRY(xkv_blob_read_head(v->ctx, &file, &head));
     if (head.kind != XKV_BLOB_ENTRY || head.symbols != v->item->symbols || memcmp(head.key, v->item->key, 32) != 0)
@@ -300,7 +291,7 @@ static xkv_status check_dict(verify *v, const xkv_dict_record *dict)
     if (status == XKV_OK) {
         status = xkv_blob_file(v->ctx, &fd, &file);
         if (status == XKV_OK)
-            status = check_hash(v, &file, dict->blob);
+            status = xkv_blob_check_hash(v->ctx, &file, dict->blob);
         close(fd);
     }
     if (status == XKV_ERROR_NOT_FOUND)
