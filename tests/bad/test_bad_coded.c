@@ -387,16 +387,7 @@ static xkv_status check_dict(const memory *m)
 
 static xkv_status check_entry(const memory *m, const xkv_dict *dict)
 {
-    xkv_input input = xkv_input_from_memory(m->data, m->size);
-    xkv_entry *entry = NULL;
-    xkv_status status = xkv_entry_open(ctx, &input, &entry);
-
-    if (status == XKV_OK && dict)
-        status = xkv_entry_attach(ctx, entry, dict);
-    if (status == XKV_OK)
-        status = xkv_entry_verify(ctx, entry, NULL, NULL);
-    xkv_entry_close(ctx, entry);
-    return status;
+    return open_entry(ctx, dict, m->data, m->size);
 }
 
 static xkv_status check(const memory *m, base kind)

@@ -125,6 +125,35 @@ bool hit_is_right(xkv_ctx *ctx, xkv_hit *hit, uint32_t matched, const int32_t *t
     return right;
 }
 
+xkv_match find_rows(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const int32_t *tokens, uint32_t count)
+{
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = count};
+    xkv_match m;
+    xkv_hit *hit = NULL;
+    xkv_status status = XKV_OK;
+    assert_ok(ctx, xkv_store_match(ctx, store, ns, &prompt, 0, &m, &hit));
+    assert_true((hit != NULL) == (m.reason == XKV_MATCH_FOUND));
+    assert_true((m.tokens > 0) == (m.reason == XKV_MATCH_FOUND));
+    if (hit != NULL && !hit_is_right(ctx, hit, m.tokens, tokens, &status))
+        fail_msg("wrong rows: %s", xkv_ctx_error(ctx));
+    xkv_hit_close(ctx, hit);
+    return m;
+}
+
+synthetic small_cache(uint64_t seed)
+{
+    const synthetic_options o = {.layers = 2,
+                                 .tokens = 64,
+                                 .heads = 2,
+                                 .head_dim = 8,
+                                 .dtype = XKV_F32,
+                                 .rank = 6,
+                                 .group_layers = 2,
+                                 .noise = 0.1,
+                                 .seed = seed};
+    return make_synthetic(&o);
+}
+
 void make_tokens(uint64_t seed, int32_t vocabulary, int32_t *tokens, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++)

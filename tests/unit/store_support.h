@@ -42,6 +42,12 @@ xkv_status put_rows(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, con
 /* Restore what a hit has matched; true when all rows are those of the tokens. */
 bool hit_is_right(xkv_ctx *ctx, xkv_hit *hit, uint32_t matched, const int32_t *tokens, xkv_status *status);
 
+/* Look the prompt up, restore what is found and compare each row; wrong ones fail the test. */
+xkv_match find_rows(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const int32_t *tokens, uint32_t count);
+
+/* A cache of 64 tokens that a dictionary can be trained on. */
+synthetic small_cache(uint64_t seed);
+
 /* Tokens that depend on a seed alone. */
 void make_tokens(uint64_t seed, int32_t vocabulary, int32_t *tokens, uint32_t count);
 

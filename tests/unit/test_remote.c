@@ -325,18 +325,9 @@ static uint32_t look_up_with(machine *m, const char *salt, uint64_t seed, uint32
 {
     const xkv_namespace ns = ns_of(salt);
     int32_t tokens[STORE_TOKENS];
-    xkv_match match;
-    xkv_hit *hit = NULL;
     make_tokens(seed, 50000, tokens, count);
     make_tokens(seed + 1000, 50000, tokens + count, more);
-    const xkv_prompt prompt = {.tokens = tokens, .token_count = count + more};
-    assert_ok(m->ctx, xkv_store_match(m->ctx, m->s.store, &ns, &prompt, 0, &match, &hit));
-    if (hit != NULL) {
-        xkv_status status;
-        assert_true(hit_is_right(m->ctx, hit, match.tokens, tokens, &status));
-        xkv_hit_close(m->ctx, hit);
-    }
-    return match.tokens;
+    return find_rows(m->ctx, m->s.store, &ns, tokens, count + more).tokens;
 }
 
 static uint32_t look_up(machine *m, uint64_t seed, uint32_t count, uint32_t more)
@@ -893,20 +884,6 @@ static void test_queue_all(void **state)
 
 /* --- Dictionaries --- */
 
-static synthetic sample(uint64_t seed)
-{
-    const synthetic_options o = {.layers = 2,
-                                 .tokens = 64,
-                                 .heads = 2,
-                                 .head_dim = 8,
-                                 .dtype = XKV_F32,
-                                 .rank = 6,
-                                 .group_layers = 2,
-                                 .noise = 0.1,
-                                 .seed = seed};
-    return make_synthetic(&o);
-}
-
 /* Put a prompt on a, packed with a dictionary that is trained for it. */
 static void put_with_dict(uint64_t seed)
 {
@@ -914,7 +891,7 @@ static void put_with_dict(uint64_t seed)
     xkv_put_options o = xkv_put_options_default();
     xkv_pack_options pack = xkv_pack_options_default();
     int32_t tokens[64];
-    synthetic s = sample(seed);
+    synthetic s = small_cache(seed);
     const synthetic *list = &s;
     memory file = {0};
     xkv_dict *dict = NULL;

@@ -35,21 +35,9 @@ static uint64_t put(const xkv_namespace *ns, const int32_t *tokens, uint32_t cou
     return report.id;
 }
 
-/* Match, restore and check the rows; the match. */
 static xkv_match match(const xkv_namespace *ns, const int32_t *tokens, uint32_t count)
 {
-    xkv_prompt prompt = {.tokens = tokens, .token_count = count};
-    xkv_match m;
-    xkv_hit *hit = NULL;
-    assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, ns, &prompt, 0, &m, &hit));
-    assert_true((hit != NULL) == (m.reason == XKV_MATCH_FOUND));
-    assert_true((m.tokens > 0) == (m.reason == XKV_MATCH_FOUND));
-    if (hit != NULL) {
-        xkv_status status;
-        assert_true(hit_is_right(t.ctx, hit, m.tokens, tokens, &status));
-    }
-    xkv_hit_close(t.ctx, hit);
-    return m;
+    return find_rows(t.ctx, t.store, ns, tokens, count);
 }
 
 static xkv_store_stats stats(void)
@@ -285,14 +273,20 @@ static uint64_t test_clock(void *user)
 }
 
 /* The store anew, with a clock that stands still. */
-static void open_at(uint64_t seconds)
+static void open_with(uint64_t seconds, uint32_t access)
 {
     xkv_store_options o = xkv_store_options_default();
     test_time = seconds * 1000000u;
     o.clock = test_clock;
+    o.access = access;
     xkv_store_close(t.ctx, t.store);
     t.store = NULL;
     assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
+}
+
+static void open_at(uint64_t seconds)
+{
+    open_with(seconds, XKV_STORE_READ_WRITE);
 }
 
 static uint64_t put_numbered(const xkv_namespace *ns, uint64_t number, const xkv_put_options *o)
@@ -491,17 +485,6 @@ static uint32_t longest_alive(const int32_t query[LONGEST], uint64_t numbers)
     return longest;
 }
 
-static void open_read_only_at(uint64_t seconds)
-{
-    xkv_store_options o = xkv_store_options_default();
-    test_time = seconds * 1000000u;
-    o.clock = test_clock;
-    o.access = XKV_STORE_READ_ONLY;
-    xkv_store_close(t.ctx, t.store);
-    t.store = NULL;
-    assert_ok(t.ctx, xkv_store_open(t.ctx, t.path, &o, &t.store));
-}
-
 /* What is expired stays in a store that is open read-only, and hides nothing there. */
 static void expired_entries_hide_no_others(void **state)
 {
@@ -517,7 +500,7 @@ static void expired_entries_hide_no_others(void **state)
         o.ttl = i % 2 == 0 ? 10 : 0;
         assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, count, &o, NULL));
     }
-    open_read_only_at(120);
+    open_with(120, XKV_STORE_READ_ONLY);
     for (uint64_t i = 0; i < NUMBERS; i++) {
         (void)ageing_prompt(i, tokens);
         uint32_t expected = longest_alive(tokens, NUMBERS);
@@ -547,7 +530,7 @@ static void expired_entries_hide_no_others_by_keys(void **state)
         o.ttl = pages == 5 ? 0 : 10;
         assert_ok(t.ctx, put_rows(t.ctx, t.store, &ns, tokens, 8 * pages, &o, NULL));
     }
-    open_read_only_at(120);
+    open_with(120, XKV_STORE_READ_ONLY);
     assert_ok(t.ctx, xkv_store_match_keys(t.ctx, t.store, &ns, (const uint8_t(*)[32])keys, 8, &m, NULL));
     assert_int_equal(m.reason, XKV_MATCH_FOUND);
     assert_int_equal(m.keys, 5);
@@ -564,7 +547,7 @@ static void an_expired_entry_is_the_reason(void **state)
     open_at(100);
     o.ttl = 10;
     uint64_t id = put_numbered(&ns, 0, &o);
-    open_read_only_at(120);
+    open_with(120, XKV_STORE_READ_ONLY);
     make_tokens(0, 50000, tokens, 50);
     xkv_match m = match(&ns, tokens, 50);
     assert_int_equal(m.reason, XKV_MATCH_EXPIRED);

@@ -54,20 +54,6 @@ int openat(int at, const char *path, int flags, ...)
 
 #pragma GCC visibility pop
 
-static synthetic sample(uint64_t seed)
-{
-    const synthetic_options o = {.layers = 2,
-                                 .tokens = TOKENS,
-                                 .heads = 2,
-                                 .head_dim = 8,
-                                 .dtype = XKV_F32,
-                                 .rank = 6,
-                                 .group_layers = 2,
-                                 .noise = 0.1,
-                                 .seed = seed};
-    return make_synthetic(&o);
-}
-
 static xkv_input dict_input(void)
 {
     return xkv_input_from_memory(dict_file.data, dict_file.size);
@@ -85,7 +71,7 @@ static xkv_status put_number(uint64_t number, xkv_put_report *report)
     xkv_put_options o = xkv_put_options_default();
     xkv_pack_options pack = xkv_pack_options_default();
     int32_t tokens[TOKENS];
-    synthetic s = sample(number + 1);
+    synthetic s = small_cache(number + 1);
     make_tokens(number, 50000, tokens, TOKENS);
     const xkv_prompt prompt = {.tokens = tokens, .token_count = TOKENS};
     pack.dict = dict;
@@ -100,7 +86,7 @@ static xkv_status put_number(uint64_t number, xkv_put_report *report)
 static int setup(void **state)
 {
     (void)state;
-    synthetic s = sample(1);
+    synthetic s = small_cache(1);
     const synthetic *list = &s;
     make_store(&t, 0);
     ns = make_namespace(NULL);
@@ -142,7 +128,7 @@ static xkv_match match(uint64_t number, xkv_hit **hit)
 
 static xkv_status read_hit(xkv_hit *hit)
 {
-    synthetic s = sample(1);
+    synthetic s = small_cache(1);
     uint8_t *data = malloc(s.size);
     xkv_view *views = views_into(&s, data);
     xkv_status status = xkv_hit_read(t.ctx, hit, NULL, views);
@@ -347,7 +333,7 @@ static void loads_of_the_hook_do_not_blame_the_entry(void **state)
     xkv_hook_found f;
     xkv_hook_counters c;
     int32_t tokens[TOKENS];
-    synthetic s = sample(1);
+    synthetic s = small_cache(1);
     make_tokens(0, 50000, tokens, TOKENS);
     const xkv_prompt prompt = {.tokens = tokens, .token_count = TOKENS};
     damage_dict_blob();

@@ -94,13 +94,7 @@ static xkv_match match_tokens(uint32_t count, xkv_hit **hit)
 /* The longest prefix that is found, every row of it compared. */
 static uint32_t found(uint32_t count)
 {
-    xkv_hit *hit = NULL;
-    xkv_status status = XKV_OK;
-    xkv_match m = match_tokens(count, &hit);
-    if (hit != NULL && !hit_is_right(t.ctx, hit, m.tokens, tokens, &status))
-        fail_msg("wrong rows: %s", xkv_ctx_error(t.ctx));
-    xkv_hit_close(t.ctx, hit);
-    return m.tokens;
+    return find_rows(t.ctx, t.store, &ns, tokens, count).tokens;
 }
 
 static xkv_verify_report verify(void)

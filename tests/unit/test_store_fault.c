@@ -183,17 +183,9 @@ static xkv_status put_number(uint64_t number)
 static int look_up(uint64_t number)
 {
     int32_t tokens[SIZE];
-    xkv_match m;
-    xkv_hit *hit = NULL;
-    xkv_status status;
     make_tokens(number / 2, 50000, tokens, SIZE);
     tokens[SIZE / 2] += (int32_t)(number % 2);
-    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
-    assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit));
-    if (hit != NULL)
-        assert_true(hit_is_right(t.ctx, hit, m.tokens, tokens, &status));
-    xkv_hit_close(t.ctx, hit);
-    return m.tokens == SIZE;
+    return find_rows(t.ctx, t.store, &ns, tokens, SIZE).tokens == SIZE;
 }
 
 static xkv_status run_put(void)
@@ -261,16 +253,8 @@ static xkv_status run_extend(void)
 static uint32_t look_up_extended(void)
 {
     int32_t tokens[EXTENDED];
-    xkv_match m;
-    xkv_hit *hit = NULL;
-    xkv_status status;
     extended_tokens(tokens);
-    const xkv_prompt prompt = {.tokens = tokens, .token_count = EXTENDED};
-    assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit));
-    if (hit != NULL)
-        assert_true(hit_is_right(t.ctx, hit, m.tokens, tokens, &status));
-    xkv_hit_close(t.ctx, hit);
-    return m.tokens;
+    return find_rows(t.ctx, t.store, &ns, tokens, EXTENDED).tokens;
 }
 
 static xkv_status run_extend_and_evict(void)

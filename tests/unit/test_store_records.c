@@ -129,16 +129,7 @@ static xkv_status put_number(uint64_t number)
 
 static void put_dictionary(void)
 {
-    const synthetic_options o = {.layers = 2,
-                                 .tokens = 64,
-                                 .heads = 2,
-                                 .head_dim = 8,
-                                 .dtype = XKV_F32,
-                                 .rank = 6,
-                                 .group_layers = 2,
-                                 .noise = 0.1,
-                                 .seed = 1};
-    synthetic s = make_synthetic(&o);
+    synthetic s = small_cache(1);
     const synthetic *list = &s;
     memory file = {0};
     assert_ok(t.ctx, train_on(t.ctx, &list, 1, NULL, &file));
@@ -187,16 +178,8 @@ static int teardown(void **state)
 static uint32_t look_up(uint64_t number)
 {
     int32_t tokens[SIZE];
-    xkv_match m;
-    xkv_hit *hit = NULL;
-    xkv_status status;
     prompt_tokens(number, tokens);
-    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
-    assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit));
-    if (hit != NULL)
-        assert_true(hit_is_right(t.ctx, hit, m.tokens, tokens, &status));
-    xkv_hit_close(t.ctx, hit);
-    return m.tokens;
+    return find_rows(t.ctx, t.store, &ns, tokens, SIZE).tokens;
 }
 
 static uint32_t look_up_keys(uint64_t number)
