@@ -19,7 +19,7 @@ struct xkv_entry {
 /* --- Entries that extend another (extend.c) ----------------------------------------------------------------------- */
 
 /* Let `entry`, opened and packed without framing, begin with the first `base` rows of `parent`, which must outlive it.
- * From now on it has all these rows; its groups stay those of its own. `fram` [fram_size] (NULL: none): the framing of
+ * From now on it has all these rows; its groups stay those of its own. `fram` [fram_size] (0: none): the framing of
  * the whole. Errors: CORRUPT [SE2, SE4], those of xkv_framing_decode(). Then `entry` can only be closed. */
 XKV_MUST_CHECK xkv_status xkv_entry_extend(xkv_ctx *ctx, xkv_entry *entry, const xkv_entry *parent, uint32_t base,
                                            const uint8_t *fram, size_t fram_size);

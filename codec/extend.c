@@ -1,6 +1,5 @@
 /* extend.c - entries that begin with rows of another one (spec/store.md, section 11): which rows are whose, and reading
  * a range across them. */
-#include "engine_file.h"
 #include "entry_internal.h"
 #include "moves.h"
 
@@ -63,7 +62,7 @@ xkv_status xkv_entry_extend(xkv_ctx *ctx, xkv_entry *entry, const xkv_entry *par
     entry->geometry.positions = entry->positions;
     entry->geometry.token_count = base + own->token_count;
     entry->geometry.token_id_count = 0; /* its own are not the first ones */
-    if (!fram)
+    if (fram_size == 0)
         return XKV_OK;
     XKV_TRY(xkv_framing_decode(ctx, &entry->geometry, fram, fram_size, &entry->c.framing, entry->c.source_hash));
     entry->c.has_framing = true;

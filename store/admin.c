@@ -482,7 +482,7 @@ xkv_status xkv_store_export(xkv_ctx *ctx, xkv_store *store, const xkv_namespace 
     one o = {.ns = ns, .id = id, .item = &item};
     XKV_TRY(xkv_store_begin(ctx, store));
     XKV_TRY(xkv_index_read(ctx, store->index, find_own, &o));
-    xkv_status status = xkv_store_look(ctx, store, &item, &hit);
+    xkv_status status = xkv_store_look(ctx, store, id, &hit);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, status, "the blob of entry %llu is gone", (unsigned long long)id);
     XKV_TRY(status);

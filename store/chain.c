@@ -111,6 +111,14 @@ void xkv_symbols_free(xkv_ctx *ctx, xkv_symbols *symbols)
     memset(symbols, 0, sizeof *symbols);
 }
 
+uint32_t xkv_symbols_common(const uint32_t *a, uint32_t a_count, const uint32_t *b, uint32_t b_count)
+{
+    uint32_t same = 0;
+    while (same < a_count && same < b_count && a[same] == b[same])
+        same++;
+    return same;
+}
+
 uint32_t xkv_symbols_to_tokens(const uint32_t *symbols, uint32_t count)
 {
     uint32_t tokens = 0;

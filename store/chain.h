@@ -22,6 +22,7 @@ XKV_MUST_CHECK xkv_status xkv_symbols_make(xkv_ctx *ctx, const xkv_prompt *promp
 void xkv_symbols_free(xkv_ctx *ctx, xkv_symbols *symbols);
 
 /* Tokens among the first `count` symbols. */
+uint32_t xkv_symbols_common(const uint32_t *a, uint32_t a_count, const uint32_t *b, uint32_t b_count);
 uint32_t xkv_symbols_to_tokens(const uint32_t *symbols, uint32_t count);
 
 /* All keys of the native chain: [ceil(tokens / block_tokens)]. */

@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <unistd.h>
 
+enum { WHY = 256 }; /* bytes of a reason */
+
 /* --- Decoding ----------------------------------------------------------------------------------------------------- */
 
 static xkv_status decode_opened(xkv_ctx *own, const xkv_store *store, const xkv_dict_record *record, const int *fd,
@@ -74,9 +76,9 @@ static xkv_cached_dict *find_slot(xkv_store *store, const uint8_t id[16])
     return NULL;
 }
 
-/* Decode into the slot, which nobody else touches meanwhile; the mutex is given up for that. */
-static xkv_status fill_slot(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], const xkv_dict_record *record,
-                            xkv_cached_dict *slot)
+/* Decode into the slot, which nobody else touches meanwhile; the mutex is given up for that. `why` it failed. */
+static xkv_status fill_slot(xkv_store *store, const uint8_t id[16], const xkv_dict_record *record,
+                            xkv_cached_dict *slot, char why[WHY])
 {
     xkv_ctx *own = NULL; /* the dictionary belongs to it, as long as it is in memory */
     xkv_dict *dict = NULL;
@@ -88,7 +90,7 @@ static xkv_status fill_slot(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16]
     if (status == XKV_OK)
         status = decode(own, store, record, &dict);
     if (status != XKV_OK)
-        xkv_fail(ctx, status, "%s", own != NULL ? xkv_ctx_error(own) : "out of memory");
+        snprintf(why, WHY, "%s", own != NULL ? xkv_ctx_error(own) : "out of memory");
     pthread_mutex_lock(&store->mutex);
     slot->own = own;
     slot->dict = dict;
@@ -99,17 +101,19 @@ static xkv_status fill_slot(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16]
     return status;
 }
 
-static xkv_status load(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], const xkv_dict_record *record,
-                       xkv_cached_dict **slot_p)
+static xkv_status load(xkv_store *store, const uint8_t id[16], const xkv_dict_record *record, xkv_cached_dict **slot_p,
+                       char why[WHY])
 {
     xkv_cached_dict *slot;
     while ((slot = find_slot(store, id)) != NULL && slot->loading)
         pthread_cond_wait(&store->dict_loaded, &store->mutex); /* then it may be another one's, or empty */
     if (slot == NULL) {
         slot = free_slot(store);
-        if (slot == NULL)
-            return xkv_fail(ctx, XKV_ERROR_LIMIT, "more than %d dictionaries in use at once", XKV_DICT_CACHE);
-        XKV_TRY(fill_slot(ctx, store, id, record, slot));
+        if (slot == NULL) {
+            snprintf(why, WHY, "more than %d dictionaries in use at once", XKV_DICT_CACHE);
+            return XKV_ERROR_LIMIT;
+        }
+        XKV_TRY(fill_slot(store, id, record, slot, why));
     }
     slot->users++;
     slot->used = ++store->dict_clock;
@@ -122,18 +126,17 @@ static xkv_status load(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], con
 xkv_status xkv_store_use_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], bool look_only,
                               xkv_cached_dict **slot_p)
 {
-    char why[256];
+    char why[WHY];
     xkv_dict_record record;
     xkv_status status = xkv_index_get_dict(ctx, store->index, id, &record);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the dictionary of the entry is not in the store");
     XKV_TRY(status);
     pthread_mutex_lock(&store->mutex);
-    status = load(ctx, store, id, &record, slot_p);
+    status = load(store, id, &record, slot_p, why);
     pthread_mutex_unlock(&store->mutex);
     if (status == XKV_OK)
         return XKV_OK;
-    snprintf(why, sizeof why, "%s", xkv_ctx_error(ctx));
     if (status != XKV_ERROR_NOT_FOUND && !xkv_is_damage(status))
         return xkv_fail(ctx, status, "dictionary: %s", why);
     if (!look_only)

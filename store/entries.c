@@ -185,8 +185,7 @@ static xkv_status find_common(xkv_txn *txn, xkv_meta *meta, xkv_store *store, ui
             continue;
         }
         XKV_TRY(status);
-        while (c->count < item->symbols && c->count < nearest.symbols && symbols[c->count] == theirs[c->count])
-            c->count++;
+        c->count = xkv_symbols_common(symbols, item->symbols, theirs, nearest.symbols);
         c->other = c->count < nearest.symbols ? theirs[c->count] : 0;
         xkv_release(ctx, theirs);
         return XKV_OK;
@@ -307,9 +306,9 @@ static xkv_status remove_children(xkv_txn *txn, xkv_meta *meta, const xkv_item *
         if (status != XKV_OK)
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         status = xkv_txn_get_item(txn, id, &child);
-        if (status == XKV_OK)
-            status = remove_line(txn, meta, &child, r, -1, depth + 1);
-        if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && status != XKV_ERROR_CORRUPT)
+        if (status == XKV_OK && child.parent == item->id)
+            XKV_TRY(remove_line(txn, meta, &child, r, -1, depth + 1));
+        else if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && status != XKV_ERROR_CORRUPT)
             return status;
     }
 }

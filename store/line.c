@@ -5,7 +5,6 @@
 
 /* --- Whether one can extend the other ----------------------------------------------------------------------------- */
 
-/* Symbols of a stored entry, from its blob. */
 xkv_status xkv_line_read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item, uint32_t **symbols)
 {
     xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
@@ -47,10 +46,9 @@ xkv_status xkv_line_check(xkv_ctx *ctx, const xkv_item *child, const xkv_item *p
 static xkv_status check_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *child, const uint32_t *symbols,
                                 const xkv_item *parent)
 {
-    uint32_t *theirs = NULL, same = 0;
+    uint32_t *theirs = NULL;
     XKV_TRY(xkv_line_read_symbols(ctx, store, parent, &theirs));
-    while (same < child->symbols && same < parent->symbols && symbols[same] == theirs[same])
-        same++;
+    uint32_t same = xkv_symbols_common(symbols, child->symbols, theirs, parent->symbols);
     xkv_release(ctx, theirs);
     return xkv_symbols_to_tokens(symbols, same) >= child->base_tokens
                ? XKV_OK
@@ -58,24 +56,25 @@ static xkv_status check_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_
                           (unsigned long long)child->id, (unsigned long long)parent->id);
 }
 
-xkv_status xkv_line_check_link(xkv_ctx *ctx, const xkv_store *store, const xkv_item *child, const uint32_t *symbols,
-                               const xkv_blob_link *link, const xkv_item *parent)
+xkv_status xkv_line_match_link(xkv_ctx *ctx, const xkv_item *child, const xkv_blob_link *link, const xkv_item *parent)
 {
     if (link->parent != child->parent || link->parent != parent->id || link->base != child->base_tokens ||
         memcmp(link->blob, parent->blob, 32) != 0)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it does not extend what its record says [SE1]");
+    return XKV_OK;
+}
+
+xkv_status xkv_line_check_link(xkv_ctx *ctx, const xkv_store *store, const xkv_item *child, const uint32_t *symbols,
+                               const xkv_blob_link *link, const xkv_item *parent)
+{
+    XKV_TRY(xkv_line_match_link(ctx, child, link, parent));
     XKV_TRY(xkv_line_check(ctx, child, parent));
     return check_symbols(ctx, store, child, symbols, parent);
 }
 
 /* --- Lines in the index ------------------------------------------------------------------------------------------- */
 
-static uint64_t later(uint64_t a, uint64_t b)
-{
-    return a == 0 || b == 0 ? 0 : xkv_max64(a, b); /* 0: never */
-}
-
-/* What others extend lives as long as they do. The way up ends, since bases fall on it. */
+/* The way up ends, since bases fall on it. */
 xkv_status xkv_line_extend_life(xkv_txn *txn, xkv_meta *meta, const xkv_item *child)
 {
     xkv_item before, after;
@@ -84,7 +83,7 @@ xkv_status xkv_line_extend_life(xkv_txn *txn, xkv_meta *meta, const xkv_item *ch
         return XKV_OK; /* whoever reads the child meets the damage */
     XKV_TRY(status);
     after = before;
-    after.expires = later(before.expires, child->expires);
+    after.expires = xkv_later_expiry(before.expires, child->expires);
     return after.expires == before.expires ? XKV_OK : xkv_entry_change(txn, meta, &before, &after);
 }
 
@@ -96,7 +95,7 @@ xkv_status xkv_line_get_shared(xkv_txn *txn, xkv_shared *shared)
     *shared = (xkv_shared){0};
     if (status == XKV_OK)
         xkv_shared_decode(value, shared);
-    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+    return status == XKV_ERROR_NOT_FOUND || status == XKV_ERROR_CORRUPT ? XKV_OK : status;
 }
 
 /* One entry more, or less, that extends another. A damaged sum is begun anew, and counted again by a repair. */
@@ -106,16 +105,13 @@ static xkv_status count_shared(xkv_txn *txn, const xkv_item *item, bool more)
     xkv_shared shared;
     uint8_t value[XKV_SHARED_SIZE];
     uint64_t bytes = xkv_item_raw_share(item, item->base_tokens);
-    xkv_status status = xkv_line_get_shared(txn, &shared);
-    if (status != XKV_OK && status != XKV_ERROR_CORRUPT)
-        return status;
+    XKV_TRY(xkv_line_get_shared(txn, &shared));
     shared.entries = more ? shared.entries + 1 : shared.entries - (shared.entries > 0);
     shared.bytes = more ? shared.bytes + bytes : shared.bytes - xkv_min64(shared.bytes, bytes);
     xkv_shared_encode(&shared, value);
     return xkv_txn_put(txn, &key, value, sizeof value);
 }
 
-/* Make the entry one of those that extend its parent. NOT_FOUND: that is gone. */
 xkv_status xkv_line_join(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
 {
     xkv_key mark = xkv_key_pair(XKV_TABLE_CHILD, item->parent, item->id);
@@ -125,14 +121,12 @@ xkv_status xkv_line_join(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
     XKV_TRY(xkv_txn_get_item(txn, item->parent, &before));
     after = before;
     after.children++;
+    after.expires = xkv_later_expiry(before.expires, item->expires);
     XKV_TRY(xkv_entry_change(txn, meta, &before, &after));
     XKV_TRY(xkv_txn_put_mark(txn, &mark));
-    XKV_TRY(count_shared(txn, item, true));
-    return xkv_line_extend_life(txn, meta, item);
+    return count_shared(txn, item, true);
 }
 
-/* A use of the entry was one of its parent, which is next in the order of eviction when it was the last one that
- * extends it. A parent whose record is damaged is left for a repair. */
 xkv_status xkv_line_leave(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
 {
     xkv_key mark = xkv_key_pair(XKV_TABLE_CHILD, item->parent, item->id);
@@ -150,11 +144,12 @@ xkv_status xkv_line_leave(xkv_txn *txn, xkv_meta *meta, const xkv_item *item)
     return xkv_entry_change(txn, meta, &before, &after);
 }
 
-/* One of those that extend entry `id`, taken off the list. NOT_FOUND: none is left. */
 xkv_status xkv_line_take_child(xkv_txn *txn, uint64_t id, uint64_t *child)
 {
-    xkv_key from = xkv_key_pair(XKV_TABLE_CHILD, id, 0), key;
-    XKV_TRY(xkv_txn_seek(txn, &from, 9, &key, NULL));
+    xkv_key from = xkv_key_pair(XKV_TABLE_CHILD, id, 0), key = {.size = 0};
+    xkv_status status = xkv_txn_seek(txn, &from, 9, &key, NULL);
+    if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0))
+        return status; /* a damaged one goes like any other */
     *child = xkv_key_u64(&key, 9);
     return xkv_txn_delete(txn, &key);
 }

@@ -2,7 +2,6 @@
 #include "entry_internal.h"
 #include "store_internal.h"
 
-#include <fcntl.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -59,7 +58,7 @@ static xkv_status find_need(xkv_txn *txn, lookup *l, const xkv_item *item)
         return XKV_OK;
     xkv_status status = xkv_txn_get_dict(txn, item->dict, &dict);
     l->has_dicts = l->has_dicts && status == XKV_OK;
-    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+    return status == XKV_ERROR_NOT_FOUND || status == XKV_ERROR_CORRUPT ? XKV_OK : status; /* no fault of the entry */
 }
 
 /* The entry that line[count - 1] extends. */
@@ -102,12 +101,7 @@ static xkv_status get_found(xkv_txn *txn, lookup *l, uint64_t id)
     if (memcmp(l->line[0].space, l->ns->id, 32) != 0)
         return xkv_fail(xkv_txn_ctx(txn), XKV_ERROR_CORRUPT, "entry %llu is of another namespace [SI4]",
                         (unsigned long long)id);
-    return find_needs(txn, l);
-}
-
-static bool is_expired(const xkv_item *item, uint64_t now)
-{
-    return item->expires != 0 && item->expires <= now;
+    return XKV_OK;
 }
 
 /* If nothing else is found, the first entry in the way is the reason. */
@@ -128,9 +122,11 @@ static xkv_status serves(xkv_txn *txn, void *user, uint64_t id, bool *yes)
             return XKV_OK;
     }
     XKV_TRY(get_found(txn, l, id));
-    *yes = !l->store->read_only || !is_expired(&l->line[0], l->now);
-    if (!*yes)
-        note_best(l, XKV_MATCH_EXPIRED);
+    *yes = !l->store->read_only || !xkv_is_expired(l->line[0].expires, l->now);
+    if (*yes)
+        return XKV_OK;
+    note_best(l, XKV_MATCH_EXPIRED);
+    l->match.id = 0; /* what goes wrong from here on is not its fault */
     return XKV_OK;
 }
 
@@ -138,9 +134,9 @@ static xkv_status find_by_symbols(xkv_txn *txn, void *user)
 {
     lookup *l = user;
     xkv_space space;
-    uint64_t id = 0;
     XKV_TRY(xkv_txn_get_space(txn, l->ns->id, &space));
-    return xkv_trie_find_serving(txn, space.root, l->symbols, l->symbol_count, serves, l, &id);
+    XKV_TRY(xkv_trie_find_serving(txn, space.root, l->symbols, l->symbol_count, serves, l));
+    return find_needs(txn, l);
 }
 
 /* An entry that serves and has page i, and how many tokens that stands for; both are as they were when there is none.
@@ -152,6 +148,7 @@ static xkv_status find_page(xkv_txn *txn, lookup *l, uint32_t i, uint64_t *id, u
     xkv_page_hash(l->ns->id, l->keys[i], hash);
     xkv_key from = xkv_key_page(hash, 0);
     for (bool yes = false; !yes;) {
+        l->match.id = 0; /* no entry is to blame for a page key */
         XKV_TRY(xkv_txn_seek(txn, &from, 17, &key, value));
         XKV_TRY(serves(txn, l, xkv_key_u64(&key, 17), &yes));
         from = key;
@@ -182,7 +179,8 @@ static xkv_status find_by_keys(xkv_txn *txn, void *user)
         return XKV_ERROR_NOT_FOUND;
     l->match.keys = low;
     l->match.tokens = tokens;
-    return get_found(txn, l, id);
+    XKV_TRY(get_found(txn, l, id));
+    return find_needs(txn, l);
 }
 
 /* --- In the blob -------------------------------------------------------------------------------------------------- */
@@ -201,11 +199,9 @@ static xkv_status check_blob(xkv_ctx *ctx, const xkv_item *item, const xkv_blob_
 /* Compare the prompt with the tokens that were stored. */
 static xkv_status compare(xkv_ctx *ctx, lookup *l, const xkv_input *file, const xkv_blob_head *head)
 {
-    uint32_t *theirs = NULL, same = 0, count = l->symbol_count;
+    uint32_t *theirs = NULL, count = l->symbol_count;
     XKV_TRY(xkv_blob_read_body(ctx, file, head, &count, &theirs, NULL));
-    uint32_t most = l->symbol_count < count ? l->symbol_count : count;
-    while (same < most && theirs[same] == l->symbols[same])
-        same++;
+    uint32_t same = xkv_symbols_common(l->symbols, l->symbol_count, theirs, count);
     xkv_release(ctx, theirs);
     l->match.tokens = xkv_symbols_to_tokens(l->symbols, same);
     return XKV_OK;
@@ -256,7 +252,7 @@ static xkv_status drop_expired(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     xkv_status status = xkv_txn_get_item(txn, l->match.id, &item);
     if (status != XKV_OK)
         return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
-    if (!is_expired(&item, l->now))
+    if (!xkv_is_expired(item.expires, l->now))
         return XKV_OK;
     meta->expirations++;
     return xkv_entry_remove(txn, meta, &item, &change->removed, -1);
@@ -320,7 +316,7 @@ static uint32_t reason_of(xkv_status status, const lookup *l)
         return XKV_MATCH_NONE;
     if (xkv_is_damage(status))
         return XKV_MATCH_CORRUPT;
-    if (is_expired(&l->line[0], l->now))
+    if (xkv_is_expired(l->line[0].expires, l->now))
         return XKV_MATCH_EXPIRED;
     return l->has_dicts ? XKV_MATCH_FOUND : XKV_MATCH_NO_DICTIONARY;
 }
@@ -371,6 +367,7 @@ void xkv_hit_count(xkv_ctx *ctx, const xkv_hit *hit, uint32_t tokens)
 /* Once: in the index, then in the blobs, which are open when the reason is FOUND. */
 static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)
 {
+    xkv_ctx_begin(ctx); /* what an earlier one met is dealt with */
     l->match = (xkv_match){0};
     memset(&l->line[0], 0, sizeof l->line[0]);
     l->count = l->bad = 0;
@@ -523,7 +520,8 @@ static xkv_status find_by_id(xkv_txn *txn, void *user)
 {
     lookup *l = user;
     XKV_TRY(xkv_txn_get_item(txn, l->match.id, &l->line[0]));
-    return memcmp(l->line[0].space, l->ns->id, 32) == 0 ? find_needs(txn, l) : XKV_ERROR_NOT_FOUND;
+    bool own = l->ns == NULL || memcmp(l->line[0].space, l->ns->id, 32) == 0;
+    return own ? find_needs(txn, l) : XKV_ERROR_NOT_FOUND;
 }
 
 /* The blobs are open when the reason is FOUND. */
@@ -569,16 +567,12 @@ xkv_status xkv_store_get(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns
     return XKV_OK;
 }
 
-static xkv_status find_line(xkv_txn *txn, void *user)
+xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, uint64_t id, xkv_hit **hit_p)
 {
-    return find_needs(txn, user);
-}
-
-xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p)
-{
-    lookup l = {.store = store, .line[0] = *item, .match.tokens = item->tokens};
-    XKV_TRY(xkv_index_read(ctx, store->index, find_line, &l));
+    lookup l = {.store = store, .match.id = id};
+    XKV_TRY(xkv_index_read(ctx, store->index, find_by_id, &l));
     XKV_TRY(open_blobs(ctx, &l));
+    l.match.tokens = l.line[0].tokens;
     XKV_TRY(hand_out(ctx, &l, hit_p));
     (*hit_p)->look_only = true;
     return XKV_OK;
@@ -593,8 +587,7 @@ xkv_status xkv_store_nearest(xkv_ctx *ctx, xkv_store *store, const xkv_namespace
     return make_hit(ctx, &l, hit_p);
 }
 
-/* --- Hits
- * --------------------------------------------------------------------------------------------------------- */
+/* --- Hits --------------------------------------------------------------------------------------------------------- */
 
 /* The entry's share of a dictionary in memory. */
 static xkv_status attach_dict(xkv_ctx *ctx, xkv_hit *hit, part *p)
@@ -615,13 +608,9 @@ static xkv_status extend_part(xkv_ctx *ctx, part *p, const part *parent, const x
     xkv_blob_link link;
     uint8_t *bytes = NULL;
     XKV_TRY(xkv_blob_read_link(ctx, &p->file, head, &link, &bytes));
-    xkv_status status = XKV_OK;
-    if (link.parent != parent->item.id || link.base != p->item.base_tokens ||
-        memcmp(link.blob, parent->item.blob, 32) != 0)
-        status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it does not extend what its record says [SE1]");
+    xkv_status status = xkv_line_match_link(ctx, &p->item, &link, &parent->item);
     if (status == XKV_OK)
-        status = xkv_entry_extend(ctx, p->entry, parent->entry, link.base, link.fram_size > 0 ? link.fram : NULL,
-                                  link.fram_size);
+        status = xkv_entry_extend(ctx, p->entry, parent->entry, link.base, link.fram, link.fram_size);
     xkv_release(ctx, bytes);
     return status;
 }

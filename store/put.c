@@ -78,8 +78,7 @@ static xkv_status renew(xkv_txn *txn, xkv_meta *meta, put *p, const xkv_item *be
     xkv_item after = *before;
     after.used = xkv_max64(before->used, p->item.created);
     after.pinned = before->pinned || p->o->pin;
-    if (p->item.expires == 0 || (before->expires != 0 && before->expires < p->item.expires))
-        after.expires = p->item.expires;
+    after.expires = xkv_later_expiry(before->expires, p->item.expires);
     p->report.id = before->id;
     p->report.existed = 1;
     p->report.bytes = before->file_size;
@@ -106,8 +105,7 @@ static xkv_status has_names(xkv_txn *txn, const put *p, const xkv_item *before, 
 static void inherit(put *p, const xkv_item *before)
 {
     p->item.pinned = before->pinned || p->o->pin;
-    if (before->expires == 0 || (p->item.expires != 0 && p->item.expires < before->expires))
-        p->item.expires = before->expires;
+    p->item.expires = xkv_later_expiry(before->expires, p->item.expires);
 }
 
 /* The entry of this very prompt by the tree, where the record of its key is damaged; that is made right. */
@@ -145,10 +143,11 @@ static xkv_status renew_existing(xkv_txn *txn, xkv_meta *meta, put *p, xkv_remov
         return XKV_OK;
     XKV_TRY(status);
     xkv_blob_name name = xkv_blob_name_of(before.blob, before.id);
-    bool expired = before.expires != 0 && before.expires <= p->item.created;
+    bool expired = xkv_is_expired(before.expires, p->item.created);
     bool there = faccessat(p->store->folders.blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
     if (!expired && there)
         XKV_TRY(has_names(txn, p, &before, &has));
+    has = has || before.children > 0; /* what extends it would go with it */
     if (!expired && there && has)
         return renew(txn, meta, p, &before);
     if (!has && !replace)
@@ -510,23 +509,14 @@ static xkv_status read_exported(xkv_ctx *ctx, exported *e)
     return XKV_OK;
 }
 
-static xkv_status get_item(xkv_txn *txn, void *user)
-{
-    xkv_item *item = user;
-    return xkv_txn_get_item(txn, item->id, item);
-}
-
 /* What it extends is the entry that came before it in the file, by whatever id that has here, or one that this extends
  * in turn. */
 static xkv_status find_imported_parent(xkv_ctx *ctx, put *p, const exported *e, uint64_t before)
 {
     xkv_hit *hit = NULL;
     xkv_blob_link link;
-    xkv_item item = {.id = before};
     XKV_TRY(xkv_blob_read_link(ctx, e->file, &e->head, &link, &p->parent.fram));
-    xkv_status status = xkv_index_read(ctx, p->store->index, get_item, &item);
-    if (status == XKV_OK)
-        status = xkv_store_look(ctx, p->store, &item, &hit);
+    xkv_status status = xkv_store_look(ctx, p->store, before, &hit);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "the file does not have the entry that another one extends [SE1]");
     XKV_TRY(status);
@@ -543,8 +533,7 @@ static xkv_status check_entry(xkv_ctx *ctx, put *p, xkv_entry *entry, const xkv_
     const xkv_blob_link *link = &p->parent.link;
     note_entry(entry, &p->item);
     if (p->parent.hit != NULL)
-        XKV_TRY(xkv_entry_extend(ctx, entry, p->parent.entry, link->base, link->fram_size > 0 ? link->fram : NULL,
-                                 link->fram_size));
+        XKV_TRY(xkv_entry_extend(ctx, entry, p->parent.entry, link->base, link->fram, link->fram_size));
     p->item.raw_bytes = xkv_geometry_raw_bytes(xkv_entry_geometry(entry));
     XKV_TRY(check_foreign(ctx, xkv_entry_geometry(entry), symbols));
     return verify_foreign(ctx, p->store, entry);

@@ -57,15 +57,6 @@ static bool fits(xkv_ctx *ctx, const xkv_entry *entry, const xkv_geometry *geome
     return entry == NULL;
 }
 
-/* The entry of the hit that holds the row before `base`. */
-static uint32_t holder(const xkv_hit *hit, uint32_t base)
-{
-    uint32_t i = 0;
-    while (xkv_hit_item(hit, i)->base_tokens >= base)
-        i++;
-    return i;
-}
-
 static uint32_t line_length(const xkv_hit *hit, uint32_t i)
 {
     uint32_t count = 0;
@@ -100,11 +91,10 @@ static bool has_key(const xkv_hit *hit, const uint8_t key[32])
  * long. */
 static bool set_parent(xkv_parent *p, const xkv_entry *entry, uint32_t base)
 {
-    uint32_t i = holder(p->hit, base);
+    uint32_t i = 0;
+    for (p->entry = entry; p->entry->base >= base; p->entry = p->entry->parent)
+        i++;
     p->item = xkv_hit_item(p->hit, i);
-    p->entry = entry;
-    for (uint32_t up = 0; up < i; up++)
-        p->entry = p->entry->parent;
     p->link.parent = p->item->id;
     p->link.base = base;
     memcpy(p->link.blob, p->item->blob, 32);
@@ -127,7 +117,7 @@ static bool choose(xkv_ctx *ctx, xkv_parent *p, const xkv_item *item, uint32_t c
     if (has_key(p->hit, item->key) || xkv_hit_entry(ctx, p->hit, &entry) != XKV_OK)
         return false;
     uint32_t base = last_boundary(entry, most_tokens(item, common, geometry, o));
-    return base > 0 && base >= o->sinks && set_parent(p, entry, base) && base >= p->item->tokens / 2 &&
+    return base > 0 && base >= o->sinks && set_parent(p, entry, base) && 2 * (uint64_t)base >= p->item->tokens &&
            fits(ctx, p->entry, geometry, base, o);
 }
 

@@ -129,4 +129,14 @@ void xkv_shared_decode(const uint8_t value[XKV_SHARED_SIZE], xkv_shared *shared)
 void xkv_dict_record_encode(const xkv_dict_record *dict, uint8_t value[XKV_DICT_SIZE]);
 void xkv_dict_record_decode(const uint8_t value[XKV_DICT_SIZE], xkv_dict_record *dict);
 
+/* Times at which entries expire; 0: never. */
+static inline bool xkv_is_expired(uint64_t expires, uint64_t now)
+{
+    return expires != 0 && expires <= now;
+}
+static inline uint64_t xkv_later_expiry(uint64_t a, uint64_t b)
+{
+    return a == 0 || b == 0 ? 0 : xkv_max64(a, b);
+}
+
 #endif

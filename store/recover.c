@@ -83,6 +83,7 @@ static xkv_status look_at_file(void *user, const char *text)
     uint8_t hash[32];
     uint64_t id;
     int fd = -1;
+    xkv_ctx_begin(r->ctx); /* of one file after the other */
     XKV_TRY(xkv_check_cancel(r->ctx));
     if (!xkv_blob_name_parse(text, hash, &id))
         return XKV_OK;
@@ -100,6 +101,7 @@ xkv_status xkv_properties_recover(xkv_ctx *ctx, const xkv_store *store, const ui
     recover r = {.ctx = ctx, .store = store, .key = key};
     XKV_TRY(xkv_seal_begin(ctx));
     XKV_TRY(xkv_folder_list(ctx, store->folders.blobs, look_at_file, &r));
+    xkv_ctx_begin(ctx); /* what was damaged is no error of this call */
     if (key != NULL && r.sealed > 0 && r.opened == 0)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "%s is encrypted with another key [SO6]", store->path);
     *p = (xkv_properties){.block_tokens = r.block_tokens};
@@ -108,6 +110,5 @@ xkv_status xkv_properties_recover(xkv_ctx *ctx, const xkv_store *store, const ui
     p->encrypted = r.sealed > 0 || (key != NULL && r.plain == 0);
     if (p->encrypted && key != NULL)
         xkv_seal_id(key, p->key_id);
-    xkv_ctx_begin(ctx); /* what was damaged is no error of this call */
     return XKV_OK;
 }

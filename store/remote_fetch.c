@@ -153,11 +153,9 @@ static xkv_status fetch_dict(const fetch *f, uint8_t id[16])
 /* It must begin with the blocks that it was found by. */
 static xkv_status check_tokens(const fetch *f, const arrived *a)
 {
-    uint32_t *theirs = NULL, same = 0, count = f->prompt->count;
+    uint32_t *theirs = NULL, count = f->prompt->count;
     XKV_TRY(xkv_blob_read_body(f->ctx, &a->plain, &a->head, &count, &theirs, NULL));
-    const uint32_t most = count < f->prompt->count ? count : f->prompt->count;
-    while (same < most && theirs[same] == f->prompt->data[same])
-        same++;
+    const uint32_t same = xkv_symbols_common(f->prompt->data, f->prompt->count, theirs, count);
     xkv_release(f->ctx, theirs);
     return xkv_symbols_to_tokens(f->prompt->data, same) >= f->tokens
                ? XKV_OK
@@ -184,7 +182,7 @@ static xkv_status take_blob(const fetch *f, const char *name, arrived *a)
     if (is_useless(status))
         note_damage(f, name);
     XKV_TRY(status);
-    if (a->head.expires != 0 && a->head.expires <= xkv_store_now(f->store))
+    if (xkv_is_expired(a->head.expires, xkv_store_now(f->store)))
         return XKV_ERROR_NOT_FOUND;
     XKV_TRY(fetch_dict(f, a->head.dict));
     status = xkv_store_import_fetched(f->ctx, f->store, &a->plain);

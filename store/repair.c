@@ -226,21 +226,16 @@ static xkv_status find_parent(xkv_txn *txn, void *user)
     return XKV_OK;
 }
 
-static xkv_status is_inserted(xkv_txn *txn, void *user)
-{
-    const found *f = user;
-    xkv_item item;
-    return xkv_txn_get_item(txn, f->item.id, &item);
-}
-
 /* Whether it is the turn of an entry that extends another: that one is in the index, and it is not. When no pass is
  * left there must be such an entry, unless only a newer program can read it. */
 static xkv_status is_next(repair *r, found *f, const xkv_input *file, bool *next)
 {
+    xkv_known_blob k = {.id = f->item.id};
+    memcpy(k.hash, f->item.blob, 32);
     *next = false;
-    xkv_status status = xkv_index_read(r->ctx, r->store->index, is_inserted, f);
-    if (status != XKV_ERROR_NOT_FOUND)
-        return status;
+    XKV_TRY(xkv_index_read(r->ctx, r->store->index, xkv_find_blob, &k));
+    if (k.found)
+        return XKV_OK;
     XKV_TRY(xkv_blob_read_link(r->ctx, file, &f->head, &f->link, &f->link_bytes));
     XKV_TRY(xkv_index_read(r->ctx, r->store->index, find_parent, f));
     *next = f->parent.id != 0;
@@ -434,6 +429,7 @@ static xkv_status compact(repair *r)
 static xkv_status recover_properties(repair *r, const uint8_t *key)
 {
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: its properties are made anew: %s", r->store->path, xkv_ctx_error(r->ctx));
+    xkv_ctx_begin(r->ctx);
     XKV_TRY(xkv_properties_recover(r->ctx, r->store, key, &r->store->properties));
     xkv_logf(r->ctx, XKV_LOG_INFO, "%s: blocks of %u tokens, as its blobs show", r->store->path,
              r->store->properties.block_tokens);

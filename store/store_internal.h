@@ -160,7 +160,10 @@ XKV_MUST_CHECK xkv_status xkv_line_read_symbols(xkv_ctx *ctx, const xkv_store *s
                                                 uint32_t **symbols);
 /* Whether one entry can extend the other, as their records say. CORRUPT [SE1, SE2]. */
 XKV_MUST_CHECK xkv_status xkv_line_check(xkv_ctx *ctx, const xkv_item *child, const xkv_item *parent);
-/* The same, as the link in the child's blob and the tokens of both say, too. */
+/* Whether the link in the child's blob says what the two records do. CORRUPT [SE1]. */
+XKV_MUST_CHECK xkv_status xkv_line_match_link(xkv_ctx *ctx, const xkv_item *child, const xkv_blob_link *link,
+                                              const xkv_item *parent);
+/* Both, as the link in the child's blob and the tokens of both say, too. */
 XKV_MUST_CHECK xkv_status xkv_line_check_link(xkv_ctx *ctx, const xkv_store *store, const xkv_item *child,
                                               const uint32_t *symbols, const xkv_blob_link *link,
                                               const xkv_item *parent);
@@ -222,8 +225,8 @@ void xkv_store_leave_dict(xkv_store *store, xkv_cached_dict *slot); /* accepts N
 void xkv_store_drop_dicts(xkv_store *store);                        /* all; none is in use */
 
 /* A hit of an entry to look at it, whatever its age: nothing goes into quarantine because of it. NOT_FOUND without a
- * message: its blob is not there. */
-XKV_MUST_CHECK xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, const xkv_item *item, xkv_hit **hit_p);
+ * message: it or its blob is not there. */
+XKV_MUST_CHECK xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, uint64_t id, xkv_hit **hit_p);
 
 /* A hit of the entry that has the longest common prefix with the symbols, and how many *tokens that is; NULL when none
  * can be read. Counts nothing. */

@@ -119,7 +119,6 @@ typedef struct hunt {
     xkv_serves_fn serves;
     void *user;
     uint32_t edges; /* that may still be looked at: a damaged tree may have loops */
-    uint64_t id;    /* of the entry, once found */
 } hunt;
 
 enum { MOST_EDGES = 8192 };
@@ -158,7 +157,6 @@ static xkv_status hunt_below(xkv_txn *txn, hunt *h, uint64_t top, const place *w
             continue;
         }
         XKV_TRY(h->serves(txn, h->user, edge.entry, &serves));
-        h->id = edge.entry;
         if (serves)
             return XKV_OK;
     }
@@ -183,19 +181,15 @@ static xkv_status hunt_upwards(xkv_txn *txn, hunt *h, uint64_t root, place at, c
 }
 
 xkv_status xkv_trie_find_serving(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count,
-                                 xkv_serves_fn serves, void *user, uint64_t *id)
+                                 xkv_serves_fn serves, void *user)
 {
-    hunt h = {serves, user, MOST_EDGES, 0};
+    hunt h = {serves, user, MOST_EDGES};
     place at = {0};
     xkv_edge edge;
     bool yes = false;
     XKV_TRY(descend(txn, root, symbols, count, &at, &edge));
-    h.id = edge.entry;
     XKV_TRY(serves(txn, user, edge.entry, &yes));
-    if (!yes)
-        XKV_TRY(hunt_upwards(txn, &h, root, at, &edge));
-    *id = h.id;
-    return XKV_OK;
+    return yes ? XKV_OK : hunt_upwards(txn, &h, root, at, &edge);
 }
 
 /* --- Inserting ---------------------------------------------------------------------------------------------------- */

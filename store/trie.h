@@ -13,11 +13,11 @@
 XKV_MUST_CHECK xkv_status xkv_trie_find(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count,
                                         uint64_t *id);
 
-/* The same, but of the entries for which `serves` says so: those that it declines are stepped over, up to a few
- * thousand of them. */
+/* Calls `serves` with entries that are ever less like the symbols, until it takes one: those that it declines are
+ * stepped over, up to a few thousand of them. */
 typedef xkv_status (*xkv_serves_fn)(xkv_txn *txn, void *user, uint64_t id, bool *serves);
 XKV_MUST_CHECK xkv_status xkv_trie_find_serving(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count,
-                                                xkv_serves_fn serves, void *user, uint64_t *id);
+                                                xkv_serves_fn serves, void *user);
 
 /* Put the entry `item` (id, symbols) into the tree. `common`: length of the longest common prefix with any entry there,
  * 0: none; `other`: the symbol that follows it in the entry that xkv_trie_find() gave, if it goes on. Sets the place in

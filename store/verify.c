@@ -114,16 +114,14 @@ static xkv_status check_line(xkv_txn *txn, void *user)
     const xkv_item *item = v->item;
     xkv_item now;
     uint32_t children = 0;
-    xkv_status status = xkv_txn_get_item(txn, item->id, &now);
-    if (status != XKV_OK) /* it was removed meanwhile, or is damaged, which is noted elsewhere */
-        return XKV_OK;
+    XKV_TRY(xkv_txn_get_item(txn, item->id, &now)); /* NOT_FOUND: it was removed meanwhile */
     if (!count_children(txn, item, &children) || children != now.children)
-        note(v, &v->report->wrong_sums, item->id, "it is wrong about what extends it");
+        note(v, &v->report->wrong_sums, item->id, "it is wrong about what extends it [SI5]");
     if (item->parent == 0)
         return XKV_OK;
     if (!has_mark(txn, XKV_TABLE_CHILD, item->parent, item->id))
-        note(v, &v->report->wrong_sums, item->id, "what it extends does not know it");
-    status = xkv_txn_get_item(txn, item->parent, &v->parent);
+        note(v, &v->report->wrong_sums, item->id, "what it extends does not know it [SI5]");
+    xkv_status status = xkv_txn_get_item(txn, item->parent, &v->parent);
     if (status == XKV_ERROR_NOT_FOUND)
         return xkv_fail(v->ctx, XKV_ERROR_CORRUPT, "it extends entry %llu, which is not there [SE1]",
                         (unsigned long long)item->parent);
@@ -183,7 +181,7 @@ static xkv_status decode_all(verify *v)
 {
     xkv_hit *hit = NULL;
     const xkv_entry *entry = NULL;
-    XKV_TRY(xkv_store_look(v->ctx, v->store, v->item, &hit));
+    XKV_TRY(xkv_store_look(v->ctx, v->store, v->item->id, &hit));
     xkv_status status = xkv_hit_entry(v->ctx, hit, &entry);
     if (status == XKV_OK)
         status = xkv_entry_verify(v->ctx, entry, NULL, NULL);

@@ -120,7 +120,7 @@ static const char *check_child(xkv_txn *txn, const xkv_key *key)
 {
     xkv_item item;
     if (!has_item(txn, xkv_key_u64(key, 9), &item) || (item.id != 0 && item.parent != xkv_key_u64(key, 1)))
-        return "an entry is listed as an extension of one that it does not extend";
+        return "an entry is listed as an extension of one that it does not extend [SI5]";
     return NULL;
 }
 

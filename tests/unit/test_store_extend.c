@@ -1126,6 +1126,24 @@ static void exports_hold_dictionaries(void **state)
     memory_free(&m);
 }
 
+/* New page keys would need a new blob, and what extends the old one would go with it. */
+static void what_is_extended_gets_no_new_keys(void **state)
+{
+    (void)state;
+    uint64_t ids[3];
+    xkv_page_key names[2];
+    xkv_put_options o = xkv_put_options_default();
+    put_line(ids);
+    assert_ok(t.ctx, xkv_chain_sglang(t.ctx, tokens, 100, 50, names));
+    o.keys = names;
+    o.key_count = 2;
+    xkv_put_report r = put_with(100, o);
+    assert_int_equal(r.existed, 1);
+    assert_int_equal(r.id, ids[0]);
+    assert_int_equal(found(LONG), LONG);
+    assert_sound(3);
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -1147,6 +1165,7 @@ int main(void)
         TEST(the_cap_is_for_the_whole),
         TEST(other_caches_are_not_extended),
         TEST(lines_are_bounded),
+        TEST(what_is_extended_gets_no_new_keys),
         TEST(lines_of_lossy_entries),
         TEST(what_is_coarser_is_not_extended),
         TEST(loads_announce_groups_of_all),
