@@ -221,7 +221,7 @@ static xkv_status commit_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     p->report.id = p->item.id;
     p->report.bytes = p->item.file_size;
     meta->puts++;
-    return p->fetched ? XKV_OK : xkv_remote_queue(txn, p->store, p->item.id);
+    return p->fetched ? XKV_OK : xkv_remote_queue(txn, p->store, &p->item);
 }
 
 static void head_of(const xkv_item *item, xkv_blob_head *head)
@@ -518,7 +518,7 @@ static xkv_status find_imported_parent(xkv_ctx *ctx, put *p, const exported *e, 
     XKV_TRY(xkv_blob_read_link(ctx, e->file, &e->head, &link, &p->parent.fram));
     xkv_status status = xkv_store_look(ctx, p->store, before, &hit);
     if (status == XKV_ERROR_NOT_FOUND)
-        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "the file does not have the entry that another one extends [SE1]");
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "the file does not have the entry that another one extends [SB9]");
     XKV_TRY(status);
     XKV_TRY(xkv_parent_take(ctx, hit, link.base, &p->parent));
     p->parent.link.fram = link.fram;
@@ -603,7 +603,7 @@ xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *fil
         offset += blob.size;
     } while (offset < file->size);
     if (last.id == 0)
-        return xkv_fail(ctx, XKV_ERROR_FORMAT, "the file holds no entry [SB3]");
+        return xkv_fail(ctx, XKV_ERROR_FORMAT, "the file holds no entry [SB9]");
     if (report != NULL)
         *report = last;
     return XKV_OK;

@@ -75,6 +75,7 @@ typedef struct xkv_remote {
     xkv_remote_stats stats;
 
     pthread_mutex_t push_mutex; /* held while the queue is sent */
+    uint64_t push_after;        /* id that it is sent from; with that mutex */
     xkv_ctx *sender;            /* context of the thread; NULL: there is none */
     pthread_t thread;
 } xkv_remote;

@@ -111,13 +111,10 @@ static xkv_status open_arrived(const fetch *f, arrived *a)
 /* The id follows from what a dictionary holds, so that none can be passed off as another. */
 static xkv_status check_dict(const fetch *f, const arrived *a, const uint8_t id[16])
 {
-    xkv_dict *dict = NULL;
     xkv_dict_info info;
     if (a->head.kind != XKV_BLOB_DICT)
         return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it is no dictionary [SR5]");
-    XKV_TRY(xkv_dict_open(f->ctx, &a->payload, 0, &dict));
-    xkv_dict_get_info(dict, &info);
-    xkv_dict_close(f->ctx, dict);
+    XKV_TRY(xkv_dict_read_info(f->ctx, &a->payload, &info));
     return memcmp(info.id, id, 16) == 0 ? XKV_OK
                                         : xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it is another dictionary [SR5]");
 }
@@ -171,6 +168,8 @@ static xkv_status check_blob(const fetch *f, arrived *a)
     XKV_TRY(open_arrived(f, a));
     if (a->head.kind != XKV_BLOB_ENTRY || memcmp(a->head.space, f->ns->id, 32) != 0)
         return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it is no entry of the namespace [SR5]");
+    if (a->head.extends)
+        return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it extends another entry [SR5]");
     return check_tokens(f, a);
 }
 

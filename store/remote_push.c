@@ -18,10 +18,16 @@ typedef struct push {
 
 /* --- The queue ---------------------------------------------------------------------------------------------------- */
 
-xkv_status xkv_remote_queue(xkv_txn *txn, const xkv_store *store, uint64_t id)
+/* One that extends another holds only what follows it. */
+static bool takes(const xkv_item *item)
 {
-    xkv_key key = xkv_key_id(XKV_TABLE_UNSENT, id);
-    return store->remote == NULL ? XKV_OK : xkv_txn_put_mark(txn, &key);
+    return item->parent == 0;
+}
+
+xkv_status xkv_remote_queue(xkv_txn *txn, const xkv_store *store, const xkv_item *item)
+{
+    xkv_key key = xkv_key_id(XKV_TABLE_UNSENT, item->id);
+    return store->remote == NULL || !takes(item) ? XKV_OK : xkv_txn_put_mark(txn, &key);
 }
 
 /* The first id in the queue from `after` on, and its entry. */
@@ -34,10 +40,12 @@ typedef struct queued {
 static xkv_status find_queued(xkv_txn *txn, void *user)
 {
     queued *q = user;
-    xkv_key from = xkv_key_id(XKV_TABLE_UNSENT, q->after), key;
-    XKV_TRY(xkv_txn_seek(txn, &from, 1, &key, NULL));
+    xkv_key from = xkv_key_id(XKV_TABLE_UNSENT, q->after), key = {.size = 0};
+    xkv_status status = xkv_txn_seek(txn, &from, 1, &key, NULL);
+    if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size != from.size))
+        return status; /* a damaged one holds nothing but its key */
     q->id = xkv_key_u64(&key, 1);
-    xkv_status status = xkv_txn_get_item(txn, q->id, &q->item);
+    status = xkv_txn_get_item(txn, q->id, &q->item);
     q->there = status == XKV_OK;
     return status == XKV_ERROR_NOT_FOUND || xkv_is_damage(status) ? XKV_OK : status;
 }
@@ -50,10 +58,11 @@ static xkv_status unqueue_body(xkv_txn *txn, void *user)
 
 static xkv_status count_queued(xkv_txn *txn, void *user)
 {
-    xkv_key from = xkv_key_bytes(XKV_TABLE_UNSENT, NULL, 0), key;
+    xkv_key from = xkv_key_bytes(XKV_TABLE_UNSENT, NULL, 0);
     for (uint64_t *count = user;; ++*count) {
+        xkv_key key = {.size = 0};
         xkv_status status = xkv_txn_seek(txn, &from, 1, &key, NULL);
-        if (status != XKV_OK)
+        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0))
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         from = key;
         from.bytes[from.size++] = 0;
@@ -118,20 +127,12 @@ static xkv_status put_pointers(push *p, const xkv_item *item, const xkv_page_key
 }
 
 /* The keys of an entry's blocks, from the symbols in its blob. */
-static xkv_status read_keys(push *p, const xkv_item *item, const int *fd, xkv_page_key *keys)
+static xkv_status read_keys(push *p, const xkv_item *item, xkv_page_key *keys)
 {
-    xkv_input raw, plain;
-    xkv_sealed sealed;
-    xkv_blob_head head;
     xkv_namespace ns;
-    uint32_t *list = NULL, count = item->symbols;
-    XKV_TRY(xkv_blob_file(p->ctx, fd, &raw));
-    XKV_TRY(xkv_blob_plain(p->ctx, p->store->key, &raw, &sealed, &plain));
-    XKV_TRY(xkv_blob_read_head(p->ctx, &plain, &head));
-    if (head.symbols != item->symbols || head.tokens != item->tokens)
-        return xkv_fail(p->ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
-    XKV_TRY(xkv_blob_read_body(p->ctx, &plain, &head, &count, &list, NULL));
-    const xkv_symbols symbols = {.data = list, .count = count, .tokens = head.tokens};
+    uint32_t *list = NULL;
+    XKV_TRY(xkv_line_read_symbols(p->ctx, p->store, item, &list));
+    const xkv_symbols symbols = {.data = list, .count = item->symbols, .tokens = item->tokens};
     memcpy(ns.id, item->space, 32);
     xkv_chain_keys(&ns, &symbols, p->remote->block_tokens, keys);
     xkv_release(p->ctx, list);
@@ -144,7 +145,7 @@ static xkv_status push_opened(push *p, const xkv_item *item, const int *fd)
     xkv_remote_name name = xkv_remote_blob_name(item->blob);
     xkv_page_key *keys = NULL;
     XKV_TRY(XKV_NEW(p->ctx, count, &keys));
-    xkv_status status = read_keys(p, item, fd, keys);
+    xkv_status status = read_keys(p, item, keys);
     if (status == XKV_OK)
         status = push_dict(p, item);
     if (status == XKV_OK)
@@ -155,11 +156,10 @@ static xkv_status push_opened(push *p, const xkv_item *item, const int *fd)
     return status;
 }
 
-/* Whether an entry is one to send; a child holds only what follows its parent. */
 static bool is_to_be_sent(const push *p, const queued *q)
 {
-    return q->there && q->item.parent == 0 && q->item.file_size <= p->remote->o.object_bytes &&
-           (q->item.expires == 0 || q->item.expires > xkv_store_now(p->store));
+    return q->there && q->item.file_size <= p->remote->o.object_bytes &&
+           !xkv_is_expired(q->item.expires, xkv_store_now(p->store));
 }
 
 /* NOT_FOUND: there is nothing to send any more. */
@@ -196,18 +196,32 @@ static xkv_status push_next(push *p, queued *q)
     return XKV_OK;
 }
 
-/* One process at a time sends; the others' entries are in the same queue. */
-static xkv_status push_locked(push *p)
+/* Send from an id on to the last one. Behind one that fails the next round goes on, so that it does not keep others. */
+static xkv_status push_from(push *p, uint64_t after)
 {
-    queued q = {0};
+    queued q = {.after = after};
     xkv_status status;
-    if (flock(p->store->folders.temp, LOCK_EX | LOCK_NB) != 0)
-        return xkv_fail(p->ctx, XKV_ERROR_IO, "another process is sending");
     do
         status = push_next(p, &q);
     while (status == XKV_OK);
+    if (status == XKV_ERROR_NOT_FOUND)
+        return XKV_OK;
+    p->remote->push_after = q.id + 1;
+    return status;
+}
+
+/* One process at a time sends; the others' entries are in the same queue. */
+static xkv_status push_locked(push *p)
+{
+    const uint64_t after = p->remote->push_after;
+    if (flock(p->store->folders.temp, LOCK_EX | LOCK_NB) != 0)
+        return xkv_fail(p->ctx, XKV_ERROR_IO, "another process is sending");
+    p->remote->push_after = 0;
+    xkv_status status = push_from(p, after);
+    if (status == XKV_OK && after > 0)
+        status = push_from(p, 0);
     (void)flock(p->store->folders.temp, LOCK_UN);
-    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+    return status;
 }
 
 static xkv_status push_all(push *p)
@@ -259,7 +273,7 @@ static xkv_status queue_some(xkv_txn *txn, void *user)
         XKV_TRY(status);
         xkv_item_decode(value, &item);
         xkv_key mark = xkv_key_id(XKV_TABLE_UNSENT, item.id);
-        if (memcmp(item.space, q->ns->id, 32) == 0)
+        if (takes(&item) && memcmp(item.space, q->ns->id, 32) == 0)
             XKV_TRY(xkv_txn_put_mark(txn, &mark));
         q->next = xkv_key_u64(&key, 1) + 1;
     }

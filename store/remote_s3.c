@@ -208,7 +208,8 @@ static void set_upload(CURL *curl, transfer *t)
 }
 
 /* No redirects, no other protocols, no signals, and nothing beyond the limit. */
-static void set_options(s3_link *l, transfer *t, const char *url, struct curl_slist *headers, uint32_t ms)
+static xkv_status set_options(xkv_ctx *ctx, s3_link *l, transfer *t, const char *url, struct curl_slist *headers,
+                              uint32_t ms)
 {
     CURL *curl = l->curl;
     curl_easy_reset(curl);
@@ -221,7 +222,8 @@ static void set_options(s3_link *l, transfer *t, const char *url, struct curl_sl
     curl_easy_setopt(curl, CURLOPT_CONNECTTIMEOUT_MS, (long)xkv_min64(ms, CONNECT_MS));
     curl_easy_setopt(curl, CURLOPT_BUFFERSIZE, BUFFER);
     curl_easy_setopt(curl, CURLOPT_UPLOAD_BUFFERSIZE, BUFFER);
-    curl_easy_setopt(curl, CURLOPT_AWS_SIGV4, l->config->sigv4);
+    if (curl_easy_setopt(curl, CURLOPT_AWS_SIGV4, l->config->sigv4) != CURLE_OK) /* or the secret goes out as it is */
+        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "s3: this libcurl cannot sign requests");
     curl_easy_setopt(curl, CURLOPT_USERPWD, l->config->credentials);
     curl_easy_setopt(curl, CURLOPT_HTTPHEADER, headers);
     curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, on_body);
@@ -235,6 +237,7 @@ static void set_options(s3_link *l, transfer *t, const char *url, struct curl_sl
         set_upload(curl, t);
     else if (t->q->kind == XKV_REQUEST_SIZE)
         curl_easy_setopt(curl, CURLOPT_NOBODY, 1L);
+    return XKV_OK;
 }
 
 /* The server checks the hash of what arrives, which is signed too. */
@@ -302,8 +305,9 @@ static xkv_status s3_run(xkv_ctx *ctx, void *link, xkv_request *q, uint32_t ms)
     if (headers == NULL)
         return xkv_fail(ctx, XKV_ERROR_MEMORY, "s3: out of memory");
     snprintf(url, sizeof url, "%s/%s", l->config->base, q->name);
-    set_options(l, &t, url, headers, ms);
-    xkv_status status = judge_curl(l, &t, curl_easy_perform(l->curl));
+    xkv_status status = set_options(ctx, l, &t, url, headers, ms);
+    if (status == XKV_OK)
+        status = judge_curl(l, &t, curl_easy_perform(l->curl));
     if (status == XKV_OK)
         status = judge_code(l, &t);
     curl_easy_setopt(l->curl, CURLOPT_HTTPHEADER, NULL);

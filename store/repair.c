@@ -243,7 +243,7 @@ static xkv_status is_next(repair *r, found *f, const xkv_input *file, bool *next
         return XKV_OK;
     xkv_blob_name name = xkv_blob_name_of(f->link.blob, f->link.parent);
     if (faccessat(r->store->folders.blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
-        return xkv_fail(r->ctx, XKV_ERROR_VERSION, "it extends entry %llu, which is not in the index",
+        return xkv_fail(r->ctx, XKV_ERROR_VERSION, "it extends entry %llu, which is not in the index [SE1]",
                         (unsigned long long)f->link.parent);
     return xkv_fail(r->ctx, XKV_ERROR_CORRUPT, "blob: it extends entry %llu, which is not there [SE1]",
                     (unsigned long long)f->link.parent);

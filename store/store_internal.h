@@ -263,8 +263,8 @@ XKV_MUST_CHECK xkv_status xkv_store_import_fetched(xkv_ctx *ctx, xkv_store *stor
  * was stored. Whatever fails is counted and logged, no more. */
 bool xkv_remote_fetch(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_symbols *prompt,
                       uint32_t have);
-/* Note an entry as to be sent, if there is a remote. */
-XKV_MUST_CHECK xkv_status xkv_remote_queue(xkv_txn *txn, const xkv_store *store, uint64_t id);
+/* Note an entry as to be sent, if there is a remote and it can be. */
+XKV_MUST_CHECK xkv_status xkv_remote_queue(xkv_txn *txn, const xkv_store *store, const xkv_item *item);
 /* After the commit: tell the thread that sends. */
 void xkv_remote_wake(const xkv_store *store);
 /* Stop sending and free the remote, if there is one. */

@@ -29,13 +29,14 @@ typedef struct server {
     pthread_mutex_t mutex;
     object objects[OBJECTS];
     size_t count;
-    uint64_t now;  /* milliseconds */
-    bool ticks;    /* a look at the clock moves it */
-    uint32_t fail; /* so many requests fail */
-    bool refuse;   /* they fail for good */
-    uint32_t slow; /* what a request takes */
-    uint32_t cut;  /* so many objects end in the middle */
-    bool hang;     /* requests never end */
+    uint64_t now;        /* milliseconds */
+    bool ticks;          /* a look at the clock moves it */
+    uint32_t fail;       /* so many requests fail */
+    bool refuse;         /* they fail for good */
+    const char *refused; /* the object that is refused, whatever else is not */
+    uint32_t slow;       /* what a request takes */
+    uint32_t cut;        /* so many objects end in the middle */
+    bool hang;           /* requests never end */
     uint32_t requests, connects, links;
     uint32_t puts_left; /* then the server dies; UINT32_MAX: never */
 } server;
@@ -87,8 +88,10 @@ static size_t count_of(char kind)
 
 static void forget_all(void)
 {
-    for (size_t i = 0; i < fake.count; i++)
+    for (size_t i = 0; i < fake.count; i++) {
         free(fake.objects[i].bytes);
+        fake.objects[i].bytes = NULL;
+    }
     fake.count = 0;
 }
 
@@ -124,6 +127,10 @@ static void fake_free_config(xkv_ctx *own, void *config)
 static xkv_status serve(xkv_ctx *ctx, xkv_request *q)
 {
     const object *o = find(q->name);
+    if (fake.refused != NULL && strcmp(fake.refused, q->name) == 0) {
+        q->final = true;
+        return xkv_fail(ctx, XKV_ERROR_IO, "refused");
+    }
     if (q->kind == XKV_REQUEST_PUT) {
         uint8_t *bytes = malloc((size_t)q->from->size + 1);
         assert_non_null(bytes);
@@ -749,6 +756,30 @@ static void test_refused(void **state)
     assert_int_equal(stats(&b).retries, 0);
 }
 
+/* One that cannot be sent does not keep the others, and is tried again. */
+static void test_one_is_refused(void **state)
+{
+    (void)state;
+    char name[XKV_REMOTE_NAME + 1];
+    put(&a, 1, 40);
+    push(&a);
+    snprintf(name, sizeof name, "%s", first_of('b')->name);
+    forget_all();
+    const xkv_namespace ns = ns_of(NULL);
+    assert_ok(a.ctx, xkv_store_queue_all(a.ctx, a.s.store, &ns));
+    put(&a, 2, 40);
+    fake.refused = name;
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(push(&a).waiting, i == 0 ? 2 : 1);
+        fake.now += 1000000; /* it is not left alone any more */
+    }
+    assert_int_equal(count_of('b'), 1);
+    assert_int_equal(look_up(&b, 2, 40, 0), 40);
+    fake.refused = NULL;
+    assert_int_equal(push(&a).waiting, 0);
+    assert_int_equal(look_up(&b, 1, 40, 0), 40);
+}
+
 /* A remote that is down is asked once, then not until its pause is over, which doubles; one line in the log. */
 static void test_left_alone(void **state)
 {
@@ -1170,6 +1201,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_dies, setup, teardown),
         cmocka_unit_test_setup_teardown(test_retries, setup, teardown),
         cmocka_unit_test_setup_teardown(test_refused, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_one_is_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(test_left_alone, setup, teardown),
         cmocka_unit_test_setup_teardown(test_hangs, setup, teardown),
         cmocka_unit_test_setup_teardown(test_evicted_before_sent, setup, teardown),
