@@ -263,10 +263,10 @@ static inline xkv_read_options xkv_read_options_default(void)
 /* Restore tokens of groups into views[plane_count] (only planes of the asked groups are touched): token first_token
  * goes to row(0) of each view. Only the chunks that hold asked tokens are read; every part is checked before any of its
  * elements is handed out. On one machine the bits of a row do not depend on the range or the number of threads.
- * `options` may be NULL. Memory: one group's components in f32, one chunk per thread, and up to 32 MiB of a cross
- * stage. On error the views' contents are undefined and must not be used. Errors: ARGUMENT (range, positions),
- * UNSUPPORTED (other positions for a K whose RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT,
- * MEMORY, CANCELLED, and what the input returns. */
+ * `options` may be NULL. Memory: one group's components in f32, one chunk per thread, and the integers of the
+ * cross stage, if there is one: 2 bytes for each asked token and coded component of it. On error the views' contents
+ * are undefined and must not be used. Errors: ARGUMENT (range, positions), UNSUPPORTED (other positions for a K whose
+ * RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT, MEMORY, CANCELLED, and what the input returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                  const xkv_view *views);
 

@@ -1,0 +1,120 @@
+/* chunks.h - decoding the chunks of one group of an entry: into exact rows, into coefficients, or into rows made of
+ * these. */
+#ifndef XKV_CHUNKS_H
+#define XKV_CHUNKS_H
+
+#include "coded.h"
+#include "entry_internal.h"
+#include "scalar.h"
+#include "svdq.h"
+
+#include <zstd.h>
+
+/* The side part of a coded group, checked. */
+typedef struct xkv_side {
+    uint8_t *bytes;
+    float step;
+    const uint8_t *tables; /* [rank], in `bytes` */
+    uint8_t *coded_tables; /* [coded] without zeros */
+    uint32_t coded;
+} xkv_side;
+
+/* Step and tables: what all codecs with a side part have in it. Errors: CHECKSUM, CORRUPT [Q3, Q4], MEMORY, and what
+ * the input returns. */
+XKV_MUST_CHECK xkv_status xkv_side_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g, xkv_side *side);
+void xkv_side_free(xkv_ctx *ctx, xkv_side *side);
+
+/* --- The cross stage ---------------------------------------------------------------------------------------------- */
+
+/* The cross stage of an entry, which its groups of codec dict are decoded with. */
+typedef struct xkv_cross_stage {
+    const xkv_group *g; /* NULL: the entry has none */
+    xkv_side side;
+    xkv_cross cross;
+
+    /* Its integers, where they are kept since every group needs them: of chunks first .. , [coded][tokens] each. */
+    uint32_t first;
+    int16_t *q;     /* NULL: not kept */
+    uint8_t *known; /* chunks that q holds */
+} xkv_cross_stage;
+
+/* Open the stage of an entry, if it has one. Errors: MISMATCH (no dictionary), CORRUPT [Q6], as xkv_side_read(). */
+XKV_MUST_CHECK xkv_status xkv_cross_stage_open(xkv_ctx *ctx, const xkv_entry *entry, xkv_cross_stage *stage);
+/* Keep the integers of chunks first .. last once they are decoded: 2 bytes for each token and coded component. */
+XKV_MUST_CHECK xkv_status xkv_cross_stage_keep(xkv_ctx *ctx, const xkv_entry *entry, uint32_t first, uint32_t last,
+                                               xkv_cross_stage *stage);
+void xkv_cross_stage_free(xkv_ctx *ctx, xkv_cross_stage *stage);
+
+/* --- A group ------------------------------------------------------------------------------------------------------ */
+
+/* What decoding any chunk of a group needs: its basis, and how its coefficients are coded. Of the cross stage's group
+ * only the integers can be decoded. */
+typedef struct xkv_group_reader {
+    xkv_ctx *ctx;
+    const xkv_kernels *kernels;
+    const xkv_entry *entry;
+    const xkv_group *g;
+    xkv_cross_stage *cross; /* NULL: none; belongs to somebody else */
+
+    float *components; /* svd: [rank][width], times their scales */
+
+    /* dict, scalar and svdq */
+    xkv_side side;
+    xkv_scalar scalar;
+    xkv_svdq_basis svdq;
+    xkv_transform transform;
+    xkv_synthesis synthesis; /* empty until asked for */
+} xkv_group_reader;
+
+/* Read what a group has beside its chunks and exact rows. `cross` may be NULL for groups that are not of codec dict.
+ * A reader stays where it is until it is closed. Errors: MISMATCH (no dictionary), CHECKSUM, CORRUPT, MEMORY, and what
+ * the input returns. */
+XKV_MUST_CHECK xkv_status xkv_group_reader_open(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g,
+                                                xkv_cross_stage *cross, xkv_group_reader *r);
+/* Make what xkv_chunk_rows() needs. */
+XKV_MUST_CHECK xkv_status xkv_group_reader_for_rows(xkv_group_reader *r);
+void xkv_group_reader_close(xkv_group_reader *r);
+
+/* Whether the group's coefficients are integers: dict, scalar, svdq. */
+static inline bool xkv_group_is_coded(const xkv_group *g)
+{
+    return g->codec == XKV_GROUP_DICT || g->codec == XKV_GROUP_SCALAR || g->codec == XKV_GROUP_SVDQ;
+}
+
+/* The exact rows of a group that is not lossless, sinks then window; allocated. */
+XKV_MUST_CHECK xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t **rows);
+
+/* --- A chunk ------------------------------------------------------------------------------------------------------ */
+
+/* What one thread needs to decode chunks. */
+typedef struct xkv_chunk_scratch {
+    ZSTD_DCtx *zstd;                /* made when first needed */
+    uint8_t *packed, *planes, *raw; /* of the largest chunk */
+    int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage unless kept */
+    float *coefficients;            /* of a tile, for xkv_chunk_rows() */
+} xkv_chunk_scratch;
+
+/* Scratch for the chunks of this group; what is there already is replaced. */
+XKV_MUST_CHECK xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, xkv_chunk_scratch *s);
+void xkv_chunk_scratch_empty(xkv_ctx *ctx, xkv_chunk_scratch *s);
+void xkv_chunk_scratch_free(xkv_ctx *ctx, xkv_chunk_scratch *s);
+
+/* A chunk, decoded into the scratch it was loaded with. */
+typedef struct xkv_chunk {
+    uint32_t t0, t1;       /* its tokens: all of them where the group is lossless, else the coded ones */
+    const uint8_t *matrix; /* lossless: rows as the engine stores them; svd: f16 coefficients [t1 - t0][rank] */
+    xkv_integers own;      /* dict, scalar, svdq: [coded] */
+    xkv_integers cross;    /* [coded of the stage] where it adds to the group, else NULL */
+} xkv_chunk;
+
+/* Read, check and decode a chunk; of the cross stage, only its integers. Tasks that load the same chunk of two groups
+ * with kept integers must not run at the same time. Errors: CHECKSUM, CORRUPT, MEMORY, BACKEND, and what the input
+ * returns. */
+XKV_MUST_CHECK xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
+                                         xkv_chunk *out);
+
+/* Rows x [t1 - t0][width] (K before RoPE) of at most XKV_TILE_ROWS tokens of a chunk that is not lossless. */
+void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0, uint32_t t1,
+                    float *x);
+
+#endif
