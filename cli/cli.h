@@ -224,8 +224,8 @@ const xkv_model *cli_model_bare(const cli *c, xkv_model *bare);
  * that was trained on `model` (may be NULL), or else the only one of as many layers. Without `required` a folder in
  * which none or several fit leaves c->dict NULL. */
 cli_exit cli_dict_choose(cli *c, const char *name, const xkv_model *model, uint32_t layer_count, bool required);
-/* Give the entry the dictionary that it needs, if any. */
-cli_exit cli_dict_attach(cli *c, const char *name, xkv_entry *entry);
+/* Give the entry the dictionary that it needs, if any; `for_packing`: to append to the entry. */
+cli_exit cli_dict_attach(cli *c, const char *name, xkv_entry *entry, bool for_packing);
 void cli_dict_close(cli *c);
 /* Groups that hold planes: not the cross stage. */
 uint32_t cli_dict_groups(const xkv_dict_info *info);

@@ -185,7 +185,7 @@ cli_exit cli_dict_choose(cli *c, const char *name, const xkv_model *model, uint3
 /* --- Restoring ------------------------------------------------------------------------------------------------------
  */
 
-static cli_exit load_by_id(cli *c, const char *name, const uint8_t *id)
+static cli_exit load_by_id(cli *c, const char *name, const uint8_t *id, bool for_packing)
 {
     found best = {0};
     bool folder = false;
@@ -193,17 +193,17 @@ static cli_exit load_by_id(cli *c, const char *name, const uint8_t *id)
     if (code != CLI_OK)
         return code;
     if (!folder)
-        return load(c, c->dict_path, 0);
+        return load(c, c->dict_path, for_packing);
     code = search(c, &(wanted){.id = id}, &best);
     if (code != CLI_OK)
         return code;
     if (best.count > 0)
-        return load(c, best.path, 0);
+        return load(c, best.path, for_packing);
     cli_error(c, "%s: needs the dictionary %s, which is not in %s", name, cli_hex_text(id, 16).text, c->dict_path);
     return CLI_MISMATCH;
 }
 
-cli_exit cli_dict_attach(cli *c, const char *name, xkv_entry *entry)
+cli_exit cli_dict_attach(cli *c, const char *name, xkv_entry *entry, bool for_packing)
 {
     xkv_entry_info info;
     cli_exit code = CLI_OK;
@@ -216,7 +216,7 @@ cli_exit cli_dict_attach(cli *c, const char *name, xkv_entry *entry)
         return CLI_MISMATCH;
     }
     if (!is_loaded(c, info.dictionary_id))
-        code = load_by_id(c, name, info.dictionary_id);
+        code = load_by_id(c, name, info.dictionary_id, for_packing);
     if (code != CLI_OK)
         return code;
     xkv_status status = xkv_entry_attach(c->ctx, entry, c->dict);

@@ -341,7 +341,7 @@ static void print_json(const cli *c, const char *name, const xkv_entry *entry, c
 
 static cli_exit verify(cli *c, const cli_input *input, xkv_entry *entry)
 {
-    cli_exit code = cli_dict_attach(c, input->name, entry);
+    cli_exit code = cli_dict_attach(c, input->name, entry, false);
     if (code != CLI_OK)
         return code;
     xkv_status status = xkv_entry_verify(c->ctx, entry, cli_progress, c);

@@ -20,6 +20,7 @@ enum {
     OPT_ITERATIONS,
     OPT_ZSTD_FACTORS,
     OPT_HALF_FACTORS,
+    OPT_APPEND,
 };
 
 static const char letters[] =
@@ -48,6 +49,7 @@ static const struct option long_options[] = {
     {"iterations", required_argument, NULL, OPT_ITERATIONS},
     {"zstd-factors", no_argument, NULL, OPT_ZSTD_FACTORS},
     {"half-factors", no_argument, NULL, OPT_HALF_FACTORS},
+    {"append", required_argument, NULL, OPT_APPEND},
     CLI_END_OPTIONS,
 };
 
@@ -74,6 +76,8 @@ static const char help[] =
     "  -1 .. -19             zstd level [4]\n"
     "      --half-factors    svd with --ratio or --error: SVD factors at 16 bits as published\n"
     "      --zstd-factors    compress 16-bit SVD factors with zstd too\n"
+    "      --append ENTRY    FILE begins with the tokens of ENTRY: keep these as they are packed\n"
+    "                        there, and code the others in the same way\n"
     "\n"
     "Model (lets all but lossless undo RoPE before K is coded):\n"
     "      --model FILE      GGUF file of the model; its header is enough\n"
@@ -109,8 +113,9 @@ static const char *const profiles[] = {"auto", "lossless", "svd", "dict", "scala
 typedef struct pack_tool {
     xkv_pack_options options;
     xkv_rope_options rope;
-    bool rope_given;  /* any --rope-* or --head-dim */
-    xkv_model *model; /* of --model */
+    bool rope_given;    /* any --rope-* or --head-dim */
+    const char *append; /* the entry of --append, or NULL */
+    xkv_model *model;   /* of --model */
 } pack_tool;
 
 /* --- Options --------------------------------------------------------------------------------------------------------
@@ -191,6 +196,9 @@ static bool take_option(cli *c, int option, const char *value)
     case OPT_HALF_FACTORS:
         o->half_factors = 1;
         return true;
+    case OPT_APPEND:
+        tool->append = value;
+        return true;
     default:
         return take_level(c, o, option, value);
     }
@@ -246,6 +254,10 @@ static bool check_options(cli *c)
         problem = "a lossless entry has no rank, ratio, error, energy or quality";
     else if (targets == 0 && o->profile == XKV_PROFILE_SVD)
         problem = "--profile svd needs --rank-k and --rank-v, --ratio, --error or --energy";
+    else if (tool->append != NULL && (targets > 0 || o->profile != XKV_PROFILE_AUTO || o->half_factors))
+        problem = "--append goes on with the codec of the entry: no profile, rank, ratio, error, energy or quality";
+    else if (tool->append != NULL && c->input_count > 1)
+        problem = "--append takes one FILE";
     else if (tool->rope_given && c->model_path == NULL &&
              (tool->rope.base <= 0 || tool->rope.head_dim == 0 || tool->rope.style < 0))
         problem = "a model without --model needs --rope-base, --rope-style and --head-dim";
@@ -362,7 +374,7 @@ static cli_text error_text(const xkv_geometry *g, const xkv_pack_report *r)
 }
 
 /* "step 0.0123, metric error 0.0912, 3021 of 11520 components, dictionary 0011aabb, " for quantized entries; without a
- * metric and a dictionary, those of other profiles. */
+ * metric and a dictionary, those of other profiles, and without an error, if they were appended to. */
 static void coded_text(const pack_tool *tool, const xkv_pack_report *r, char *text, size_t size)
 {
     xkv_dict_info info;
@@ -370,9 +382,11 @@ static void coded_text(const pack_tool *tool, const xkv_pack_report *r, char *te
     text[0] = '\0';
     if (r->component_total == 0)
         return;
-    n = (size_t)snprintf(text, size, "step %.4g, %s%.4f, %u of %u components, ", r->step,
-                         r->profile == XKV_PROFILE_DICT ? "metric error " : "error ", r->error_metric, r->components,
-                         r->component_total);
+    n = (size_t)snprintf(text, size, "step %.4g, ", r->step);
+    if (r->error_metric > 0)
+        n += (size_t)snprintf(text + n, size - n, "%s%.4f, ",
+                              r->profile == XKV_PROFILE_DICT ? "metric error " : "error ", r->error_metric);
+    n += (size_t)snprintf(text + n, size - n, "%u of %u components, ", r->components, r->component_total);
     if (r->profile != XKV_PROFILE_DICT)
         return;
     xkv_dict_get_info(tool->options.dict, &info);
@@ -477,10 +491,53 @@ static xkv_pack_options options_for(const pack_tool *tool, const xkv_cache *cach
     return o;
 }
 
-static cli_exit pack_cache(cli *c, const cli_input *input, const xkv_model *model, const xkv_cache *cache)
+static cli_exit pack_whole(cli *c, const cli_input *input, const xkv_model *model, const xkv_cache *cache,
+                           const xkv_output *sink, xkv_pack_report *report)
+{
+    xkv_pack_options options = options_for(c->user, cache);
+    xkv_model bare;
+    options.model = model != NULL ? model : cli_model_bare(c, &bare);
+    xkv_status status = xkv_pack_cache(c->ctx, cache, &options, sink, report);
+    return status == XKV_OK ? CLI_OK : cli_fail(c, input->name, status);
+}
+
+static cli_exit append_to(cli *c, const cli_input *input, xkv_entry *entry, const xkv_cache *cache,
+                          const xkv_output *sink, xkv_pack_report *report)
 {
     pack_tool *tool = c->user;
-    xkv_model bare;
+    xkv_append_options o = xkv_append_options_default();
+    cli_exit code = cli_dict_attach(c, tool->append, entry, true);
+    if (code != CLI_OK)
+        return code;
+    tool->options.dict = c->dict;
+    o.zstd_level = tool->options.zstd_level;
+    o.writer = tool->options.writer;
+    o.progress = tool->options.progress;
+    o.progress_user = tool->options.progress_user;
+    xkv_status status = xkv_append_cache(c->ctx, entry, cache, &o, sink, report);
+    return status == XKV_OK ? CLI_OK : cli_fail(c, input->name, status);
+}
+
+/* What is new in a cache, behind the entry of --append. */
+static cli_exit pack_rest(cli *c, const cli_input *input, const xkv_cache *cache, const xkv_output *sink,
+                          xkv_pack_report *report)
+{
+    pack_tool *tool = c->user;
+    xkv_input file = {0};
+    xkv_entry *entry = NULL;
+    xkv_status status = xkv_input_open(c->ctx, tool->append, &file);
+    if (status == XKV_OK)
+        status = xkv_entry_open(c->ctx, &file, &entry);
+    cli_exit code =
+        status == XKV_OK ? append_to(c, input, entry, cache, sink, report) : cli_fail(c, tool->append, status);
+    xkv_entry_close(c->ctx, entry);
+    xkv_input_close(c->ctx, &file);
+    return code;
+}
+
+static cli_exit pack_cache(cli *c, const cli_input *input, const xkv_model *model, const xkv_cache *cache)
+{
+    const pack_tool *tool = c->user;
     xkv_pack_report report;
     cli_output output = {0};
     double start = cli_seconds();
@@ -492,11 +549,11 @@ static cli_exit pack_cache(cli *c, const cli_input *input, const xkv_model *mode
     cli_exit code = cli_output_open(c, input, path, &output);
     if (code == CLI_OK) {
         xkv_output sink = xkv_file_output(output.file);
-        xkv_pack_options options = options_for(tool, cache);
-        options.model = model != NULL ? model : cli_model_bare(c, &bare);
-        xkv_status status = xkv_pack_cache(c->ctx, cache, &options, &sink, &report);
-        code = status == XKV_OK ? cli_output_commit(c, input, &output) : cli_fail(c, input->name, status);
+        code = tool->append != NULL ? pack_rest(c, input, cache, &sink, &report)
+                                    : pack_whole(c, input, model, cache, &sink, &report);
     }
+    if (code == CLI_OK)
+        code = cli_output_commit(c, input, &output);
     if (code == CLI_OK)
         print_result(c, input, &output, cache, &report, cli_seconds() - start);
     cli_output_abort(c, &output);
@@ -511,7 +568,7 @@ static cli_exit choose_dictionary(cli *c, const cli_input *input, const xkv_mode
     xkv_model bare;
     cli_exit code = CLI_OK;
     tool->options.dict = NULL;
-    if (layers == 0 || c->dict_path == NULL || !takes_dictionary(c, &tool->options))
+    if (layers == 0 || c->dict_path == NULL || tool->append != NULL || !takes_dictionary(c, &tool->options))
         return CLI_OK;
     if (model == NULL)
         model = cli_model_bare(c, &bare);

@@ -267,7 +267,7 @@ static cli_exit process_entry(cli *c, const cli_input *input, xkv_entry *entry)
     xkv_entry_get_info(entry, &info);
     cli_exit code = check_model(c, input, entry);
     if (code == CLI_OK)
-        code = cli_dict_attach(c, input->name, entry);
+        code = cli_dict_attach(c, input->name, entry, false);
     if (code != CLI_OK)
         return code;
     return tool->test ? test_entry(c, input, entry, &info) : unpack_entry(c, input, entry, &info);

@@ -103,20 +103,48 @@ typedef struct components_job {
     double *bits; /* [rank] infinite: a value does not fit */
 } components_job;
 
+/* A component whose table is given. */
+static bool code_given(const xkv_coder *coder, const float *y, uint32_t n, float step, uint8_t table, int16_t *q,
+                       double *bits)
+{
+    if (table == 0)
+        return true;
+    if (!xkv_quantize(coder, y, n, step, q))
+        return false;
+    *bits = xkv_table_cost(table, q, n);
+    return true;
+}
+
+/* One whose table is chosen. */
+static bool code_chosen(const components_job *j, size_t component, const float *y, int16_t *q)
+{
+    xkv_coded *c = j->coded;
+    double squares, more_bits = 0, lost = 0;
+
+    if (j->t && j->t->component_bits) {
+        more_bits = j->t->component_bits[component];
+        lost = j->t->component_lost[component] * sum_squares(y, c->tokens);
+    }
+    return xkv_code_component(xkv_coder_cpu(), y, c->tokens, c->step, more_bits, lost, q, &c->tables[component],
+                              &j->bits[component], &squares);
+}
+
 static xkv_status code_task(void *user, uint32_t worker, uint64_t index)
 {
     components_job *j = user;
     xkv_coded *c = j->coded;
     size_t at = index * c->tokens, component = j->first + index;
-    double squares, more_bits = 0, lost = 0;
+    bool fits;
 
     (void)worker;
-    if (j->t && j->t->component_bits) {
-        more_bits = j->t->component_bits[component];
-        lost = j->t->component_lost[component] * sum_squares(j->y + at, c->tokens);
+    if (j->t && j->t->tables) {
+        c->tables[component] = j->t->tables[component];
+        fits = code_given(xkv_coder_cpu(), j->y + at, c->tokens, c->step, c->tables[component], c->q + at,
+                          &j->bits[component]);
+    } else {
+        fits = code_chosen(j, component, j->y + at, c->q + at);
     }
-    if (!xkv_code_component(xkv_coder_cpu(), j->y + at, c->tokens, c->step, more_bits, lost, c->q + at,
-                            &c->tables[component], &j->bits[component], &squares))
+    if (!fits)
         j->bits[component] = INFINITY;
     return XKV_OK;
 }
@@ -292,8 +320,8 @@ typedef struct job {
     xkv_coded *coded;
     const xkv_cross *cross;
     xkv_integers cross_q;
-    uint32_t top;   /* components that the cross stage codes */
-    uint32_t first; /* token of the first row */
+    uint32_t top; /* components that the cross stage codes */
+    xkv_span span;
     float *y;       /* [rank - top][tokens] */
     float *scratch; /* per thread */
     size_t scratch_size;
@@ -307,35 +335,40 @@ static uint32_t tile_tokens(const job *j, uint64_t tile, uint32_t *row)
     return (uint32_t)xkv_min64(XKV_TILE_ROWS, j->coded->tokens - *row);
 }
 
+static xkv_status gather_tile(const job *j, uint32_t worker, uint32_t row, uint32_t n, float *x)
+{
+    uint32_t token = j->span.t0 + row;
+
+    return xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, token, token + n, x);
+}
+
 static xkv_status analyze_tile(void *user, uint32_t worker, uint64_t tile)
 {
     job *j = user;
     uint32_t row, n = tile_tokens(j, tile, &row);
     float *x = j->scratch + worker * j->scratch_size;
 
-    XKV_TRY(xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, j->first + row, j->first + row + n, x));
+    XKV_TRY(gather_tile(j, worker, row, n, x));
     xkv_analyze(j->kernels, j->t, j->top, x, n, j->y + row, j->coded->tokens);
     return XKV_OK;
 }
 
-/* Squared norms of e W and of x W - (mean W), head by head. */
-static void add_metric(const job *j, const float *x, const float *e, uint32_t n, float *product, sums *metric)
+/* Squared norm of rows times W, head by head. */
+static double metric_squares(const job *j, const float *rows, uint32_t n, float *product)
 {
     const float *block = j->t->blocks;
     size_t column = 0, width = j->t->width;
+    double sum = 0;
 
     for (uint32_t i = 0; i < j->g->plane_count; i++) {
         const xkv_plane *p = &j->rotators->geometry->planes[j->g->planes[i]];
-        for (uint32_t h = 0; h < p->heads; h++) {
-            size_t d = p->head_dim;
-            j->kernels->gemm_nn(n, d, d, e + column, width, block, d, 0, product, d);
-            metric->squares += j->kernels->sum_squares(product, n * d);
-            j->kernels->gemm_nn(n, d, d, x + column, width, block, d, 0, product, d);
-            metric->energy += j->kernels->sum_squares(product, n * d);
-            block += d * d;
-            column += d;
+        size_t d = p->head_dim;
+        for (uint32_t h = 0; h < p->heads; h++, block += d * d, column += d) {
+            j->kernels->gemm_nn(n, d, d, rows + column, width, block, d, 0, product, d);
+            sum += j->kernels->sum_squares(product, n * d);
         }
     }
+    return sum;
 }
 
 static void add_planes(const job *j, const float *x, const float *y, uint32_t n, sums *planes)
@@ -350,26 +383,52 @@ static void add_planes(const job *j, const float *x, const float *y, uint32_t n,
         }
 }
 
-static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
+/* Errors and energies of rows x that are restored as y; both are used up. */
+static void measure_rows(const job *j, float *x, float *y, uint32_t n, float *product, sums *planes)
 {
-    job *j = user;
-    xkv_coded *c = j->coded;
-    uint32_t row, n = tile_tokens(j, tile, &row), count = j->g->plane_count;
-    size_t width = j->t->width, elements = n * width;
-    float *x = j->scratch + worker * j->scratch_size, *y = x + XKV_TILE_ROWS * width, *a = y + XKV_TILE_ROWS * width;
-    sums *planes = j->planes + tile * (count + 1);
+    size_t width = j->g->width, elements = n * width;
+    sums *metric = &planes[j->g->plane_count];
 
-    XKV_TRY(xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, j->first + row, j->first + row + n, x));
-    xkv_synthesize(j->kernels, &j->synthesis, xkv_integers_from((xkv_integers){c->q, c->tokens}, row),
-                   xkv_integers_from(j->cross_q, row), n, a, y);
     add_planes(j, x, y, n, planes);
-    if (!j->t->blocks)
-        return XKV_OK;
+    if (!j->t || !j->t->blocks)
+        return;
     for (size_t i = 0; i < elements; i++)
         y[i] = x[i] - y[i];
     for (size_t i = 0; i < elements; i++)
         x[i] -= j->t->mean[i % width];
-    add_metric(j, x, y, n, a, &planes[count]);
+    metric->squares += metric_squares(j, y, n, product);
+    metric->energy += metric_squares(j, x, n, product);
+}
+
+static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
+{
+    job *j = user;
+    xkv_coded *c = j->coded;
+    uint32_t row, n = tile_tokens(j, tile, &row), known = j->span.measured - j->span.t0;
+    size_t width = j->g->width, skip = known > row ? known - row : 0;
+    float *x = j->scratch + worker * j->scratch_size, *y = x + XKV_TILE_ROWS * width, *a = y + XKV_TILE_ROWS * width;
+
+    if (skip >= n)
+        return XKV_OK;
+    XKV_TRY(gather_tile(j, worker, row, n, x));
+    xkv_synthesize(j->kernels, &j->synthesis, xkv_integers_from((xkv_integers){c->q, c->tokens}, row),
+                   xkv_integers_from(j->cross_q, row), n, a, y);
+    measure_rows(j, x + skip * width, y + skip * width, n - (uint32_t)skip, a,
+                 j->planes + tile * (j->g->plane_count + 1));
+    return XKV_OK;
+}
+
+/* What rows are, against what they are: energies without errors. */
+static xkv_status weigh_tile(void *user, uint32_t worker, uint64_t tile)
+{
+    job *j = user;
+    uint32_t row, n = tile_tokens(j, tile, &row);
+    size_t rows = (size_t)XKV_TILE_ROWS * j->g->width;
+    float *x = j->scratch + worker * j->scratch_size, *y = x + rows;
+
+    XKV_TRY(gather_tile(j, worker, row, n, x));
+    memcpy(y, x, (size_t)n * j->g->width * sizeof *y);
+    measure_rows(j, x, y, n, y + rows, j->planes + tile * (j->g->plane_count + 1));
     return XKV_OK;
 }
 
@@ -401,12 +460,20 @@ static void total(const job *j, uint64_t tiles, xkv_group *g)
 /* Scratch of a thread for analyzing and for measuring a tile: two sets of rows, and coefficients or products. */
 static xkv_status size_scratch(job *j, xkv_pool *pool, size_t coefficients)
 {
-    size_t tile = (size_t)XKV_TILE_ROWS * j->t->width;
+    size_t tile = (size_t)XKV_TILE_ROWS * j->g->width;
 
     xkv_release(j->ctx, j->scratch);
     j->scratch = NULL;
     j->scratch_size = 2 * tile + (coefficients > tile ? coefficients : tile);
     return XKV_NEW(j->ctx, j->scratch_size * xkv_pool_threads(pool), &j->scratch);
+}
+
+static xkv_status measure(job *j, xkv_pool *pool, uint64_t tiles, xkv_task_fn task, xkv_group *g)
+{
+    XKV_TRY(XKV_NEW_ZERO(j->ctx, (size_t)tiles * (g->plane_count + 1), &j->planes));
+    XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, task, j));
+    total(j, tiles, g);
+    return XKV_OK;
 }
 
 static xkv_status run(job *j, xkv_pool *pool, xkv_group *g)
@@ -426,14 +493,19 @@ static xkv_status run(job *j, xkv_pool *pool, xkv_group *g)
         return XKV_OK;
     XKV_TRY(xkv_synthesis_create(j->ctx, j->t, c->tables, c->step, j->cross, &j->synthesis));
     XKV_TRY(size_scratch(j, pool, xkv_synthesis_scratch(&j->synthesis, XKV_TILE_ROWS)));
-    XKV_TRY(XKV_NEW_ZERO(j->ctx, (size_t)tiles * (g->plane_count + 1), &j->planes));
-    XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, measure_tile, j));
-    total(j, tiles, g);
-    return XKV_OK;
+    return measure(j, pool, tiles, measure_tile, g);
+}
+
+static void release(job *j)
+{
+    xkv_release(j->ctx, j->scratch);
+    xkv_release(j->ctx, j->y);
+    xkv_release(j->ctx, j->planes);
+    xkv_synthesis_free(j->ctx, &j->synthesis);
 }
 
 xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
-                          uint32_t t0, uint32_t t1, const xkv_transform *t, float step, const xkv_cross *cross,
+                          xkv_span span, const xkv_transform *t, float step, const xkv_cross *cross,
                           xkv_integers cross_q, xkv_coded *coded)
 {
     job j = {.ctx = ctx,
@@ -446,17 +518,36 @@ xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, x
              .cross = cross,
              .cross_q = cross_q,
              .top = cross ? t->top : 0,
-             .first = t0};
+             .span = span};
     xkv_status status;
 
-    *coded = (xkv_coded){.rank = t->rank, .tokens = t1 - t0, .step = step};
+    *coded = (xkv_coded){.first = span.t0, .tokens = span.t1 - span.t0, .rank = t->rank, .step = step};
     status = run(&j, pool, g);
-    xkv_release(ctx, j.scratch);
-    xkv_release(ctx, j.y);
-    xkv_release(ctx, j.planes);
-    xkv_synthesis_free(ctx, &j.synthesis);
+    release(&j);
     if (status != XKV_OK)
         xkv_coded_free(ctx, coded);
+    return status;
+}
+
+xkv_status xkv_weigh_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
+                           uint32_t t0, uint32_t t1, const xkv_transform *t, double *metric_energy)
+{
+    xkv_coded coded = {.tokens = t1 - t0};
+    job j = {.ctx = ctx,
+             .rotators = rotators,
+             .kernels = rotators->kernels,
+             .g = g,
+             .views = views,
+             .t = t,
+             .coded = &coded,
+             .span = {t0, t1, t0}};
+    xkv_status status;
+
+    XKV_TRY_GOTO(size_scratch(&j, pool, 0), out);
+    XKV_TRY_GOTO(measure(&j, pool, xkv_ceil_div(coded.tokens, XKV_TILE_ROWS), weigh_tile, g), out);
+    *metric_energy = coded.metric_energy;
+out:
+    release(&j);
     return status;
 }
 

@@ -18,6 +18,7 @@ typedef struct xkv_transform {
     const float *offset;    /* [rank]: y_j = x . analysis_j - offset_j; NULL for 0 */
     const float *diagonal;  /* [width] scalar: x_i = mean_i + y_i * diagonal_i */
     const float *blocks;    /* metric blocks of the group's heads, one behind the other; NULL: no metric */
+    const uint8_t *tables;  /* [rank] of the entry that is appended to: to be used as they are; NULL: to be chosen */
 
     /* Codec svdq: components that are stored with the entry. */
     const struct xkv_svdq *own;   /* which they are before rounding; else NULL */
@@ -29,7 +30,8 @@ xkv_transform xkv_transform_of_basis(const xkv_basis *basis);
 
 /* The coefficients of a run of tokens. */
 typedef struct xkv_coded {
-    uint32_t rank, tokens;
+    uint32_t first, tokens; /* tokens [first, first + tokens) of the cache */
+    uint32_t rank;
     float step;
     uint8_t *tables;                      /* [rank]; 0: not coded */
     uint32_t coded;                       /* how many are */
@@ -105,12 +107,23 @@ static inline xkv_integers xkv_integers_from(xkv_integers in, uint32_t token)
 void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
                     float *scratch, float *x);
 
-/* Analyze, quantize, choose, and measure tokens [t0, t1) of g with `step`. `cross` (may be NULL) and its integers of
- * the same tokens add to it. Sets g's energy, error and plane errors; with t->own nothing is measured, since its
+/* Tokens [t0, t1), whose errors are measured from token `measured` on. */
+typedef struct xkv_span {
+    uint32_t t0, t1, measured;
+} xkv_span;
+
+/* Analyze, quantize, choose, and measure tokens of g with `step`. `cross` (may be NULL) and its integers of the same
+ * tokens add to it. Sets g's energy, error, plane errors and energies; with t->own nothing is measured, since its
  * components are not rounded yet. */
 XKV_MUST_CHECK xkv_status xkv_code_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
-                                         const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
-                                         float step, const xkv_cross *cross, xkv_integers cross_q, xkv_coded *coded);
+                                         const xkv_view *views, xkv_span span, const xkv_transform *t, float step,
+                                         const xkv_cross *cross, xkv_integers cross_q, xkv_coded *coded);
+
+/* Energies alone of tokens [t0, t1): g's and its planes', and in the metric, if `t` (may be NULL) has one. Errors are
+ * set to 0. */
+XKV_MUST_CHECK xkv_status xkv_weigh_group(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
+                                          const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *t,
+                                          double *metric_energy);
 void xkv_coded_free(xkv_ctx *ctx, xkv_coded *coded);
 
 #endif

@@ -97,8 +97,9 @@ static void merge_norms(const job *j, uint64_t tiles, float *norms)
     }
 }
 
-static xkv_status run(job *j, xkv_pool *pool, float *norms, xkv_coded *coded)
+static xkv_status run(job *j, xkv_pool *pool, const uint8_t *tables, float *norms, xkv_coded *coded)
 {
+    const xkv_transform given = {.tables = tables};
     uint64_t tiles = xkv_ceil_div(j->tokens, XKV_TILE_ROWS);
 
     size_scratch(j);
@@ -107,12 +108,13 @@ static xkv_status run(job *j, xkv_pool *pool, float *norms, xkv_coded *coded)
     XKV_TRY(XKV_NEW_ZERO(j->ctx, (size_t)tiles * j->c->group_count, &j->norms));
     XKV_TRY(xkv_pool_run(j->ctx, pool, tiles, analyze_tile, j));
     merge_norms(j, tiles, norms);
-    return xkv_code_components(j->ctx, pool, NULL, j->y, 0, coded);
+    return xkv_code_components(j->ctx, pool, &given, j->y, 0, coded);
 }
 
 xkv_status xkv_code_cross(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, const xkv_container *c,
                           const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_transform *transforms,
-                          const xkv_cross_basis *basis, float step, float *norms, xkv_coded *coded)
+                          const xkv_cross_basis *basis, const uint8_t *tables, float step, float *norms,
+                          xkv_coded *coded)
 {
     job j = {.ctx = ctx,
              .rotators = rotators,
@@ -125,8 +127,8 @@ xkv_status xkv_code_cross(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, c
              .tokens = t1 - t0};
     xkv_status status;
 
-    *coded = (xkv_coded){.rank = basis->rank, .tokens = j.tokens, .step = step};
-    status = run(&j, pool, norms, coded);
+    *coded = (xkv_coded){.first = t0, .tokens = j.tokens, .rank = basis->rank, .step = step};
+    status = run(&j, pool, tables, norms, coded);
     xkv_release(ctx, j.scratch);
     xkv_release(ctx, j.y);
     xkv_release(ctx, j.norms);

@@ -24,12 +24,12 @@ float xkv_cross_norm(const float *z, size_t stride, uint32_t top, uint32_t token
  * [count] are those above. Without these groups none exceeds them, if the basis is orthonormal to a factor of 2. */
 bool xkv_cross_too_large(float norm, float step, uint32_t count);
 
-/* Analyze, quantize and choose tokens [t0, t1) of the cross stage. norms [group_count], 0 for groups that take no part.
- */
+/* Analyze, quantize and choose tokens [t0, t1) of the cross stage, with `tables` [basis->rank] if there are any (as in
+ * xkv_transform). norms [group_count], 0 for groups that take no part. */
 XKV_MUST_CHECK xkv_status xkv_code_cross(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, const xkv_container *c,
                                          const xkv_view *views, uint32_t t0, uint32_t t1,
-                                         const xkv_transform *transforms, const xkv_cross_basis *basis, float step,
-                                         float *norms, xkv_coded *coded);
+                                         const xkv_transform *transforms, const xkv_cross_basis *basis,
+                                         const uint8_t *tables, float step, float *norms, xkv_coded *coded);
 
 /* What coding a group needs of the stage; it points into `coded`. */
 static inline xkv_cross xkv_cross_of_coded(const xkv_cross_basis *basis, const xkv_coded *coded)

@@ -89,6 +89,7 @@ static void fini(xkv_encoder *e)
     xkv_coded_free(e->ctx, &e->cross);
     xkv_encoder_release_decompositions(e);
     xkv_encoder_release_transforms(e);
+    xkv_encoder_release_append(e);
     xkv_plan_release(e->ctx, &e->c);
 }
 
@@ -141,10 +142,20 @@ static void fill_report(const xkv_encoder *e, uint64_t file_size, xkv_pack_repor
 
 /* --- Entry points ------------------------------------------------------------------------------------------------- */
 
-static void set_framing(xkv_encoder *e, const xkv_framing *framing, const void *source, uint64_t source_size)
+static xkv_status check_source(xkv_ctx *ctx, const xkv_framing *framing, const void *source, uint64_t source_size)
+{
+    if (framing && (!source || source_size != framing->source_size))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a framing needs the engine's file it was made from");
+    return XKV_OK;
+}
+
+static void set_cache(xkv_encoder *e, const xkv_geometry *geometry, const xkv_framing *framing, const void *source,
+                      uint64_t source_size)
 {
     XXH128_canonical_t hash;
 
+    e->c.geometry = *geometry;
+    e->total = xkv_geometry_raw_bytes(geometry);
     if (!framing)
         return;
     e->c.has_framing = true;
@@ -186,12 +197,9 @@ xkv_status xkv_pack(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *
     xkv_status status;
 
     xkv_ctx_begin(ctx);
-    if (framing && (!source || source_size != framing->source_size))
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a framing needs the engine's file it was made from");
+    XKV_TRY(check_source(ctx, framing, source, source_size));
     XKV_TRY(xkv_plan_options(ctx, options, &e.o));
-    e.c.geometry = *geometry;
-    e.total = xkv_geometry_raw_bytes(geometry);
-    set_framing(&e, framing, source, source_size);
+    set_cache(&e, geometry, framing, source, source_size);
     status = pack(&e, output, report);
     fini(&e);
     return status;
@@ -205,4 +213,92 @@ xkv_status xkv_pack_cache(xkv_ctx *ctx, const xkv_cache *cache, const xkv_pack_o
 
     return xkv_pack(ctx, xkv_cache_geometry(cache), xkv_cache_views(cache), xkv_cache_framing(cache), data, size,
                     options, output, report);
+}
+
+/* --- Appending ---------------------------------------------------------------------------------------------------- */
+
+static bool same_ids(const xkv_geometry *a, const xkv_geometry *b)
+{
+    size_t n = a->token_id_count < b->token_id_count ? a->token_id_count : b->token_id_count;
+
+    return n == 0 || memcmp(a->token_ids, b->token_ids, n * sizeof *a->token_ids) == 0;
+}
+
+static xkv_status check_base(xkv_ctx *ctx, const xkv_entry *base, const xkv_geometry *geometry)
+{
+    uint32_t count = base->geometry.token_count;
+
+    if (base->parent)
+        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "an entry that extends another cannot be appended to");
+    if (base->dict && !base->dict->for_packing)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the dictionary was not opened for packing");
+    if (geometry->token_count < count)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "%u tokens in all, %u are in the entry to append to",
+                        geometry->token_count, count);
+    if (!xkv_geometry_begins_alike(&base->geometry, geometry, count) || !same_ids(&base->geometry, geometry))
+        return xkv_fail(ctx, XKV_ERROR_MISMATCH,
+                        "the cache has other planes, RoPE, positions or token ids than the entry to append to");
+    return XKV_OK;
+}
+
+static uint32_t profile_of(const xkv_container *c)
+{
+    static const uint32_t profiles[] = {[XKV_GROUP_SVD] = XKV_PROFILE_SVD,
+                                        [XKV_GROUP_DICT] = XKV_PROFILE_DICT,
+                                        [XKV_GROUP_SCALAR] = XKV_PROFILE_SCALAR,
+                                        [XKV_GROUP_SVDQ] = XKV_PROFILE_SVD};
+
+    for (uint32_t i = 0; i < c->group_count; i++)
+        if (c->groups[i].codec != XKV_GROUP_LOSSLESS && !xkv_group_is_cross(&c->groups[i]))
+            return profiles[c->groups[i].codec];
+    return XKV_PROFILE_LOSSLESS;
+}
+
+static xkv_status append(xkv_encoder *e, const xkv_output *output, xkv_pack_report *report)
+{
+    uint64_t file_size;
+
+    XKV_TRY(init(e));
+    XKV_TRY(xkv_encoder_plan_append(e, output));
+    XKV_TRY(xkv_encoder_append_groups(e));
+    XKV_TRY(xkv_container_finish(e->ctx, &e->w, &file_size));
+    if (report)
+        fill_report(e, file_size, report);
+    return XKV_OK;
+}
+
+xkv_status xkv_append(xkv_ctx *ctx, const xkv_entry *base, const xkv_geometry *geometry, const xkv_view *views,
+                      const xkv_framing *framing, const void *source, uint64_t source_size,
+                      const xkv_append_options *options, const xkv_output *output, xkv_pack_report *report)
+{
+    xkv_encoder e = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .views = views, .append = {.base = base}};
+    xkv_append_options o = xkv_append_options_default();
+    xkv_status status;
+
+    xkv_ctx_begin(ctx);
+    if (options)
+        XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
+    if (o.zstd_level < 1 || o.zstd_level > 19)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "zstd_level: expected 1 .. 19, found %d", o.zstd_level);
+    XKV_TRY(check_source(ctx, framing, source, source_size));
+    XKV_TRY(check_base(ctx, base, geometry));
+    e.o = (xkv_pack_options){.profile = profile_of(&base->c),
+                             .zstd_level = o.zstd_level,
+                             .writer = o.writer,
+                             .progress = o.progress,
+                             .progress_user = o.progress_user};
+    set_cache(&e, geometry, framing, source, source_size);
+    status = append(&e, output, report);
+    fini(&e);
+    return status;
+}
+
+xkv_status xkv_append_cache(xkv_ctx *ctx, const xkv_entry *base, const xkv_cache *cache,
+                            const xkv_append_options *options, const xkv_output *output, xkv_pack_report *report)
+{
+    uint64_t size;
+    const uint8_t *data = xkv_cache_data(cache, &size);
+
+    return xkv_append(ctx, base, xkv_cache_geometry(cache), xkv_cache_views(cache), xkv_cache_framing(cache), data,
+                      size, options, output, report);
 }

@@ -2,9 +2,9 @@
 
 #include <math.h>
 
-static xkv_status report_progress(xkv_encoder *e, uint64_t bytes)
+xkv_status xkv_encoder_report_progress(xkv_encoder *e, const xkv_group *g)
 {
-    e->done += bytes;
+    e->done += xkv_encoder_group_bytes(e, g);
     if (e->o.progress && e->o.progress(e->o.progress_user, e->done, e->total) != 0)
         return xkv_fail(e->ctx, XKV_ERROR_CANCELLED, "stopped by the progress callback");
     return xkv_check_cancel(e->ctx);
@@ -64,7 +64,7 @@ static uint32_t rank_limit(const xkv_encoder *e, const xkv_group *g)
     return (uint32_t)xkv_max64(1, xkv_min64(xkv_encoder_group_bytes(e, g) / per_rank, xkv_min64(tokens, g->width)));
 }
 
-static void count_error(xkv_encoder *e, const xkv_group *g)
+void xkv_encoder_count_error(xkv_encoder *e, const xkv_group *g)
 {
     for (uint32_t i = 0; i < g->plane_count; i++) {
         uint32_t kind = e->c.geometry.planes[g->planes[i]].kind;
@@ -95,7 +95,7 @@ static xkv_status pack_svd(xkv_encoder *e, xkv_group *g)
     if (good && target.error > 0)
         XKV_TRY_GOTO(shrinks(e, g, f.rank, &good), out);
     if (good) {
-        count_error(e, g);
+        xkv_encoder_count_error(e, g);
     } else {
         xkv_factors_free(e->ctx, &f);
         xkv_encoder_fall_back(e, g);
@@ -127,6 +127,11 @@ static uint32_t coded_end(const xkv_encoder *e)
     return (uint32_t)(e->trial ? xkv_min64(end, (uint64_t)e->c.sinks + XKV_SAMPLE_TOKENS) : end);
 }
 
+static xkv_span coded_span(const xkv_encoder *e)
+{
+    return (xkv_span){e->c.sinks, coded_end(e), e->c.sinks};
+}
+
 /* Components of svdq that are worth their bits at the step, rounded. */
 static xkv_status round_basis(xkv_encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_transform *t)
 {
@@ -144,7 +149,7 @@ static xkv_status round_basis(xkv_encoder *e, xkv_group *g, xkv_svdq_basis *basi
     t->rank = basis->rank;
     t->component_bits = basis->bits;
     t->component_lost = basis->lost;
-    XKV_TRY_GOTO(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, t, e->step, NULL,
+    XKV_TRY_GOTO(xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, coded_span(e), t, e->step, NULL,
                                 (xkv_integers){NULL, 0}, &trial),
                  out);
     basis->overflow = trial.overflow;
@@ -186,7 +191,7 @@ xkv_status xkv_encoder_code_cross(xkv_encoder *e)
     for (int attempt = 0; attempt < 3; attempt++) {
         xkv_coded_free(e->ctx, &e->cross);
         XKV_TRY_GOTO(xkv_code_cross(e->ctx, e->pool, e->rotators, &e->c, e->views, e->c.sinks, coded_end(e),
-                                    e->transforms, e->o.dict->cross, e->step, norms, &e->cross),
+                                    e->transforms, e->o.dict->cross, NULL, e->step, norms, &e->cross),
                      out);
         if (!e->cross.overflow)
             break;
@@ -205,8 +210,8 @@ static xkv_status code_with_cross(xkv_encoder *e, xkv_group *g, const xkv_transf
 
     if (crossed)
         cross = xkv_cross_of_coded(e->o.dict->cross, &e->cross);
-    return xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, coded_end(e), t, e->step,
-                          crossed ? &cross : NULL, (xkv_integers){crossed ? e->cross.q : NULL, e->cross.tokens}, coded);
+    return xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, coded_span(e), t, e->step, crossed ? &cross : NULL,
+                          (xkv_integers){crossed ? e->cross.q : NULL, e->cross.tokens}, coded);
 }
 
 /* `basis` is set for svdq; the caller frees it and `coded`. */
@@ -276,7 +281,7 @@ static xkv_status pack_coded(xkv_encoder *e, xkv_group *g)
         XKV_TRY_GOTO(xkv_encoder_write_group(e, g, NULL, NULL, NULL), out);
         goto out;
     }
-    count_error(e, g);
+    xkv_encoder_count_error(e, g);
     e->components += coded.coded;
     e->component_total +=
         g->codec == XKV_GROUP_SVDQ ? g->width : coded.rank; /* those of the cross stage are among them */
@@ -301,7 +306,7 @@ xkv_status xkv_encoder_pack_groups(xkv_encoder *e)
     for (uint32_t i = 0; i < e->c.group_count; i++) {
         xkv_group *g = &e->c.groups[i];
         XKV_TRY(pack_group(e, g));
-        XKV_TRY(report_progress(e, xkv_encoder_group_bytes(e, g)));
+        XKV_TRY(xkv_encoder_report_progress(e, g));
     }
     return XKV_OK;
 }

@@ -61,7 +61,7 @@ static const void *part_matrix(const batch *b, uint32_t part, xkv_shape shape, x
         gather_exact(b->e, b->g, n - c->window, n, s->raw + c->sinks * row_bytes, row_bytes);
     } else if (b->g->codec == XKV_GROUP_SVD) {
         xkv_chunk_coded(c, part - XKV_PART_CHUNKS, &t0, &t1);
-        return b->f->coefficients + (size_t)(t0 - c->sinks) * b->g->rank;
+        return b->f->coefficients + (size_t)(t0 - b->f->first) * b->g->rank;
     } else {
         xkv_chunk_tokens(c, part - XKV_PART_CHUNKS, &t0, &t1);
         gather_exact(b->e, b->g, t0, t1, s->raw, row_bytes);
@@ -77,7 +77,7 @@ static void encode_chunk(const batch *b, uint32_t part, xkv_slot *s)
 
     xkv_chunk_coded(&b->e->c, part - XKV_PART_CHUNKS, &t0, &t1);
     xkv_rans_shape shape = {t1 - t0, coded->coded, coded->tokens, coded->coded_tables};
-    s->size = xkv_rans_encode(xkv_coder_cpu(), &shape, coded->q + (t0 - b->e->c.sinks), s->packed);
+    s->size = xkv_rans_encode(xkv_coder_cpu(), &shape, coded->q + (t0 - coded->first), s->packed);
     s->method = XKV_METHOD_CODED;
     s->data = s->packed;
 }
@@ -90,11 +90,66 @@ static void encode_basis(const batch *b, xkv_slot *s)
     s->data = s->packed;
 }
 
+/* --- Parts of the entry that is appended to ----------------------------------------------------------------------- */
+
+static bool is_kept(const xkv_encoder *e, uint32_t part)
+{
+    if (!e->append.base || part == XKV_PART_COMPONENTS)
+        return e->append.base != NULL;
+    if (part == XKV_PART_EXACT)
+        return e->c.window == 0;
+    return part - XKV_PART_CHUNKS < e->append.chunks;
+}
+
+static const xkv_part *kept_part(const xkv_encoder *e, const xkv_group *g, uint32_t part)
+{
+    return &e->append.base->c.groups[g - e->c.groups].parts[part];
+}
+
+/* A lossless entry gives back the very file that is appended [F7]: the rows it has must be those there. */
+static xkv_status compare_kept(const batch *b, uint32_t part)
+{
+    const xkv_entry *base = b->e->append.base;
+    const xkv_group *g = &base->c.groups[b->g - b->e->c.groups];
+    xkv_shape shape = xkv_part_shape(&base->c, g, part);
+    uint8_t *kept = NULL, *given = NULL;
+    uint32_t t0, t1;
+    xkv_status status = XKV_OK;
+
+    xkv_chunk_tokens(&base->c, part - XKV_PART_CHUNKS, &t0, &t1);
+    XKV_TRY_GOTO(XKV_NEW(b->e->ctx, (size_t)xkv_shape_bytes(shape), &given), out);
+    gather_exact(b->e, b->g, t0, t1, given, (size_t)(shape.cols * shape.elem));
+    XKV_TRY_GOTO(xkv_read_matrix(b->e->ctx, &base->input, &base->c, g, part, "the entry to append to", &kept), out);
+    if (memcmp(kept, given, (size_t)xkv_shape_bytes(shape)) != 0)
+        status = xkv_fail(b->e->ctx, XKV_ERROR_MISMATCH,
+                          "tokens %u .. %u: the rows are not those of the lossless entry to append to", t0, t1 - 1);
+out:
+    xkv_release(b->e->ctx, kept);
+    xkv_release(b->e->ctx, given);
+    return status;
+}
+
+static xkv_status keep_part(const batch *b, uint32_t part, xkv_slot *s)
+{
+    const xkv_entry *base = b->e->append.base;
+    const xkv_part *p = kept_part(b->e, b->g, part);
+
+    s->data = s->packed;
+    s->size = p->size;
+    s->method = p->method;
+    XKV_TRY(xkv_container_read_part(b->e->ctx, &base->input, &base->c, p, s->packed));
+    return b->e->append.exact && part >= XKV_PART_CHUNKS ? compare_kept(b, part) : XKV_OK;
+}
+
+/* --- All parts ---------------------------------------------------------------------------------------------------- */
+
 static xkv_status encode_part(const batch *b, uint32_t part, xkv_slot *s)
 {
     xkv_shape shape = xkv_part_shape(&b->e->c, b->g, part);
     bool factors = b->g->codec == XKV_GROUP_SVD && part != XKV_PART_EXACT;
 
+    if (is_kept(b->e, part))
+        return keep_part(b, part, s);
     if (xkv_shape_bytes(shape) == 0) {
         s->size = 0;
         s->method = XKV_METHOD_STORED;
@@ -150,8 +205,10 @@ static xkv_status size_slots(xkv_encoder *e, const xkv_group *g, const xkv_coded
         if (!s.coded)
             raw = xkv_max64(raw, xkv_shape_bytes(s));
         packed = xkv_max64(packed, s.coded ? xkv_rans_bound(&stream) : xkv_part_bound(s));
+        if (is_kept(e, i))
+            packed = xkv_max64(packed, kept_part(e, g, i)->size);
     }
-    if (g->codec == XKV_GROUP_SVDQ)
+    if (g->codec == XKV_GROUP_SVDQ && coded->basis)
         packed = xkv_max64(packed, xkv_svdq_bound(g, coded->basis));
     for (uint32_t i = 0; i < e->threads; i++) {
         xkv_slot *s = &e->slots[i];

@@ -4,10 +4,12 @@
  *   encode_choose.c  profile, ranks and step for what was asked
  *   encode_groups.c  one group after the other: coded, measured, or stored lossless
  *   encode_parts.c   the parts of a group, in batches on the pool
+ *   encode_append.c  the groups of an entry that tokens are appended to
  */
 #ifndef XKV_ENCODER_H
 #define XKV_ENCODER_H
 
+#include "chunks.h"
 #include "cross.h"
 #include "parts.h"
 #include "plan.h"
@@ -24,6 +26,18 @@ typedef struct xkv_slot {
     uint64_t size;
     uint32_t method;
 } xkv_slot;
+
+/* The entry that tokens are appended to. */
+typedef struct xkv_appending {
+    const xkv_entry *base;  /* NULL: all tokens are packed */
+    uint32_t tokens;        /* of its tokens, those before its window */
+    uint32_t chunks;        /* of its chunks, those that stay as they are: the full ones */
+    bool exact;             /* its rows must be those that are given */
+    xkv_cross_stage stage;  /* its own */
+    xkv_meta_value *values; /* its metadata */
+    uint8_t error[8];       /* the value error.metric */
+    double metric_error;    /* what that was */
+} xkv_appending;
 
 typedef struct xkv_encoder {
     xkv_ctx *ctx;
@@ -51,6 +65,7 @@ typedef struct xkv_encoder {
     bool automatic;                    /* profile auto chooses, or has chosen */
     bool trial;                        /* a profile is tried: a sample will do */
     xkv_profile_estimate estimates[8]; /* by profile */
+    xkv_appending append;
 } xkv_encoder;
 
 /* --- encode_parts.c --- */
@@ -74,8 +89,20 @@ XKV_MUST_CHECK xkv_status xkv_encoder_code_cross(xkv_encoder *e);
 XKV_MUST_CHECK xkv_status xkv_encoder_code_group(xkv_encoder *e, xkv_group *g, xkv_svdq_basis *basis, xkv_coded *coded);
 /* Error of what was coded so far, in the metric. */
 double xkv_encoder_metric_error(const xkv_encoder *e);
+/* Add the errors of a group that is coded to those of its kinds of planes. */
+void xkv_encoder_count_error(xkv_encoder *e, const xkv_group *g);
+/* A group is written: tell it. Errors: CANCELLED. */
+XKV_MUST_CHECK xkv_status xkv_encoder_report_progress(xkv_encoder *e, const xkv_group *g);
 /* All groups, written. */
 XKV_MUST_CHECK xkv_status xkv_encoder_pack_groups(xkv_encoder *e);
+
+/* --- encode_append.c --- */
+
+/* Groups, metadata and head of the file: those of e->append.base, for the tokens there are now. */
+XKV_MUST_CHECK xkv_status xkv_encoder_plan_append(xkv_encoder *e, const xkv_output *output);
+/* All groups, written. */
+XKV_MUST_CHECK xkv_status xkv_encoder_append_groups(xkv_encoder *e);
+void xkv_encoder_release_append(xkv_encoder *e);
 
 /* --- encode_choose.c --- */
 

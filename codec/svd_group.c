@@ -16,7 +16,8 @@ typedef struct job {
     const xkv_view *views;
     uint32_t first; /* token of row 0 */
     uint32_t rows;
-    float *x; /* [rows][width] */
+    uint32_t known; /* leading rows whose errors are not measured */
+    float *x;       /* [rows][width] */
     uint64_t tiles;
     double *sums; /* [tiles][plane_count] */
     xkv_factors *f;
@@ -29,6 +30,12 @@ static uint32_t tile_rows(const job *j, uint64_t tile, uint32_t *row)
 {
     *row = (uint32_t)(tile * XKV_TILE_ROWS);
     return (uint32_t)xkv_min64(XKV_TILE_ROWS, j->rows - *row);
+}
+
+/* Rows of a tile to leave out when sums are taken. */
+static uint32_t rows_known(const job *j, uint32_t row, uint32_t rows)
+{
+    return j->known > row ? (uint32_t)xkv_min64(rows, j->known - row) : 0;
 }
 
 static void add_sums(const job *j, double *totals)
@@ -50,7 +57,8 @@ static xkv_status gather_tile(void *user, uint32_t worker, uint64_t tile)
     double *sums = j->sums + tile * j->g->plane_count;
 
     XKV_TRY(xkv_gather_rows(j->ctx, &j->rotators[worker], j->g, j->views, j->first + row, j->first + row + rows, x));
-    for (uint32_t t = 0; t < rows; t++)
+    x += (size_t)rows_known(j, row, rows) * j->g->width;
+    for (uint32_t t = rows_known(j, row, rows); t < rows; t++)
         for (uint32_t i = 0; i < j->g->plane_count; i++) {
             uint32_t width = xkv_plane_width(&j->rotators->geometry->planes[j->g->planes[i]]);
             sums[i] += j->kernels->sum_squares(x, width);
@@ -79,15 +87,22 @@ static void round_components(const job *j, const xkv_svd_result *svd)
     j->kernels->from_f32(XKV_F16, svd->components, j->f->components, n);
 }
 
-static void round_coefficients(const job *j, const xkv_svd_result *svd)
+static void find_scales(const job *j, const float *a)
 {
-    uint32_t rank = svd->rank;
-    float *scales = j->f->scales, *a = svd->coefficients;
+    uint32_t rank = j->f->rank;
+    float *scales = j->f->scales;
 
     memset(scales, 0, rank * sizeof *scales);
     for (size_t t = 0; t < j->rows; t++)
         for (uint32_t i = 0; i < rank; i++)
             scales[i] = fmaxf(scales[i], fabsf(a[t * rank + i]));
+}
+
+static void round_coefficients(const job *j, float *a)
+{
+    uint32_t rank = j->f->rank;
+    const float *scales = j->f->scales;
+
     for (size_t t = 0; t < j->rows; t++) {
         for (uint32_t i = 0; i < rank; i++)
             a[t * rank + i] = scales[i] > 0 ? a[t * rank + i] / scales[i] : 0;
@@ -95,16 +110,16 @@ static void round_coefficients(const job *j, const xkv_svd_result *svd)
     }
 }
 
-/* Components as a decoder sees them; the f32 ones of the SVD are no longer needed and make room for them. */
-static void dequantize_components(job *j, xkv_svd_result *svd)
+/* Components as a decoder sees them, into [rank][width] f32. */
+static void dequantize_components(job *j, float *components)
 {
     size_t width = j->g->width;
 
-    j->dequantized = svd->components;
-    j->kernels->to_f32(XKV_F16, j->f->components, j->dequantized, svd->rank * width);
-    for (size_t i = 0; i < svd->rank; i++)
+    j->dequantized = components;
+    j->kernels->to_f32(XKV_F16, j->f->components, components, j->f->rank * width);
+    for (size_t i = 0; i < j->f->rank; i++)
         for (size_t k = 0; k < width; k++)
-            j->dequantized[i * width + k] *= j->f->scales[i];
+            components[i * width + k] *= j->f->scales[i];
 }
 
 static xkv_status round_factors(job *j, xkv_svd_result *svd)
@@ -112,12 +127,14 @@ static xkv_status round_factors(job *j, xkv_svd_result *svd)
     xkv_factors *f = j->f;
 
     f->rank = svd->rank;
+    f->first = j->first;
     XKV_TRY(XKV_NEW(j->ctx, (size_t)j->rows * f->rank, &f->coefficients));
     XKV_TRY(XKV_NEW(j->ctx, (size_t)j->g->width * f->rank, &f->components));
     XKV_TRY(XKV_NEW(j->ctx, f->rank, &f->scales));
     round_components(j, svd);
-    round_coefficients(j, svd);
-    dequantize_components(j, svd);
+    find_scales(j, svd->coefficients);
+    round_coefficients(j, svd->coefficients);
+    dequantize_components(j, svd->components); /* which are no longer needed, and make room */
     return XKV_OK;
 }
 
@@ -126,15 +143,16 @@ static xkv_status round_factors(job *j, xkv_svd_result *svd)
 static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
 {
     job *j = user;
-    uint32_t row, rows = tile_rows(j, tile, &row), rank = j->f->rank;
+    uint32_t row, rows = tile_rows(j, tile, &row), known = rows_known(j, row, rows), rank = j->f->rank;
     size_t width = j->g->width;
     float *a = j->scratch + worker * j->scratch_size, *y = a + (size_t)XKV_TILE_ROWS * rank;
-    const float *x = j->x + row * width;
+    const float *x = j->x + (row + known) * width;
     double *sums = j->sums + tile * j->g->plane_count;
 
     j->kernels->to_f32(XKV_F16, j->f->coefficients + (size_t)row * rank, a, (size_t)rows * rank);
     j->kernels->gemm_nn(rows, width, rank, a, rank, j->dequantized, width, 0, y, width);
-    for (uint32_t t = 0; t < rows; t++)
+    y += known * width;
+    for (uint32_t t = known; t < rows; t++)
         for (uint32_t i = 0; i < j->g->plane_count; i++) {
             uint32_t n = xkv_plane_width(&j->rotators->geometry->planes[j->g->planes[i]]);
             sums[i] += j->kernels->sum_squared_difference(x, y, n);
@@ -238,6 +256,72 @@ out:
     xkv_release(ctx, j.sums);
     if (status != XKV_OK || !*reached)
         xkv_factors_free(ctx, f);
+    return status;
+}
+
+/* --- Projection --------------------------------------------------------------------------------------------------- */
+
+/* Coefficients of a tile on the components, which are orthonormal but for their rounding; then in units of their
+ * scales. They need the rows of `j->x` no longer than the errors do. */
+static xkv_status project_tile(void *user, uint32_t worker, uint64_t tile)
+{
+    job *j = user;
+    uint32_t row, rows = tile_rows(j, tile, &row), rank = j->f->rank;
+    size_t width = j->g->width;
+
+    (void)worker;
+    j->kernels->gemm_nt(rows, rank, width, j->x + row * width, width, j->dequantized, width, 0,
+                        j->scratch + (size_t)row * rank, rank);
+    return XKV_OK;
+}
+
+static xkv_status project(job *j, float *components)
+{
+    xkv_factors *f = j->f;
+    float *coefficients = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(XKV_NEW(j->ctx, (size_t)j->rows * f->rank, &coefficients));
+    j->kernels->to_f32(XKV_F16, f->components, components, (size_t)f->rank * j->g->width);
+    j->dequantized = components;
+    j->scratch = coefficients;
+    XKV_TRY_GOTO(xkv_pool_run(j->ctx, j->pool, j->tiles, project_tile, j), out);
+    f->first = j->first;
+    XKV_TRY_GOTO(XKV_NEW(j->ctx, (size_t)j->rows * f->rank, &f->coefficients), out);
+    round_coefficients(j, coefficients);
+    dequantize_components(j, components);
+    XKV_TRY_GOTO(measure(j), out);
+out:
+    xkv_release(j->ctx, coefficients);
+    return status;
+}
+
+xkv_status xkv_project(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
+                       uint32_t t0, uint32_t t1, uint32_t measured, xkv_factors *f)
+{
+    job j = {.ctx = ctx,
+             .pool = pool,
+             .rotators = rotators,
+             .kernels = rotators->kernels,
+             .g = g,
+             .views = views,
+             .first = t0,
+             .rows = t1 - t0,
+             .known = measured - t0,
+             .tiles = xkv_ceil_div(t1 - t0, XKV_TILE_ROWS),
+             .f = f};
+    float *components = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)j.rows * g->width, &j.x), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)j.tiles * g->plane_count, &j.sums), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)f->rank * g->width, &components), out);
+    XKV_TRY_GOTO(gather(&j), out);
+    XKV_TRY_GOTO(project(&j, components), out);
+out:
+    xkv_release(ctx, j.x);
+    xkv_release(ctx, j.sums);
+    xkv_release(ctx, components);
     return status;
 }
 

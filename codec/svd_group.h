@@ -6,7 +6,8 @@
 
 typedef struct xkv_factors {
     uint32_t rank;
-    uint16_t *coefficients; /* f16 [tokens][rank], the largest of a column is 1 */
+    uint32_t first;         /* token of the first row of coefficients */
+    uint16_t *coefficients; /* f16 [tokens][rank], the largest of a column is 1 when the scales are made for them */
     uint16_t *components;   /* f16 [rank][width] */
     float *scales;          /* [rank] */
 } xkv_factors;
@@ -24,6 +25,11 @@ typedef struct xkv_svd_target {
 XKV_MUST_CHECK xkv_status xkv_factorize(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
                                         const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_svd_target *target,
                                         xkv_factors *f, bool *reached);
+/* Coefficients of tokens [t0, t1) of g on the components and in the scales that f holds. Sets g's energy, error, plane
+ * errors and energies, of the tokens from `measured` on. */
+XKV_MUST_CHECK xkv_status xkv_project(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
+                                      const xkv_view *views, uint32_t t0, uint32_t t1, uint32_t measured,
+                                      xkv_factors *f);
 void xkv_factors_free(xkv_ctx *ctx, xkv_factors *f);
 
 #endif

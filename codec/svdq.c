@@ -341,13 +341,16 @@ static xkv_status make_dual(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, 
     size_t n = (size_t)b->rank * b->width;
     uint64_t blocks = xkv_ceil_div(b->rank, BLOCK_ROWS);
     float *w = NULL;
-    dual d = {.kernels = k, .b = b, .analysis = b->analysis};
+    dual d = {.kernels = k, .b = b};
     bool regular;
     xkv_status status = XKV_OK;
 
+    XKV_TRY_GOTO(XKV_NEW(ctx, n, &b->analysis), out);
+    XKV_TRY_GOTO(XKV_NEW(ctx, b->rank, &b->offset), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, n, &w), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)b->rank * b->rank, &d.gram), out);
     d.w = w;
+    d.analysis = b->analysis;
     for (size_t i = 0; i < n; i++)
         w[i] = b->synthesis[i] / diagonal[i % b->width];
     XKV_TRY_GOTO(xkv_pool_run(ctx, pool, blocks, gram_block, &d), out);
@@ -382,8 +385,6 @@ static xkv_status allocate_rows(xkv_ctx *ctx, xkv_svdq_basis *b)
 xkv_status xkv_svdq_finish(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const xkv_svdq *s, xkv_svdq_basis *b)
 {
     XKV_TRY(allocate_rows(ctx, b));
-    XKV_TRY(XKV_NEW(ctx, (size_t)b->rank * b->width, &b->analysis));
-    XKV_TRY(XKV_NEW(ctx, b->rank, &b->offset));
     dequantize(s->scale.diagonal, b);
     return make_dual(ctx, pool, k, s->scale.diagonal, b);
 }
@@ -498,5 +499,19 @@ out:
     xkv_release(ctx, diagonal);
     if (status != XKV_OK)
         xkv_svdq_basis_free(ctx, b);
+    return status;
+}
+
+xkv_status xkv_svdq_invert(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const xkv_geometry *geometry,
+                           const xkv_group *g, const uint8_t *side, const char *where, xkv_svdq_basis *b)
+{
+    float *diagonal = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY_GOTO(XKV_NEW(ctx, g->width, &diagonal), out);
+    XKV_TRY_GOTO(parse_scales(ctx, geometry, g, side + xkv_svdq_side(g).scales, where, diagonal), out);
+    XKV_TRY_GOTO(make_dual(ctx, pool, k, diagonal, b), out);
+out:
+    xkv_release(ctx, diagonal);
     return status;
 }

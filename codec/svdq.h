@@ -58,8 +58,8 @@ typedef struct xkv_svdq_basis {
     double *bits, *lost; /* [rank] prices of the components; encoder only */
     float *mean;         /* [width] */
     float *synthesis;    /* [rank][width] */
-    float *analysis;     /* [rank][width] dual to the synthesis, by least squares; encoder only */
-    float *offset;       /* [rank]; likewise */
+    float *analysis;     /* [rank][width] dual to the synthesis, by least squares; encoder only, as is */
+    float *offset;       /* [rank] */
     bool overflow;       /* the mean is beyond 16 bits: nothing else is set */
 } xkv_svdq_basis;
 
@@ -85,5 +85,10 @@ uint64_t xkv_svdq_store(const xkv_group *g, const xkv_svdq_basis *b, const xkv_c
  * E2, E3]. */
 XKV_MUST_CHECK xkv_status xkv_svdq_parse(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_group *g,
                                          const uint8_t *side, uint64_t size, const char *where, xkv_svdq_basis *b);
+
+/* Give a parsed basis what rows are analysed with, as xkv_svdq_finish() does. */
+XKV_MUST_CHECK xkv_status xkv_svdq_invert(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k,
+                                          const xkv_geometry *geometry, const xkv_group *g, const uint8_t *side,
+                                          const char *where, xkv_svdq_basis *b);
 
 #endif

@@ -19,6 +19,7 @@ _xkv() {
     --model) _xkv_files "$current" .gguf; return ;;
     --metric) _xkv_files "$current" .safetensors; return ;;
     -D | --dictionary) _xkv_files "$current" .xkvd; return ;;
+    --append) _xkv_files "$current" .xkv; return ;;
     -o | --output | --validate | --salt-file | --key-file) _xkv_files "$current"; return ;;
     -T | -M | --threads | --memory | --fingerprint | --group | --cross | --rank-[kv] | --ratio | --error | --energy | --sinks | \
         --window | --iterations | --quality | --max-quality | --rope-base | --rope-dim | --rope-scale | --head-dim | --first | --settings | \

@@ -289,6 +289,45 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_entry_restore(xkv_ctx *ctx, const xkv_entr
 XKV_API XKV_MUST_CHECK xkv_status xkv_unpack_file(xkv_ctx *ctx, const char *entry_path, const char *engine_path,
                                                   int overwrite, uint32_t token_count);
 
+/* --- Appending ---------------------------------------------------------------------------------------------------- */
+
+typedef struct xkv_append_options {
+    size_t struct_size;
+    int32_t zstd_level; /* 1 .. 19; default 4 */
+    const char *writer; /* for the metadata; NULL: libxkv's */
+    xkv_progress_fn progress;
+    void *progress_user;
+} xkv_append_options;
+
+static inline xkv_append_options xkv_append_options_default(void)
+{
+    xkv_append_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    o.zstd_level = 4;
+    return o;
+}
+
+/* Make an entry of a cache whose first tokens are those of `base`, without packing these again: bases, scales, step,
+ * tables and full chunks of `base` stay as they are, and the tokens behind its last full chunk are coded with them. Its
+ * codecs, chunk size, sinks and window stay too. Arguments are those of xkv_pack(), all of the whole cache. Errors of
+ * the new tokens are measured and joined with those that `base` tells, for which the energy of all rows is taken from
+ * the views; svd projects new rows on components that were made for others, so that their error may be larger. Rows
+ * that lossless groups hold must be those of the views if there is a framing.
+ * A base of codec dict needs its dictionary attached, opened for packing. report->error_metric is that of codec dict.
+ * Errors: ARGUMENT (fewer tokens than `base`), MISMATCH (other planes, RoPE, positions, token ids or rows), UNSUPPORTED
+ * (a base that extends another entry; a NaN, or a value too large for the step, in a group that is not lossless: pack
+ * the whole cache), as xkv_entry_read() of `base`, and as xkv_pack(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_append(xkv_ctx *ctx, const xkv_entry *base, const xkv_geometry *geometry,
+                                             const xkv_view *views, const xkv_framing *framing, const void *source,
+                                             uint64_t source_size, const xkv_append_options *options,
+                                             const xkv_output *output, xkv_pack_report *report);
+
+/* xkv_append() of a cache opened from an engine file. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_append_cache(xkv_ctx *ctx, const xkv_entry *base, const xkv_cache *cache,
+                                                   const xkv_append_options *options, const xkv_output *output,
+                                                   xkv_pack_report *report);
+
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
 
 /* Open a dictionary, decode its bases and fold its metric into them. `for_packing` 0 leaves out what only packing needs

@@ -100,3 +100,26 @@ run 0 xkv-info -q a.ggsq.xkv odd.xkv
 run 1 xkv-pack -q --json missing
 out_is '{"file":"missing","ok":false,"exit_code":1,"message":"missing: cannot open: No such file or directory"}'
 finish
+
+# Appending: the first tokens stay as they are packed; the whole file comes back.
+rm -f genuine.xkv
+cp "$data/smollm2-135m-jargon.ggsq" genuine
+run 0 xkv-pack -q genuine
+run 0 xkv-unpack -q --first 100 -o head genuine.xkv
+run 0 xkv-pack -q head
+run 0 xkv-pack -f --append head.xkv genuine
+err_is 'xkv-pack: genuine: SIZE -> SIZE (Rx), lossless, T s'
+run 0 xkv-unpack -q -f -o back genuine.xkv
+same genuine back
+run 0 xkv-pack -q -f --model "$data/smollm2-135m.gguf" --profile scalar --error 0.1 head
+run 0 xkv-pack -f --model "$data/smollm2-135m.gguf" --append head.xkv genuine
+err_has '^xkv-pack: genuine: .*, step 0\.[0-9]+, [0-9]+ of 11520 components, error K 0\.0'
+run 0 xkv-info --verify genuine.xkv
+run 4 xkv-pack -f --append head.xkv genuine
+err_is 'xkv-pack: genuine: the cache has other planes, RoPE, positions or token ids than the entry to append to'
+run 2 xkv-pack --append head.xkv genuine head
+err_has '^xkv-pack: --append takes one FILE$'
+run 2 xkv-pack --append head.xkv --error 0.1 genuine
+err_has '^xkv-pack: --append goes on with the codec of the entry: '
+run 1 xkv-pack -f --append missing.xkv genuine
+err_has '^xkv-pack: missing.xkv: '

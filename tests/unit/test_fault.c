@@ -369,12 +369,76 @@ static void reads_and_writes_fail_one_by_one(void **state)
     free_synthetic(&s);
 }
 
+/* --- Appending --- */
+
+/* One attempt to append to `base`, in which one allocation, read or write fails: the n-th. */
+typedef enum failure { ALLOCATION, ALLOCATIONS, READ, WRITE, FAILURES } failure;
+
+static xkv_status append_run(xkv_ctx *ctx, const xkv_input *base, const xkv_dict *dict, const synthetic *s, memory *m)
+{
+    xkv_output output = memory_output(m);
+    xkv_entry_info info = {0};
+    xkv_entry *entry = NULL;
+    xkv_status status = xkv_entry_open(ctx, base, &entry);
+
+    if (status == XKV_OK)
+        xkv_entry_get_info(entry, &info);
+    if (status == XKV_OK && info.needs_dict)
+        status = xkv_entry_attach(ctx, entry, dict);
+    if (status == XKV_OK)
+        status = xkv_append(ctx, entry, &s->geometry, s->views, NULL, NULL, 0, NULL, &output, NULL);
+    xkv_entry_close(ctx, entry);
+    return status;
+}
+
+static int append_attempt(int n, failure which, const synthetic *s, const steady *d, const memory *base)
+{
+    failing f = {.fail_at = which <= ALLOCATIONS ? n : 0, .for_ever = which == ALLOCATIONS};
+    failing_input fi = {xkv_input_from_memory(base->data, base->size), which == READ ? n : 0, 0};
+    xkv_input input = {&fi, fi.good.size, failing_read, "base"};
+    memory m = {.fail_at = which == WRITE ? n : 0};
+    xkv_ctx *ctx = NULL;
+    xkv_status status = make_ctx(&f, &ctx);
+
+    if (status == XKV_OK)
+        status = append_run(ctx, &input, d->dict, s, &m);
+    if (status != XKV_OK)
+        assert_int_equal(status, which <= ALLOCATIONS ? XKV_ERROR_MEMORY : XKV_ERROR_IO);
+    xkv_ctx_free(ctx);
+    assert_int_equal(f.alive, 0);
+    memory_free(&m);
+    return status == XKV_OK;
+}
+
+static void appending_fails_at_every_step(void **state)
+{
+    static const int profiles[] = {LOSSLESS, SVD_RANKS, DICT_QUALITY, SCALAR_RATIO, SVDQ_ERROR};
+    synthetic s = sample(), first = s;
+    steady d;
+
+    (void)state;
+    make_steady(&s, &d);
+    first.geometry.token_count = 200;
+    for (size_t i = 0; i < sizeof profiles / sizeof *profiles; i++) {
+        memory base = {0};
+        assert_ok(d.ctx, pack_run(d.ctx, &first, profiles[i], d.dict, &base));
+        for (failure which = 0; which < FAILURES; which++) {
+            int n = 1;
+            while (!append_attempt(n, which, &s, &d, &base))
+                n++;
+            assert_true(n > 6);
+        }
+        memory_free(&base);
+    }
+    free_steady(&d);
+    free_synthetic(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(allocations_fail_one_by_one),
-        cmocka_unit_test(allocations_of_training_fail_one_by_one),
-        cmocka_unit_test(memory_limit_is_kept),
+        cmocka_unit_test(appending_fails_at_every_step),           cmocka_unit_test(allocations_fail_one_by_one),
+        cmocka_unit_test(allocations_of_training_fail_one_by_one), cmocka_unit_test(memory_limit_is_kept),
         cmocka_unit_test(reads_and_writes_fail_one_by_one),
     };
 
