@@ -24,8 +24,10 @@ typedef struct decoder {
     worker *workers;       /* [threads] */
     xkv_cross_stage cross; /* for all groups */
 
-    const xkv_group *g; /* at hand */
-    xkv_group_reader reader;
+    const xkv_group *g;          /* at hand */
+    xkv_group_reader *reader;    /* its own */
+    xkv_group_reader readers[2]; /* by turns: while the chunks of one group are decoded, the next one is opened */
+    uint32_t next, groups_end;   /* the group behind it, if any */
 } decoder;
 
 /* --- Rows to views ------------------------------------------------------------------------------------------------ */
@@ -110,7 +112,7 @@ static xkv_status restore_exact_rows(decoder *d)
 
     if (d->g->codec == XKV_GROUP_LOSSLESS || xkv_group_is_cross(d->g) || d->c->sinks + d->c->window == 0)
         return XKV_OK;
-    XKV_TRY(xkv_read_exact_rows(&d->reader, &matrix));
+    XKV_TRY(xkv_read_exact_rows(d->reader, &matrix));
     status = scatter_sinks_and_window(d, matrix);
     xkv_release(d->ctx, matrix);
     return status;
@@ -151,20 +153,18 @@ static bool next_tile(const decoder *d, uint32_t end, uint32_t *t0, uint32_t *t1
     return false;
 }
 
-static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
+static xkv_status restore_chunk(decoder *d, worker *w, uint32_t index)
 {
-    decoder *d = user;
-    worker *w = &d->workers[index];
     uint32_t t0, t1;
     xkv_chunk chunk;
 
-    XKV_TRY(xkv_chunk_load(&d->reader, &w->scratch, d->first_chunk + (uint32_t)task, &chunk));
+    XKV_TRY(xkv_chunk_load(d->reader, &w->scratch, index, &chunk));
     if (d->g->codec == XKV_GROUP_LOSSLESS)
         return scatter_asked(d, w, chunk.matrix, chunk.t0, chunk.t0, chunk.t1);
     if (xkv_group_is_cross(d->g))
         return XKV_OK;
     for (t1 = chunk.t0; next_tile(d, chunk.t1, &t0, &t1);) {
-        xkv_chunk_rows(&d->reader, &w->scratch, &chunk, t0, t1, w->rows);
+        xkv_chunk_rows(d->reader, &w->scratch, &chunk, t0, t1, w->rows);
         XKV_TRY(finish_tile(d, w, t0, t1));
     }
     return XKV_OK;
@@ -174,7 +174,7 @@ static xkv_status restore_chunk(void *user, uint32_t index, uint64_t task)
 static xkv_status size_workers(decoder *d)
 {
     for (uint32_t i = 0; i < d->threads; i++) {
-        XKV_TRY(xkv_chunk_scratch_size(&d->reader, &d->workers[i].scratch));
+        XKV_TRY(xkv_chunk_scratch_size(d->reader, &d->workers[i].scratch));
         XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->width, &d->workers[i].rows));
     }
     return XKV_OK;
@@ -189,21 +189,55 @@ static void empty_workers(decoder *d)
     }
 }
 
-static xkv_status restore_group(decoder *d, uint32_t group)
+/* The group from `group` on that has something to be restored: the cross stage has no planes, and those that follow
+ * decode it as they need it. */
+static uint32_t next_group(const decoder *d, uint32_t group)
 {
+    return d->views && group < d->groups_end && xkv_group_is_cross(&d->c->groups[group]) ? group + 1 : group;
+}
+
+static void prefetch_group(const decoder *d, uint32_t group)
+{
+    const xkv_group *g = &d->c->groups[group];
+
+    xkv_container_prefetch(&d->entry->input, d->c, g, XKV_PART_COMPONENTS, XKV_PART_EXACT);
+    xkv_container_prefetch(&d->entry->input, d->c, g, XKV_PART_CHUNKS + d->first_chunk,
+                           XKV_PART_CHUNKS + d->last_chunk);
+}
+
+/* Open the next group, and have the one behind it fetched. */
+static xkv_status open_next(decoder *d)
+{
+    xkv_group_reader *r = &d->readers[d->reader == &d->readers[0]];
+
+    if (d->next + 1 < d->groups_end)
+        prefetch_group(d, d->next + 1);
+    XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, &d->c->groups[d->next], &d->cross, r));
+    return xkv_group_reader_for_rows(r);
+}
+
+/* A chunk of the group at hand; behind the last one, the next group. */
+static xkv_status run_task(void *user, uint32_t index, uint64_t task)
+{
+    decoder *d = user;
+    uint32_t chunk = d->first_chunk + (uint32_t)task;
+
+    return chunk <= d->last_chunk ? restore_chunk(d, &d->workers[index], chunk) : open_next(d);
+}
+
+/* The group that has been opened. With other threads to do it, the next one is opened meanwhile; *opened tells. */
+static xkv_status restore_group(decoder *d, bool *opened)
+{
+    uint64_t chunks = d->last_chunk - d->first_chunk + 1u;
     xkv_status status = XKV_OK;
 
-    d->g = &d->c->groups[group];
-    if (d->views && xkv_group_is_cross(d->g)) /* it has no planes: those that follow decode it as they need it */
-        return XKV_OK;
-    XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, d->g, &d->cross, &d->reader));
-    XKV_TRY_GOTO(xkv_group_reader_for_rows(&d->reader), out);
+    *opened = d->threads > 1 && d->next < d->groups_end;
     XKV_TRY_GOTO(size_workers(d), out);
     XKV_TRY_GOTO(restore_exact_rows(d), out);
-    XKV_TRY_GOTO(xkv_pool_run(d->ctx, d->pool, d->last_chunk - d->first_chunk + 1, restore_chunk, d), out);
+    XKV_TRY_GOTO(xkv_pool_run(d->ctx, d->pool, chunks + *opened, run_task, d), out);
 out:
     empty_workers(d);
-    xkv_group_reader_close(&d->reader);
+    xkv_group_reader_close(d->reader);
     return status;
 }
 
@@ -226,6 +260,8 @@ static xkv_status init(decoder *d)
 static void fini(decoder *d)
 {
     xkv_cross_stage_free(d->ctx, &d->cross);
+    xkv_group_reader_close(&d->readers[0]);
+    xkv_group_reader_close(&d->readers[1]);
     for (uint32_t i = 0; d->workers && i < d->threads; i++) {
         if (d->workers[i].rotator.geometry)
             xkv_rotator_free(d->ctx, &d->workers[i].rotator);
@@ -243,27 +279,58 @@ static uint64_t asked_bytes(const decoder *d, const xkv_group *g)
     return xkv_group_row_bytes(&d->c->geometry, g, d->end - d->first);
 }
 
+/* What the groups that are asked for hold in all. */
+static uint64_t total_bytes(const decoder *d, const xkv_read_options *o)
+{
+    uint64_t total = 0;
+
+    for (uint32_t i = o->first_group; i < d->groups_end; i++)
+        total += asked_bytes(d, &d->c->groups[i]);
+    return total;
+}
+
+static xkv_status open_cross(decoder *d, const xkv_read_options *o)
+{
+    bool needed = false;
+
+    for (uint32_t i = o->first_group; i < d->groups_end; i++)
+        needed |= d->c->groups[i].codec == XKV_GROUP_DICT || (!d->views && xkv_group_is_cross(&d->c->groups[i]));
+    if (!needed)
+        return XKV_OK;
+    XKV_TRY(xkv_cross_stage_open(d->ctx, d->entry, &d->cross));
+    return xkv_cross_stage_keep(d->ctx, d->entry, d->first_chunk, d->last_chunk, &d->cross);
+}
+
+static xkv_status announce(decoder *d, const xkv_read_options *o, uint32_t group, uint64_t done, uint64_t total)
+{
+    if ((o->group_ready && o->group_ready(o->group_ready_user, group) != 0) ||
+        (o->progress && o->progress(o->progress_user, done, total) != 0))
+        return xkv_fail(d->ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
+    return XKV_OK;
+}
+
 static xkv_status restore_groups(decoder *d, const xkv_read_options *o)
 {
-    uint64_t done = 0, total = 0;
-    uint32_t end = o->first_group + o->group_count;
-    bool coded = false;
+    uint64_t done = 0, total;
+    bool opened = false;
 
-    for (uint32_t i = o->first_group; i < end; i++) {
-        total += asked_bytes(d, &d->c->groups[i]);
-        coded |= d->c->groups[i].codec == XKV_GROUP_DICT || (!d->views && xkv_group_is_cross(&d->c->groups[i]));
-    }
-    if (coded) {
-        XKV_TRY(xkv_cross_stage_open(d->ctx, d->entry, &d->cross));
-        XKV_TRY(xkv_cross_stage_keep(d->ctx, d->entry, d->first_chunk, d->last_chunk, &d->cross));
-    }
-    for (uint32_t i = o->first_group; i < end; i++) {
+    d->groups_end = o->first_group + o->group_count;
+    total = total_bytes(d, o);
+    XKV_TRY(open_cross(d, o));
+    d->next = next_group(d, o->first_group);
+    if (d->next > o->first_group)
+        XKV_TRY(announce(d, o, o->first_group, done, total));
+    while (d->next < d->groups_end) {
+        uint32_t group = d->next;
         XKV_TRY(xkv_check_cancel(d->ctx));
-        XKV_TRY(restore_group(d, i));
-        done += asked_bytes(d, &d->c->groups[i]);
-        if ((o->group_ready && o->group_ready(o->group_ready_user, i) != 0) ||
-            (o->progress && o->progress(o->progress_user, done, total) != 0))
-            return xkv_fail(d->ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
+        if (!opened)
+            XKV_TRY(open_next(d));
+        d->reader = &d->readers[d->reader == &d->readers[0]];
+        d->g = &d->c->groups[group];
+        d->next = next_group(d, group + 1);
+        XKV_TRY(restore_group(d, &opened));
+        done += asked_bytes(d, d->g);
+        XKV_TRY(announce(d, o, group, done, total));
     }
     return XKV_OK;
 }

@@ -172,6 +172,9 @@ size_t xkv_utf8_prefix(const void *text, size_t size);
 /* Read part `p` of the payload into dst (p->size bytes) and check its checksum [P3]. Thread-safe. */
 XKV_MUST_CHECK xkv_status xkv_container_read_part(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c,
                                                   const xkv_part *p, void *dst);
+/* Have the input fetch parts first .. last of `g`, which are read soon. */
+void xkv_container_prefetch(const xkv_input *input, const xkv_container *c, const xkv_group *g, uint32_t first,
+                            uint32_t last);
 /* Check that the gaps between parts are zero [P1]. */
 XKV_MUST_CHECK xkv_status xkv_container_check_gaps(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c);
 

@@ -370,6 +370,19 @@ xkv_status xkv_container_read_part(xkv_ctx *ctx, const xkv_input *input, const x
     return XKV_OK;
 }
 
+/* Parts lie in the order of the table [P1]; empty ones lie nowhere. */
+void xkv_container_prefetch(const xkv_input *input, const xkv_container *c, const xkv_group *g, uint32_t first,
+                            uint32_t last)
+{
+    while (first < last && g->parts[first].size == 0)
+        first++;
+    while (last > first && g->parts[last].size == 0)
+        last--;
+    uint64_t begin = g->parts[first].offset, end = g->parts[last].offset + g->parts[last].size;
+    if (input->prefetch && begin < end)
+        input->prefetch(input->user, c->payload_offset + begin, end - begin);
+}
+
 xkv_status xkv_container_check_gaps(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c)
 {
     uint64_t end = 0;

@@ -113,6 +113,12 @@ static xkv_status file_read(void *user, xkv_ctx *ctx, uint64_t offset, void *dst
     return read_at(ctx, f->fd, f->name, offset, dst, size);
 }
 
+static void file_prefetch(void *user, uint64_t offset, uint64_t size)
+{
+    const file_input *f = user;
+    (void)posix_fadvise(f->fd, (off_t)offset, (off_t)size, POSIX_FADV_WILLNEED);
+}
+
 /* Open a regular file and learn its size. O_NONBLOCK keeps a FIFO without a writer from blocking the open. */
 static xkv_status open_regular(xkv_ctx *ctx, const char *path, int *fd_p, uint64_t *size)
 {
@@ -147,7 +153,7 @@ xkv_status xkv_input_open(xkv_ctx *ctx, const char *path, xkv_input *input)
         xkv_release(ctx, f);
         return status;
     }
-    *input = (xkv_input){.user = f, .size = size, .read = file_read, .name = f->name};
+    *input = (xkv_input){.user = f, .size = size, .read = file_read, .name = f->name, .prefetch = file_prefetch};
     return XKV_OK;
 }
 

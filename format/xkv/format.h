@@ -113,6 +113,9 @@ typedef struct xkv_input {
     uint64_t size;
     xkv_status (*read)(void *user, xkv_ctx *ctx, uint64_t offset, void *dst, size_t size);
     const char *name; /* for messages; may be NULL */
+    /* A hint that these bytes are read soon: starts to fetch them and returns at once. May be called from several
+     * threads at once; may be NULL. */
+    void (*prefetch)(void *user, uint64_t offset, uint64_t size);
 } xkv_input;
 
 /* An input over `size` bytes at `data`, which must outlive it. */

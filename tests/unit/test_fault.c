@@ -395,7 +395,7 @@ static int append_attempt(int n, failure which, const synthetic *s, const steady
 {
     failing f = {.fail_at = which <= ALLOCATIONS ? n : 0, .for_ever = which == ALLOCATIONS};
     failing_input fi = {xkv_input_from_memory(base->data, base->size), which == READ ? n : 0, 0};
-    xkv_input input = {&fi, fi.good.size, failing_read, "base"};
+    xkv_input input = {.user = &fi, .size = fi.good.size, .read = failing_read};
     memory m = {.fail_at = which == WRITE ? n : 0};
     xkv_ctx *ctx = NULL;
     xkv_status status = make_ctx(&f, &ctx);
