@@ -1,338 +1,365 @@
+/* decode.c - restoring an entry: groups in order, on all threads.
+ *
+ * The work is one list of numbered tasks: for each group one that opens it, then one for each of its chunks. Threads
+ * take them in this order, so that the chunks of several groups may be decoded at the same time, and the next group is
+ * opened and fetched meanwhile. A task waits for nothing but tasks before it: a chunk for its group to be open and, in
+ * groups of codec dict, for all chunks of the cross stage, which is the first group; opening for a free place. */
 #include "chunks.h"
-#include "moves.h"
 #include "parts.h"
+#include "scatter.h"
 
-/* What one thread needs for the group at hand. */
+#include <pthread.h>
+#include <time.h>
+
+enum {
+    MAX_PLACES = 8,              /* groups that are open at a time */
+    MAX_OPEN_BYTES = 32u << 20,  /* of components that they have in memory, beyond two groups */
+    CANCEL_NANOSECONDS = 5000000 /* how soon a task that waits finds out that the call is cancelled */
+};
+
+/* What one thread needs. */
 typedef struct worker {
-    xkv_chunk_scratch scratch;
-    float *rows; /* [XKV_TILE_ROWS][width] */
-    xkv_rotator rotator;
-    xkv_rotator mover; /* of exact rows, when positions are asked for */
+    xkv_chunk_scratch scratch; /* of the group whose task it ran last */
+    float *rows;               /* [XKV_TILE_ROWS][width] likewise */
+    const xkv_group *g;
+    xkv_scatterer scatterer;
+    uint64_t task; /* at hand */
 } worker;
+
+/* A group to be restored. */
+typedef struct member {
+    const xkv_group *g;
+    uint32_t index; /* in the entry */
+    bool asked;     /* else only others need it */
+    bool open, done;
+    uint32_t left; /* chunks that are not restored yet */
+} member;
 
 typedef struct decoder {
     xkv_ctx *ctx;
-    const xkv_kernels *kernels;
     const xkv_entry *entry;
-    const xkv_container *c;
-    const xkv_view *views; /* NULL: check only */
-    uint32_t first, end;   /* tokens asked for */
-    uint32_t first_chunk, last_chunk;
-    xkv_moves moves;
+    const xkv_read_options *o;
+    xkv_target target;
+    uint32_t first_chunk, chunks; /* that have tokens asked for */
     xkv_pool *pool;
     uint32_t threads;
-    worker *workers;       /* [threads] */
-    xkv_cross_stage cross; /* for all groups */
+    worker *workers; /* [threads] */
+    xkv_cross_stage cross;
 
-    const xkv_group *g;          /* at hand */
-    xkv_group_reader *reader;    /* its own */
-    xkv_group_reader readers[2]; /* by turns: while the chunks of one group are decoded, the next one is opened */
-    uint32_t next, groups_end;   /* the group behind it, if any */
+    uint32_t count, places;
+    member *members;           /* [count] */
+    xkv_group_reader *readers; /* [places] member m's is that at m % places */
+
+    /* The thread of the call tells which groups are ready. */
+    uint32_t announced;
+    uint64_t done, total; /* bytes */
+
+    pthread_mutex_t mutex; /* of members' open, done and left, and of: */
+    pthread_cond_t changed;
+    uint64_t failed; /* the first task that has failed, or UINT64_MAX */
 } decoder;
 
-/* --- Rows to views ------------------------------------------------------------------------------------------------ */
+/* --- Order -------------------------------------------------------------------------------------------------------- */
 
-/* Exact rows of tokens [t0, t1) at other positions: what has a RoPE turns by the way between the two. */
-static xkv_status scatter_moved(decoder *d, worker *w, const uint8_t *matrix, uint32_t t0, uint32_t t1)
+static xkv_group_reader *reader_of(const decoder *d, uint32_t m)
 {
-    size_t elem = xkv_group_element_size(&d->c->geometry, d->g), width = d->g->width;
+    return &d->readers[m % d->places];
+}
 
-    for (uint32_t t = t0; t < t1; t++) {
-        uint32_t row = t - d->first;
-        size_t column = 0;
-        d->kernels->to_f32(d->c->geometry.planes[d->g->planes[0]].dtype, matrix + (t - t0) * width * elem, w->rows,
-                           width);
-        XKV_TRY(xkv_rotate_rows(d->ctx, &w->mover, d->g, &d->moves.distances[row], 1, w->rows));
-        for (uint32_t i = 0; i < d->g->plane_count; i++) {
-            const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
-            if (p->rope != XKV_NO_ROPE)
-                xkv_view_scatter(d->kernels, w->rows + column, width, p, row, row + 1, &d->views[d->g->planes[i]]);
-            column += xkv_plane_width(p);
-        }
+static bool is_open(const decoder *d, uint32_t m)
+{
+    return d->members[m].open && (d->members[m].g->codec != XKV_GROUP_DICT || !d->cross.g || d->members[0].done);
+}
+
+static bool has_place(const decoder *d, uint32_t m)
+{
+    return m < d->places || d->members[m - d->places].done;
+}
+
+static struct timespec soon(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_REALTIME, &t);
+    t.tv_nsec += CANCEL_NANOSECONDS;
+    t.tv_sec += t.tv_nsec / 1000000000;
+    t.tv_nsec %= 1000000000;
+    return t;
+}
+
+/* Wait for tasks before the one at hand. When one of these has failed, that is the result of the call, whatever is
+ * returned here; those behind do not matter. */
+static xkv_status wait_for(decoder *d, const worker *w, bool (*come)(const decoder *d, uint32_t m), uint32_t m)
+{
+    xkv_status status = XKV_OK;
+
+    pthread_mutex_lock(&d->mutex);
+    while (status == XKV_OK && !come(d, m)) {
+        struct timespec until = soon();
+        (void)pthread_cond_timedwait(&d->changed, &d->mutex, &until);
+        status = d->failed < w->task ? XKV_ERROR_CANCELLED : xkv_check_cancel(d->ctx);
     }
-    return XKV_OK;
-}
-
-/* Exact rows of tokens [t0, t1), as the engine holds them. */
-static xkv_status scatter_exact(decoder *d, worker *w, const uint8_t *matrix, uint32_t t0, uint32_t t1)
-{
-    size_t elem = xkv_group_element_size(&d->c->geometry, d->g), row_bytes = d->g->width * elem, column = 0;
-
-    for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
-        const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
-        const xkv_view *view = &d->views[d->g->planes[i]];
-        size_t width = xkv_plane_width(p);
-        bool moved = d->moves.distances && p->rope != XKV_NO_ROPE;
-        if (view->dtype == p->dtype && !moved)
-            xkv_view_scatter_bytes(matrix + column, row_bytes, p, t0 - d->first, t1 - d->first, view);
-        for (uint32_t t = t0; view->dtype != p->dtype && !moved && t < t1; t++) {
-            d->kernels->to_f32(p->dtype, matrix + (t - t0) * row_bytes + column, w->rows, width);
-            xkv_view_scatter(d->kernels, w->rows, width, p, t - d->first, t - d->first + 1, view);
-        }
-        column += width * elem;
-    }
-    return d->views && d->moves.distances ? scatter_moved(d, w, matrix, t0, t1) : XKV_OK;
-}
-
-/* Tokens [*t0, *t1) cut to those asked for; false when none is left. */
-static bool cut_range(const decoder *d, uint32_t *t0, uint32_t *t1)
-{
-    if (*t0 < d->first)
-        *t0 = d->first;
-    if (*t1 > d->end)
-        *t1 = d->end;
-    return *t0 < *t1;
-}
-
-/* Rows t0 .. t1-1 of a matrix whose first row is token `base`. */
-static xkv_status scatter_asked(decoder *d, worker *w, const uint8_t *matrix, uint32_t base, uint32_t t0, uint32_t t1)
-{
-    size_t row_bytes = (size_t)xkv_group_row_bytes(&d->c->geometry, d->g, 1);
-
-    if (!cut_range(d, &t0, &t1))
-        return XKV_OK;
-    return scatter_exact(d, w, matrix + (t0 - base) * row_bytes, t0, t1);
-}
-
-/* Sinks and window. */
-static xkv_status scatter_sinks_and_window(decoder *d, const uint8_t *matrix)
-{
-    const xkv_container *c = d->c;
-    uint32_t end = c->geometry.token_count, window = end - c->window;
-
-    XKV_TRY(scatter_asked(d, &d->workers[0], matrix, 0, 0, c->sinks));
-    return scatter_asked(d, &d->workers[0], matrix + xkv_group_row_bytes(&c->geometry, d->g, c->sinks), window, window,
-                         end);
-}
-
-static xkv_status restore_exact_rows(decoder *d)
-{
-    uint8_t *matrix = NULL;
-    xkv_status status;
-
-    if (d->g->codec == XKV_GROUP_LOSSLESS || xkv_group_is_cross(d->g) || d->c->sinks + d->c->window == 0)
-        return XKV_OK;
-    XKV_TRY(xkv_read_exact_rows(d->reader, &matrix));
-    status = scatter_sinks_and_window(d, matrix);
-    xkv_release(d->ctx, matrix);
+    pthread_mutex_unlock(&d->mutex);
     return status;
+}
+
+static void set_flag(decoder *d, bool *flag)
+{
+    pthread_mutex_lock(&d->mutex);
+    *flag = true;
+    pthread_cond_broadcast(&d->changed);
+    pthread_mutex_unlock(&d->mutex);
+}
+
+static bool is_done(decoder *d, uint32_t m)
+{
+    bool done;
+
+    pthread_mutex_lock(&d->mutex);
+    done = d->members[m].done;
+    pthread_mutex_unlock(&d->mutex);
+    return done;
+}
+
+/* A chunk is restored. Behind the last one nobody uses the reader any more. */
+static void count_chunk(decoder *d, uint32_t m)
+{
+    bool last;
+
+    pthread_mutex_lock(&d->mutex);
+    last = --d->members[m].left == 0;
+    pthread_mutex_unlock(&d->mutex);
+    if (!last)
+        return;
+    xkv_group_reader_close(reader_of(d, m));
+    set_flag(d, &d->members[m].done);
 }
 
 /* --- Groups ------------------------------------------------------------------------------------------------------- */
 
-/* Of tokens [t0, t1), whose rows are in w->rows, those asked for: rotate, round, store. */
-static xkv_status finish_tile(decoder *d, worker *w, uint32_t t0, uint32_t t1)
+static uint64_t asked_bytes(const decoder *d, const member *m)
 {
-    size_t width = d->g->width, column = 0;
-    uint32_t first = t0;
-    float *rows;
+    return m->asked ? xkv_group_row_bytes(&d->entry->c.geometry, m->g, d->target.end - d->target.first) : 0;
+}
 
-    if (!cut_range(d, &first, &t1))
-        return XKV_OK;
-    rows = w->rows + (first - t0) * width;
-    XKV_TRY(xkv_rotate_rows(d->ctx, &w->rotator, d->g, d->moves.positions + (first - d->first), t1 - first, rows));
-    for (uint32_t i = 0; d->views && i < d->g->plane_count; i++) {
-        const xkv_plane *p = &d->c->geometry.planes[d->g->planes[i]];
-        xkv_view_scatter(d->kernels, rows + column, width, p, first - d->first, t1 - d->first,
-                         &d->views[d->g->planes[i]]);
-        column += xkv_plane_width(p);
+/* Tell which groups are ready. On the thread of the call only. */
+static xkv_status announce(decoder *d)
+{
+    const xkv_read_options *o = d->o;
+
+    for (; d->announced < d->count && is_done(d, d->announced); d->announced++) {
+        const member *m = &d->members[d->announced];
+        d->done += asked_bytes(d, m);
+        if (m->asked && ((o->group_ready && o->group_ready(o->group_ready_user, m->index) != 0) ||
+                         (o->progress && o->progress(o->progress_user, d->done, d->total) != 0)))
+            return xkv_fail(d->ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
     }
     return XKV_OK;
 }
 
+static void prefetch(const decoder *d, uint32_t m)
+{
+    const xkv_group *g = d->members[m].g;
+
+    xkv_container_prefetch(&d->entry->input, &d->entry->c, g, XKV_PART_COMPONENTS, XKV_PART_EXACT);
+    xkv_container_prefetch(&d->entry->input, &d->entry->c, g, XKV_PART_CHUNKS + d->first_chunk,
+                           XKV_PART_CHUNKS + d->first_chunk + d->chunks - 1);
+}
+
+/* Scratch for a group. */
+static xkv_status size_worker(const decoder *d, worker *w, const xkv_group_reader *r)
+{
+    if (w->g == r->g)
+        return XKV_OK;
+    w->g = NULL;
+    XKV_TRY(xkv_chunk_scratch_size(r, &w->scratch));
+    xkv_release(d->ctx, w->rows);
+    w->rows = NULL;
+    XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * r->g->width, &w->rows));
+    w->g = r->g;
+    return XKV_OK;
+}
+
+/* Sinks and window. */
+static xkv_status scatter_exact_rows(const decoder *d, worker *w, const xkv_group *g, const uint8_t *matrix)
+{
+    const xkv_container *c = &d->entry->c;
+    uint32_t end = c->geometry.token_count, window = end - c->window;
+
+    XKV_TRY(xkv_scatter_exact(&d->target, &w->scatterer, g, matrix, 0, c->sinks, w->rows));
+    matrix += xkv_group_row_bytes(&c->geometry, g, c->sinks);
+    return xkv_scatter_exact(&d->target, &w->scatterer, g, matrix, window, end, w->rows);
+}
+
+static xkv_status restore_exact_rows(const decoder *d, worker *w, const xkv_group_reader *r)
+{
+    const xkv_container *c = &d->entry->c;
+    uint8_t *matrix = NULL;
+    xkv_status status;
+
+    if (r->g->codec == XKV_GROUP_LOSSLESS || xkv_group_is_cross(r->g) || c->sinks + c->window == 0)
+        return XKV_OK;
+    XKV_TRY(xkv_read_exact_rows(r, &matrix));
+    status = scatter_exact_rows(d, w, r->g, matrix);
+    xkv_release(d->ctx, matrix);
+    return status;
+}
+
+static xkv_status open_group(decoder *d, worker *w, uint32_t m)
+{
+    xkv_group_reader *r = reader_of(d, m);
+
+    XKV_TRY(wait_for(d, w, has_place, m));
+    if (m + 1 < d->count)
+        prefetch(d, m + 1);
+    XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, d->members[m].g, &d->cross, r));
+    XKV_TRY(xkv_group_reader_for_rows(r));
+    XKV_TRY(size_worker(d, w, r));
+    XKV_TRY(restore_exact_rows(d, w, r));
+    set_flag(d, &d->members[m].open);
+    return XKV_OK;
+}
+
+/* --- Chunks ------------------------------------------------------------------------------------------------------- */
+
 /* The next tile of a chunk, tokens [*t0, *t1), of which some are asked for; false: no more. Tiles start at the first
  * coded token of the chunk and are computed whole, so that the bits of a row do not depend on the range asked for: a
  * GEMM may round a row differently in a matrix of another height. */
-static bool next_tile(const decoder *d, uint32_t end, uint32_t *t0, uint32_t *t1)
+static bool next_tile(const xkv_target *t, uint32_t end, uint32_t *t0, uint32_t *t1)
 {
-    for (*t0 = *t1; *t0 < xkv_min64(end, d->end); *t0 = *t1) {
+    for (*t0 = *t1; *t0 < xkv_min64(end, t->end); *t0 = *t1) {
         *t1 = (uint32_t)xkv_min64(end, (uint64_t)*t0 + XKV_TILE_ROWS);
-        if (*t1 > d->first)
+        if (*t1 > t->first)
             return true;
     }
     return false;
 }
 
-static xkv_status restore_chunk(decoder *d, worker *w, uint32_t index)
+static xkv_status restore_chunk(decoder *d, worker *w, uint32_t m, uint32_t index)
 {
+    const xkv_group_reader *r = reader_of(d, m);
     uint32_t t0, t1;
     xkv_chunk chunk;
 
-    XKV_TRY(xkv_chunk_load(d->reader, &w->scratch, index, &chunk));
-    if (d->g->codec == XKV_GROUP_LOSSLESS)
-        return scatter_asked(d, w, chunk.matrix, chunk.t0, chunk.t0, chunk.t1);
-    if (xkv_group_is_cross(d->g))
-        return XKV_OK;
-    for (t1 = chunk.t0; next_tile(d, chunk.t1, &t0, &t1);) {
-        xkv_chunk_rows(d->reader, &w->scratch, &chunk, t0, t1, w->rows);
-        XKV_TRY(finish_tile(d, w, t0, t1));
+    XKV_TRY(wait_for(d, w, is_open, m));
+    XKV_TRY(size_worker(d, w, r));
+    XKV_TRY(xkv_chunk_load(r, &w->scratch, d->first_chunk + index, &chunk));
+    if (r->g->codec == XKV_GROUP_LOSSLESS)
+        return xkv_scatter_exact(&d->target, &w->scatterer, r->g, chunk.matrix, chunk.t0, chunk.t1, w->rows);
+    for (t1 = chunk.t0; !xkv_group_is_cross(r->g) && next_tile(&d->target, chunk.t1, &t0, &t1);) {
+        xkv_chunk_rows(r, &w->scratch, &chunk, t0, t1, w->rows);
+        XKV_TRY(xkv_scatter_rows(&d->target, &w->scatterer, r->g, w->rows, t0, t1));
     }
     return XKV_OK;
 }
 
-/* Scratch for the group at hand, in every thread. */
-static xkv_status size_workers(decoder *d)
+static xkv_status run_task(decoder *d, uint32_t number, uint64_t task)
 {
-    for (uint32_t i = 0; i < d->threads; i++) {
-        XKV_TRY(xkv_chunk_scratch_size(d->reader, &d->workers[i].scratch));
-        XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * d->g->width, &d->workers[i].rows));
-    }
-    return XKV_OK;
+    uint32_t m = (uint32_t)(task / (d->chunks + 1u)), at = (uint32_t)(task % (d->chunks + 1u));
+    worker *w = &d->workers[number];
+
+    w->task = task;
+    if (at == 0)
+        return open_group(d, w, m);
+    XKV_TRY(restore_chunk(d, w, m, at - 1));
+    count_chunk(d, m);
+    return number == 0 ? announce(d) : XKV_OK;
 }
 
-static void empty_workers(decoder *d)
-{
-    for (uint32_t i = 0; i < d->threads; i++) {
-        xkv_chunk_scratch_empty(d->ctx, &d->workers[i].scratch);
-        xkv_release(d->ctx, d->workers[i].rows);
-        d->workers[i].rows = NULL;
-    }
-}
-
-/* The group from `group` on that has something to be restored: the cross stage has no planes, and those that follow
- * decode it as they need it. */
-static uint32_t next_group(const decoder *d, uint32_t group)
-{
-    return d->views && group < d->groups_end && xkv_group_is_cross(&d->c->groups[group]) ? group + 1 : group;
-}
-
-static void prefetch_group(const decoder *d, uint32_t group)
-{
-    const xkv_group *g = &d->c->groups[group];
-
-    xkv_container_prefetch(&d->entry->input, d->c, g, XKV_PART_COMPONENTS, XKV_PART_EXACT);
-    xkv_container_prefetch(&d->entry->input, d->c, g, XKV_PART_CHUNKS + d->first_chunk,
-                           XKV_PART_CHUNKS + d->last_chunk);
-}
-
-/* Open the next group, and have the one behind it fetched. */
-static xkv_status open_next(decoder *d)
-{
-    xkv_group_reader *r = &d->readers[d->reader == &d->readers[0]];
-
-    if (d->next + 1 < d->groups_end)
-        prefetch_group(d, d->next + 1);
-    XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, &d->c->groups[d->next], &d->cross, r));
-    return xkv_group_reader_for_rows(r);
-}
-
-/* A chunk of the group at hand; behind the last one, the next group. */
-static xkv_status run_task(void *user, uint32_t index, uint64_t task)
+static xkv_status task(void *user, uint32_t number, uint64_t index)
 {
     decoder *d = user;
-    uint32_t chunk = d->first_chunk + (uint32_t)task;
+    xkv_status status = run_task(d, number, index);
 
-    return chunk <= d->last_chunk ? restore_chunk(d, &d->workers[index], chunk) : open_next(d);
-}
-
-/* The group that has been opened. With other threads to do it, the next one is opened meanwhile; *opened tells. */
-static xkv_status restore_group(decoder *d, bool *opened)
-{
-    uint64_t chunks = d->last_chunk - d->first_chunk + 1u;
-    xkv_status status = XKV_OK;
-
-    *opened = d->threads > 1 && d->next < d->groups_end;
-    XKV_TRY_GOTO(size_workers(d), out);
-    XKV_TRY_GOTO(restore_exact_rows(d), out);
-    XKV_TRY_GOTO(xkv_pool_run(d->ctx, d->pool, chunks + *opened, run_task, d), out);
-out:
-    empty_workers(d);
-    xkv_group_reader_close(d->reader);
+    if (status != XKV_OK) {
+        pthread_mutex_lock(&d->mutex);
+        d->failed = xkv_min64(d->failed, index);
+        pthread_cond_broadcast(&d->changed);
+        pthread_mutex_unlock(&d->mutex);
+    }
     return status;
 }
 
-/* --- Entry point -------------------------------------------------------------------------------------------------- */
+/* --- The call ----------------------------------------------------------------------------------------------------- */
+
+static void add_member(decoder *d, uint32_t group, bool asked)
+{
+    member *m = &d->members[d->count++];
+
+    *m = (member){.g = &d->entry->c.groups[group], .index = group, .asked = asked, .left = d->chunks};
+    d->total += asked_bytes(d, m);
+}
+
+/* The groups that are asked for, behind the cross stage if one of them needs it. */
+static xkv_status list_members(decoder *d)
+{
+    const xkv_group *groups = d->entry->c.groups;
+    uint32_t first = d->o->first_group, end = first + d->o->group_count;
+    bool crossed = false;
+
+    XKV_TRY(XKV_NEW(d->ctx, d->o->group_count + 1u, &d->members));
+    for (uint32_t i = first; i < end; i++)
+        crossed |= groups[i].codec == XKV_GROUP_DICT || xkv_group_is_cross(&groups[i]);
+    if (crossed) {
+        XKV_TRY(xkv_cross_stage_open(d->ctx, d->entry, &d->cross));
+        XKV_TRY(xkv_cross_stage_keep(d->ctx, d->entry, d->first_chunk, d->first_chunk + d->chunks - 1, &d->cross));
+    }
+    if (d->cross.g && first > 0)
+        add_member(d, 0, false);
+    for (uint32_t i = first; i < end; i++)
+        add_member(d, i, true);
+    return XKV_OK;
+}
+
+/* As many groups at a time as keep all threads busy, while their components take little memory. */
+static void choose_places(decoder *d)
+{
+    uint64_t largest = 1, wanted = 1 + xkv_ceil_div(2ull * d->threads, d->chunks);
+
+    for (uint32_t i = 0; i < d->count; i++)
+        largest = xkv_max64(largest, (uint64_t)d->members[i].g->rank * d->members[i].g->width * sizeof(float));
+    wanted = xkv_min64(wanted, xkv_max64(2, MAX_OPEN_BYTES / largest));
+    d->places = (uint32_t)xkv_min64(d->count, xkv_min64(wanted, MAX_PLACES));
+}
 
 static xkv_status init(decoder *d)
 {
     d->threads = xkv_ctx_threads(d->ctx);
+    XKV_TRY(xkv_moves_create(d->ctx, &d->entry->c.geometry, d->entry->c.groups, d->o, &d->target.moves));
     XKV_TRY(xkv_pool_create(d->ctx, d->threads, &d->pool));
     d->threads = xkv_pool_threads(d->pool);
     XKV_TRY(XKV_NEW_ZERO(d->ctx, d->threads, &d->workers));
-    for (uint32_t i = 0; i < d->threads; i++) {
-        XKV_TRY(xkv_rotator_init(d->ctx, &d->c->geometry, d->kernels, false, &d->workers[i].rotator));
-        if (d->moves.distances)
-            XKV_TRY(xkv_rotator_init(d->ctx, &d->moves.geometry, d->kernels, false, &d->workers[i].mover));
-    }
-    return XKV_OK;
+    for (uint32_t i = 0; i < d->threads; i++)
+        XKV_TRY(xkv_scatterer_init(&d->target, &d->workers[i].scatterer));
+    XKV_TRY(list_members(d));
+    choose_places(d);
+    return XKV_NEW_ZERO(d->ctx, d->places, &d->readers);
 }
 
 static void fini(decoder *d)
 {
-    xkv_cross_stage_free(d->ctx, &d->cross);
-    xkv_group_reader_close(&d->readers[0]);
-    xkv_group_reader_close(&d->readers[1]);
+    for (uint32_t i = 0; d->readers && i < d->places; i++)
+        xkv_group_reader_close(&d->readers[i]);
     for (uint32_t i = 0; d->workers && i < d->threads; i++) {
-        if (d->workers[i].rotator.geometry)
-            xkv_rotator_free(d->ctx, &d->workers[i].rotator);
-        if (d->workers[i].mover.geometry)
-            xkv_rotator_free(d->ctx, &d->workers[i].mover);
         xkv_chunk_scratch_free(d->ctx, &d->workers[i].scratch);
+        xkv_release(d->ctx, d->workers[i].rows);
+        xkv_scatterer_free(&d->target, &d->workers[i].scatterer);
     }
+    xkv_cross_stage_free(d->ctx, &d->cross);
+    xkv_release(d->ctx, d->readers);
+    xkv_release(d->ctx, d->members);
     xkv_release(d->ctx, d->workers);
-    xkv_moves_free(d->ctx, &d->moves);
+    xkv_moves_free(d->ctx, &d->target.moves);
     xkv_pool_free(d->ctx, d->pool);
+    pthread_mutex_destroy(&d->mutex);
+    pthread_cond_destroy(&d->changed);
 }
 
-static uint64_t asked_bytes(const decoder *d, const xkv_group *g)
+static xkv_status decode(decoder *d)
 {
-    return xkv_group_row_bytes(&d->c->geometry, g, d->end - d->first);
-}
-
-/* What the groups that are asked for hold in all. */
-static uint64_t total_bytes(const decoder *d, const xkv_read_options *o)
-{
-    uint64_t total = 0;
-
-    for (uint32_t i = o->first_group; i < d->groups_end; i++)
-        total += asked_bytes(d, &d->c->groups[i]);
-    return total;
-}
-
-static xkv_status open_cross(decoder *d, const xkv_read_options *o)
-{
-    bool needed = false;
-
-    for (uint32_t i = o->first_group; i < d->groups_end; i++)
-        needed |= d->c->groups[i].codec == XKV_GROUP_DICT || (!d->views && xkv_group_is_cross(&d->c->groups[i]));
-    if (!needed)
-        return XKV_OK;
-    XKV_TRY(xkv_cross_stage_open(d->ctx, d->entry, &d->cross));
-    return xkv_cross_stage_keep(d->ctx, d->entry, d->first_chunk, d->last_chunk, &d->cross);
-}
-
-static xkv_status announce(decoder *d, const xkv_read_options *o, uint32_t group, uint64_t done, uint64_t total)
-{
-    if ((o->group_ready && o->group_ready(o->group_ready_user, group) != 0) ||
-        (o->progress && o->progress(o->progress_user, done, total) != 0))
-        return xkv_fail(d->ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
-    return XKV_OK;
-}
-
-static xkv_status restore_groups(decoder *d, const xkv_read_options *o)
-{
-    uint64_t done = 0, total;
-    bool opened = false;
-
-    d->groups_end = o->first_group + o->group_count;
-    total = total_bytes(d, o);
-    XKV_TRY(open_cross(d, o));
-    d->next = next_group(d, o->first_group);
-    if (d->next > o->first_group)
-        XKV_TRY(announce(d, o, o->first_group, done, total));
-    while (d->next < d->groups_end) {
-        uint32_t group = d->next;
-        XKV_TRY(xkv_check_cancel(d->ctx));
-        if (!opened)
-            XKV_TRY(open_next(d));
-        d->reader = &d->readers[d->reader == &d->readers[0]];
-        d->g = &d->c->groups[group];
-        d->next = next_group(d, group + 1);
-        XKV_TRY(restore_group(d, &opened));
-        done += asked_bytes(d, d->g);
-        XKV_TRY(announce(d, o, group, done, total));
-    }
-    return XKV_OK;
+    XKV_TRY(init(d));
+    XKV_TRY(xkv_pool_run(d->ctx, d->pool, (uint64_t)d->count * (d->chunks + 1u), task, d));
+    return announce(d);
 }
 
 /* Fill in what 0 stands for, and check the ranges. */
@@ -357,7 +384,7 @@ xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_
                                 const xkv_view *views)
 {
     xkv_read_options o = xkv_read_options_default();
-    decoder d = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .entry = entry, .c = &entry->c, .views = views};
+    decoder d = {.ctx = ctx, .entry = entry, .o = &o, .failed = UINT64_MAX};
     xkv_status status;
 
     if (options)
@@ -365,14 +392,17 @@ xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_
     XKV_TRY(resolve(ctx, entry, entry->c.geometry.token_count, &o));
     if (o.token_count == 0 || o.group_count == 0)
         return XKV_OK;
-    d.first = o.first_token;
-    d.end = o.first_token + o.token_count;
-    d.first_chunk = d.first / entry->c.chunk_tokens;
-    d.last_chunk = (d.end - 1) / entry->c.chunk_tokens;
-    XKV_TRY_GOTO(xkv_moves_create(ctx, &entry->c.geometry, entry->c.groups, &o, &d.moves), out);
-    XKV_TRY_GOTO(init(&d), out);
-    XKV_TRY_GOTO(restore_groups(&d, &o), out);
-out:
+    d.target = (xkv_target){.ctx = ctx,
+                            .kernels = xkv_kernels_cpu(),
+                            .c = &entry->c,
+                            .views = views,
+                            .first = o.first_token,
+                            .end = o.first_token + o.token_count};
+    d.first_chunk = d.target.first / entry->c.chunk_tokens;
+    d.chunks = (d.target.end - 1) / entry->c.chunk_tokens - d.first_chunk + 1;
+    pthread_mutex_init(&d.mutex, NULL);
+    pthread_cond_init(&d.changed, NULL);
+    status = decode(&d);
     fini(&d);
     return status;
 }

@@ -249,7 +249,9 @@ static json_t *measure_file(bench_plan *plan, const char *path, const xkv_model 
     k = group_width(s.geometry, XKV_PLANE_K);
     k = k ? k : group_width(s.geometry, XKV_PLANE_LATENT);
     v = group_width(s.geometry, XKV_PLANE_V);
-    for (int i = 0; i < plan->thread_counts; i++) {
+    if (plan->restore && dict)
+        json_array_append_new(all, bench_restore(plan, &s, dict));
+    for (int i = 0; i < plan->thread_counts && !plan->restore; i++) {
         json_array_append_new(all, bench_lossless(plan, &s, plan->threads[i]));
         json_array_append_new(all, bench_svd(plan, &s, k / 10, (v ? v : k) * 15 / 100, 2, plan->threads[i]));
         if (dict)
@@ -284,13 +286,14 @@ static xkv_dict *load_dict(xkv_ctx *ctx, const char *path)
 
 static void usage(FILE *out)
 {
-    (void)fputs("usage: xkv_bench [--quick] [--only-files] [--tokens N] [--threads N] [--repeats N]\n"
+    (void)fputs("usage: xkv_bench [--quick] [--only-files] [--restore] [--tokens N] [--threads N] [--repeats N]\n"
                 "                 [[--model GGUF] [--dict XKVD] FILE...]\n"
                 "Prints one JSON document: machine, ceilings, lossless and svd speed on synthetic caches, scaling\n"
                 "over 1k .. 32k tokens, and the same figures for each engine file given.\n"
                 "  --quick      tiny sizes, once: tells whether the benchmark works, not how fast anything is\n"
                 "  --only-files the ceilings and the engine files alone\n"
-                "  --tokens N   tokens of the synthetic caches\n"
+                "  --restore    of the engine files: restoring 256 .. 32k tokens from a file, with the dictionary\n"
+                "  --tokens N   tokens of the synthetic caches; with --restore, the most\n"
                 "  --threads N  largest number of threads (default: processors online)\n"
                 "  --repeats N  each time is the median of N (default 3)\n"
                 "  --model GGUF the model of the files that follow\n"
@@ -319,12 +322,17 @@ typedef struct argument {
 
 static int parse(int argc, char **argv, bench_plan *plan, argument *arguments)
 {
-    static const struct option options[] = {
-        {"quick", no_argument, NULL, 'q'},         {"only-files", no_argument, NULL, 'o'},
-        {"json", no_argument, NULL, 'j'},          {"tokens", required_argument, NULL, 't'},
-        {"threads", required_argument, NULL, 'T'}, {"repeats", required_argument, NULL, 'r'},
-        {"model", required_argument, NULL, 'm'},   {"dict", required_argument, NULL, 'd'},
-        {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
+    static const struct option options[] = {{"quick", no_argument, NULL, 'q'},
+                                            {"only-files", no_argument, NULL, 'o'},
+                                            {"restore", no_argument, NULL, 'R'},
+                                            {"json", no_argument, NULL, 'j'},
+                                            {"tokens", required_argument, NULL, 't'},
+                                            {"threads", required_argument, NULL, 'T'},
+                                            {"repeats", required_argument, NULL, 'r'},
+                                            {"model", required_argument, NULL, 'm'},
+                                            {"dict", required_argument, NULL, 'd'},
+                                            {"help", no_argument, NULL, 'h'},
+                                            {NULL, 0, NULL, 0}};
     int c, count = 0;
 
     while ((c = getopt_long(argc, argv, "-h", options, NULL)) != -1) {
@@ -332,6 +340,8 @@ static int parse(int argc, char **argv, bench_plan *plan, argument *arguments)
             plan->quick = true;
         else if (c == 'o')
             plan->only_files = true;
+        else if (c == 'R')
+            plan->only_files = plan->restore = true;
         else if (c == 't')
             plan->tokens = number(optarg, 1u << 20);
         else if (c == 'T')

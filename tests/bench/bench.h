@@ -9,7 +9,7 @@
 
 /* What the command line asked for. */
 typedef struct bench_plan {
-    bool quick, only_files;
+    bool quick, only_files, restore;
     uint32_t tokens; /* of the synthetic caches; 0: as each case says */
     int repeats;     /* each time is the median of so many, each ceiling the best */
     uint32_t threads[2];
@@ -85,6 +85,12 @@ json_t *bench_svd(bench_plan *plan, bench_subject *s, uint32_t rank_k, uint32_t 
 
 /* coded.c: with a dictionary that has all planes of the subject. */
 json_t *bench_dict(bench_plan *plan, bench_subject *s, const xkv_dict *dict, double ratio, uint32_t threads);
+
+/* Arithmetic that restoring an entry of all planes of its dictionary takes at least. */
+double bench_unpack_flops(xkv_ctx *ctx, const xkv_entry *entry, const xkv_dict *dict);
+
+/* restore.c: from a file, for 256 to 32k tokens; --tokens is the most. The subject's own entry is lost. */
+json_t *bench_restore(bench_plan *plan, bench_subject *source, const xkv_dict *dict);
 
 /* --- scaling.c: time and memory over the number of tokens, from file to file -------------------------------------- */
 

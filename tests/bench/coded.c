@@ -60,6 +60,11 @@ static work count_work(xkv_ctx *ctx, const xkv_entry *entry, const xkv_dict *dic
     return w;
 }
 
+double bench_unpack_flops(xkv_ctx *ctx, const xkv_entry *entry, const xkv_dict *dict)
+{
+    return count_work(ctx, entry, dict).unpack_flops;
+}
+
 /* --- Entropy coder ------------------------------------------------------------------------------------------------ */
 
 /* One chunk of one group: its stream, and what it holds. */
