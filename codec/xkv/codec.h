@@ -242,7 +242,7 @@ typedef struct xkv_read_options {
     uint32_t first_token, token_count; /* tokens [first, first+count); count 0: to the end. Default: all */
     uint32_t first_group, group_count; /* groups [first, first+count); count 0: to the end. Default: all */
     /* Called on the caller's thread when all asked tokens of a group are in their views, in ascending order of groups;
-     * return non-zero to stop. NULL: none. */
+     * return non-zero to stop. To poll instead, have it raise an atomic counter. NULL: none. */
     int (*group_ready)(void *user, uint32_t group);
     void *group_ready_user;
     xkv_progress_fn progress;
@@ -263,9 +263,11 @@ static inline xkv_read_options xkv_read_options_default(void)
 /* Restore tokens of groups into views[plane_count] (only planes of the asked groups are touched): token first_token
  * goes to row(0) of each view. Only the chunks that hold asked tokens are read; every part is checked before any of its
  * elements is handed out. On one machine the bits of a row do not depend on the range or the number of threads.
- * `options` may be NULL. Memory: one group's components in f32, one chunk per thread, and the integers of the
- * cross stage, if there is one: 2 bytes for each asked token and coded component of it. On error the views' contents
- * are undefined and must not be used. Errors: ARGUMENT (range, positions), UNSUPPORTED (other positions for a K whose
+ * `options` may be NULL. Groups stream in: while chunks of one are decoded, the next is opened and fetched from its
+ * input, and threads that find no more chunks go on to it. Memory: the components of two groups in f32, up to 32 MiB of
+ * those of more, one chunk per thread, and the integers of the cross stage, if there is one: 2 bytes for each asked
+ * token and coded component of it. On error the views' contents are undefined and must not be used, but for those of
+ * groups that were announced before. Errors: ARGUMENT (range, positions), UNSUPPORTED (other positions for a K whose
  * RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT, MEMORY, CANCELLED, and what the input returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                  const xkv_view *views);
