@@ -234,6 +234,22 @@ static void print_value(const xkv_value *v)
     printf("  %-24s %s\n", v->key, visible);
 }
 
+/* The types that planes have, each once. */
+static void print_dtypes(const xkv_geometry *g)
+{
+    bool seen[256] = {false};
+    const char *separator = "";
+    printf("  %-24s ", "element types");
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        uint32_t dtype = g->planes[i].dtype & 255u;
+        if (!seen[dtype])
+            printf("%s%s", separator, xkv_dtype_name(dtype));
+        separator = ", ";
+        seen[dtype] = true;
+    }
+    printf("\n");
+}
+
 static void print_details(const xkv_entry *entry, const xkv_entry_info *info)
 {
     const xkv_geometry *g = xkv_entry_geometry(entry);
@@ -254,6 +270,8 @@ static void print_details(const xkv_entry *entry, const xkv_entry_info *info)
     if (g->token_count > 0)
         printf("  %-24s %d to %d\n", "positions", (int)g->positions[0], (int)g->positions[g->token_count - 1]);
     printf("  %-24s %u\n", "token ids", g->token_id_count);
+    if (g->plane_count > 0)
+        print_dtypes(g);
     printf("  %-24s %u\n", "rotary embeddings", g->rope_count);
 }
 
@@ -275,8 +293,9 @@ static json_t *groups_json(const xkv_entry *entry, const xkv_entry_info *info, c
         json_t *planes = json_array();
         for (uint32_t j = 0; j < group.plane_count; j++) {
             const xkv_plane *plane = &g->planes[group.planes[j]];
-            json_array_append_new(planes, json_pack("{s:i, s:s, s:f}", "layer", (int)plane->layer, "kind",
-                                                    xkv_plane_kind_name(plane->kind), "error", group.errors[j]));
+            json_array_append_new(planes, json_pack("{s:i, s:s, s:s, s:f}", "layer", (int)plane->layer, "kind",
+                                                    xkv_plane_kind_name(plane->kind), "dtype",
+                                                    xkv_dtype_name(plane->dtype), "error", group.errors[j]));
         }
         json_t *object = json_pack("{s:s, s:s?, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", codec_name(&group),
                                    "reason", lossless_reason(&group), "planes", planes, "rank", (int)group.rank,

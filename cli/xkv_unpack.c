@@ -160,22 +160,41 @@ static xkv_status fill_safetensors(cli *c, const xkv_entry *entry, const xkv_geo
     return status;
 }
 
+static xkv_status write_safetensors(cli *c, const xkv_entry *entry, const xkv_geometry *g, xkv_file *file,
+                                    uint64_t *size)
+{
+    const unpack_tool *tool = c->user;
+    xkv_framing *framing;
+    xkv_status status = xkv_framing_safetensors(c->ctx, g, tool->layout, &framing);
+    if (status != XKV_OK)
+        return status;
+    *size = framing->source_size;
+    status = fill_safetensors(c, entry, g, framing, file);
+    xkv_framing_free(c->ctx, framing);
+    return status;
+}
+
+/* Elements of quantized blocks become f32, which holds them exactly. */
 static xkv_status restore_safetensors(cli *c, const xkv_entry *entry, xkv_file *file, uint64_t *size)
 {
     const unpack_tool *tool = c->user;
     xkv_geometry g = *xkv_entry_geometry(entry);
-    xkv_framing *framing;
+    xkv_plane *planes = calloc(g.plane_count + 1u, sizeof *planes);
+    if (planes == NULL)
+        return XKV_ERROR_MEMORY;
+    for (uint32_t i = 0; i < g.plane_count; i++) {
+        planes[i] = g.planes[i];
+        if (xkv_dtype_block(planes[i].dtype) > 1)
+            planes[i].dtype = XKV_F32;
+    }
+    g.planes = planes;
     if (tool->first > 0 && tool->first < g.token_count) {
         g.token_count = tool->first;
         if (g.token_id_count > tool->first)
             g.token_id_count = tool->first;
     }
-    xkv_status status = xkv_framing_safetensors(c->ctx, &g, tool->layout, &framing);
-    if (status != XKV_OK)
-        return status;
-    *size = framing->source_size;
-    status = fill_safetensors(c, entry, &g, framing, file);
-    xkv_framing_free(c->ctx, framing);
+    xkv_status status = write_safetensors(c, entry, &g, file, size);
+    free(planes);
     return status;
 }
 

@@ -380,6 +380,15 @@ static xkv_status resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens,
     return XKV_OK;
 }
 
+/* Only those of the groups asked for are looked at. */
+static xkv_status check_views(xkv_ctx *ctx, const xkv_container *c, const xkv_read_options *o, const xkv_view *views)
+{
+    for (uint32_t i = o->first_group; i < o->first_group + o->group_count; i++)
+        for (uint32_t k = 0; k < c->groups[i].plane_count; k++)
+            XKV_TRY(xkv_check_view(ctx, &c->geometry, c->groups[i].planes[k], &views[c->groups[i].planes[k]]));
+    return XKV_OK;
+}
+
 xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                 const xkv_view *views)
 {
@@ -392,6 +401,8 @@ xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_
     XKV_TRY(resolve(ctx, entry, entry->c.geometry.token_count, &o));
     if (o.token_count == 0 || o.group_count == 0)
         return XKV_OK;
+    if (views)
+        XKV_TRY(check_views(ctx, &entry->c, &o, views));
     d.target = (xkv_target){.ctx = ctx,
                             .kernels = xkv_kernels_cpu(),
                             .c = &entry->c,

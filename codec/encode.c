@@ -10,7 +10,7 @@ static xkv_status scan_plane(void *user, uint32_t worker, uint64_t index)
 {
     xkv_encoder *e = user;
     const xkv_plane *p = &e->c.geometry.planes[index];
-    size_t row_bytes = xkv_plane_width(p) * xkv_dtype_size(p->dtype);
+    size_t row_bytes = (size_t)xkv_dtype_bytes(p->dtype, xkv_plane_width(p));
     uint32_t n = e->c.geometry.token_count, t1;
     uint8_t *rows = e->slots[worker].raw;
 
@@ -44,12 +44,10 @@ static xkv_status check_planes(const xkv_encoder *e)
     const xkv_geometry *geometry = &e->c.geometry;
 
     for (uint32_t i = 0; i < geometry->plane_count; i++) {
-        const xkv_plane *p = &geometry->planes[i];
-        if (p->heads == 0 || p->head_dim == 0 || (uint64_t)p->heads * p->head_dim > XKV_MAX_WIDTH ||
-            p->kind > XKV_PLANE_K_ROPE || xkv_dtype_size(p->dtype) == 0 || p->layer >= geometry->layer_count ||
-            (p->rope != XKV_NO_ROPE && p->rope >= geometry->rope_count))
-            return xkv_fail(e->ctx, XKV_ERROR_ARGUMENT, "plane %u: shape, kind, dtype, layer or rope out of range", i);
-        if (e->views[i].dtype != p->dtype)
+        XKV_TRY(xkv_check_plane(e->ctx, geometry, i));
+        if (geometry->token_count > 0)
+            XKV_TRY(xkv_check_view(e->ctx, geometry, i, &e->views[i]));
+        if (e->views[i].dtype != geometry->planes[i].dtype)
             return xkv_fail(e->ctx, XKV_ERROR_ARGUMENT, "plane %u: the view's dtype is not the plane's", i);
     }
     return XKV_OK;

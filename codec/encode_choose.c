@@ -401,6 +401,12 @@ static bool is_better(const xkv_encoder *e, uint32_t a, uint32_t b)
     return e->o.ratio > 0 ? x->error < y->error : x->bytes < y->bytes;
 }
 
+/* Bytes that lossless never gets below: half of the raw ones, or of 16 bits an element. */
+static double lossless_hope(const xkv_encoder *e)
+{
+    return (double)xkv_min64(xkv_raw16_bytes(&e->c.geometry), xkv_geometry_raw_bytes(&e->c.geometry)) / 2;
+}
+
 xkv_status xkv_encoder_choose_profile(xkv_encoder *e)
 {
     static const uint32_t candidates[] = {XKV_PROFILE_DICT, XKV_PROFILE_SCALAR, XKV_PROFILE_SVD};
@@ -416,8 +422,8 @@ xkv_status xkv_encoder_choose_profile(xkv_encoder *e)
         if (is_better(e, candidates[i], best))
             best = candidates[i];
     }
-    if (e->o.error > 0 && e->estimates[best].bytes > (double)xkv_raw16_bytes(&e->c.geometry) / 2) {
-        XKV_TRY(try_lossless(e)); /* which never gets below half */
+    if (e->o.error > 0 && e->estimates[best].bytes > lossless_hope(e)) {
+        XKV_TRY(try_lossless(e));
         if (is_better(e, XKV_PROFILE_LOSSLESS, best))
             best = XKV_PROFILE_LOSSLESS;
     }

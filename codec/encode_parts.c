@@ -20,7 +20,7 @@ static void gather_exact(const xkv_encoder *e, const xkv_group *g, uint32_t t0, 
     for (uint32_t i = 0; i < g->plane_count; i++) {
         const xkv_plane *p = &e->c.geometry.planes[g->planes[i]];
         xkv_view_gather_bytes(&e->views[g->planes[i]], p, t0, t1, dst + column, row_bytes);
-        column += xkv_plane_width(p) * xkv_dtype_size(p->dtype);
+        column += (size_t)xkv_dtype_bytes(p->dtype, xkv_plane_width(p));
     }
 }
 

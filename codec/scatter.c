@@ -34,7 +34,7 @@ static xkv_status scatter_moved(const xkv_target *t, xkv_scatterer *s, const xkv
 
     for (uint32_t i = t0 - t->first; i < t1 - t->first; i++, matrix += row_bytes) {
         size_t column = 0;
-        t->kernels->to_f32(t->c->geometry.planes[g->planes[0]].dtype, matrix, row, g->width);
+        t->kernels->to_f32(xkv_group_dtype(&t->c->geometry, g), matrix, row, g->width);
         XKV_TRY(xkv_rotate_rows(t->ctx, &s->mover, g, &t->moves.distances[i], 1, row));
         for (uint32_t k = 0; k < g->plane_count; k++) {
             const xkv_plane *p = &t->c->geometry.planes[g->planes[k]];
@@ -50,21 +50,23 @@ static void scatter_plane(const xkv_target *t, const xkv_plane *p, const xkv_vie
                           size_t row_bytes, uint32_t t0, uint32_t t1, float *row)
 {
     uint32_t first = t0 - t->first, end = t1 - t->first;
+    xkv_plane in_f32 = *p; /* where nothing is left to be rounded to the plane's dtype */
 
+    in_f32.dtype = XKV_F32;
     if (view->dtype == p->dtype) {
         xkv_view_scatter_bytes(matrix, row_bytes, p, first, end, view);
         return;
     }
     for (uint32_t i = first; i < end; i++, matrix += row_bytes) {
         t->kernels->to_f32(p->dtype, matrix, row, xkv_plane_width(p));
-        xkv_view_scatter(t->kernels, row, xkv_plane_width(p), p, i, i + 1, view);
+        xkv_view_scatter(t->kernels, row, xkv_plane_width(p), &in_f32, i, i + 1, view);
     }
 }
 
 xkv_status xkv_scatter_exact(const xkv_target *t, xkv_scatterer *s, const xkv_group *g, const uint8_t *matrix,
                              uint32_t t0, uint32_t t1, float *scratch)
 {
-    size_t elem = xkv_group_element_size(&t->c->geometry, g), row_bytes = g->width * elem, column = 0;
+    size_t row_bytes = (size_t)xkv_group_row_bytes(&t->c->geometry, g, 1), column = 0;
     uint32_t first = t0;
 
     if (!t->views || !cut_range(t, &first, &t1))
@@ -74,7 +76,7 @@ xkv_status xkv_scatter_exact(const xkv_target *t, xkv_scatterer *s, const xkv_gr
         const xkv_plane *p = &t->c->geometry.planes[g->planes[i]];
         if (!t->moves.distances || p->rope == XKV_NO_ROPE)
             scatter_plane(t, p, &t->views[g->planes[i]], matrix + column, row_bytes, first, t1, scratch);
-        column += xkv_plane_width(p) * elem;
+        column += (size_t)xkv_dtype_bytes(p->dtype, xkv_plane_width(p));
     }
     return t->moves.distances ? scatter_moved(t, s, g, matrix, first, t1, scratch) : XKV_OK;
 }

@@ -19,6 +19,9 @@ enum { XKV_METHOD_STORED = 0, XKV_METHOD_ZSTD = 1, XKV_METHOD_CODED = 2 };
 /* What a file is (header field `kind`). */
 enum { XKV_KIND_ENTRY = 1, XKV_KIND_DICTIONARY = 2 };
 
+/* Bits of the header's required_features: a plane has a dtype of blocks [G13]. */
+enum { XKV_FEATURE_BLOCKS = 1, XKV_FEATURES_KNOWN = XKV_FEATURE_BLOCKS };
+
 /* How a group is coded (spec/codec.md, spec/dictionary.md). The BASIS ones are a dictionary's; the CROSS ones, a stage
  * over all groups, hold no planes. */
 enum {
@@ -86,6 +89,7 @@ typedef struct xkv_section {
 typedef struct xkv_container {
     uint32_t kind; /* XKV_KIND_ENTRY or XKV_KIND_DICTIONARY; a writer's 0 means an entry */
     uint32_t write_version, read_version;
+    uint32_t required_features; /* XKV_FEATURE_... */
     uint64_t file_size;
     uint8_t content_id[16];
     uint32_t section_count;
@@ -111,16 +115,23 @@ static inline bool xkv_group_is_cross(const xkv_group *g)
     return g->codec == XKV_GROUP_CROSS || g->codec == XKV_GROUP_CROSS_BASIS;
 }
 
-/* Bytes of an element of the group's planes [D1]; those of a coefficient where there are no planes. */
-static inline uint32_t xkv_group_element_size(const xkv_geometry *geometry, const xkv_group *g)
+/* The dtype of the group's planes [D1]; where there are none, that of coefficients. */
+static inline uint32_t xkv_group_dtype(const xkv_geometry *geometry, const xkv_group *g)
 {
-    return g->plane_count > 0 ? (uint32_t)xkv_dtype_size(geometry->planes[g->planes[0]].dtype) : 2;
+    return g->plane_count > 0 ? geometry->planes[g->planes[0]].dtype : XKV_F16;
 }
 
 /* Bytes of `tokens` rows of the group as the engine holds them. */
 static inline uint64_t xkv_group_row_bytes(const xkv_geometry *geometry, const xkv_group *g, uint64_t tokens)
 {
-    return g->width * tokens * xkv_group_element_size(geometry, g);
+    return xkv_dtype_bytes(xkv_group_dtype(geometry, g), g->width) * tokens;
+}
+
+/* Bytes of what method 1 takes for an element of such rows: a row of blocks is just bytes. */
+static inline uint32_t xkv_group_element_size(const xkv_geometry *geometry, const xkv_group *g)
+{
+    uint32_t dtype = xkv_group_dtype(geometry, g);
+    return xkv_dtype_block(dtype) > 1 ? 1 : (uint32_t)xkv_dtype_size(dtype);
 }
 
 /* Read and check everything but the payload: every rule of spec/container.md not marked deep, and F6.
@@ -162,6 +173,20 @@ XKV_MUST_CHECK xkv_status xkv_framing_encode(xkv_ctx *ctx, const xkv_geometry *g
                                              size_t *size);
 XKV_MUST_CHECK xkv_status xkv_framing_decode(xkv_ctx *ctx, const xkv_geometry *geometry, const uint8_t *bytes,
                                              size_t size, xkv_framing *framing, uint8_t source_hash[16]);
+
+/* Whether plane `index` of a geometry that the caller made is one, and whether its view can be used: source and
+ * destination alike, its dtype may be another. Errors: ARGUMENT. */
+XKV_MUST_CHECK xkv_status xkv_check_plane(xkv_ctx *ctx, const xkv_geometry *g, uint32_t index);
+XKV_MUST_CHECK xkv_status xkv_check_view(xkv_ctx *ctx, const xkv_geometry *g, uint32_t index, const xkv_view *view);
+
+/* Elements between two heads of a view. */
+static inline uint32_t xkv_view_head_dim(const xkv_view *view, const xkv_plane *p)
+{
+    return view->head_dim != 0 ? view->head_dim : p->head_dim;
+}
+
+/* required_features of an entry with this geometry. */
+uint32_t xkv_geometry_features(const xkv_geometry *g);
 
 /* Whether two rotary embeddings turn rows alike. */
 bool xkv_rope_equal(const xkv_rope *a, const xkv_rope *b);

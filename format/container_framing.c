@@ -21,7 +21,7 @@ static xkv_status claim_planes(const xkv_cursor *cur, const uint8_t *p, const xk
         XKV_REQUIRE(cur, !seen[i], p + 8, "F8", "plane %u belongs to two segments, expected one", i);
         seen[i] = 1;
         const xkv_plane *plane = &g->planes[i];
-        *row_size += (uint64_t)plane->heads * plane->head_dim * xkv_dtype_size(plane->dtype);
+        *row_size += xkv_dtype_bytes(plane->dtype, (uint64_t)plane->heads * plane->head_dim);
     }
     return XKV_OK;
 }
@@ -37,6 +37,8 @@ static xkv_status check_tensor(const xkv_cursor *cur, const uint8_t *p, const xk
     XKV_REQUIRE(cur, s->plane_count == 1 || (s->layout != XKV_LAYOUT_DIM_MAJOR && s->layout != XKV_LAYOUT_HEAD_MAJOR),
                 p + 16, "F2", "layout is %u with %u planes, expected one plane", s->layout, s->plane_count);
     XKV_TRY(claim_planes(cur, p, g, s, sums->seen, &row_size));
+    XKV_REQUIRE(cur, xkv_layout_fits(s->layout, &g->planes[s->first_plane]), p + 16, "F10",
+                "layout is %u, which splits the blocks of plane %u", s->layout, s->first_plane);
     XKV_REQUIRE(cur, xkv_mul64(row_size, g->token_count, &size) && s->size == size, p, "F2",
                 "size of a tensor segment is %llu, expected %u rows of %llu bytes", (unsigned long long)s->size,
                 g->token_count, (unsigned long long)row_size);

@@ -56,12 +56,15 @@ static xkv_status parse_plane(const xkv_cursor *cur, const uint8_t *p, const xkv
     XKV_REQUIRE(cur, plane->layer < g->layer_count, p, "G5", "layer is %u, expected less than layer_count (%u)",
                 plane->layer, g->layer_count);
     XKV_REQUIRE(cur, plane->kind <= XKV_PLANE_K_ROPE, p + 4, "G6", "kind is %u, expected 0 .. 3", plane->kind);
-    XKV_REQUIRE(cur, plane->dtype <= XKV_BF16, p + 5, "G6", "dtype is %u, expected 0 .. 2", plane->dtype);
+    XKV_REQUIRE(cur, xkv_dtype_block(plane->dtype) > 0, p + 5, "G6", "dtype is %u, expected 0 .. 4", plane->dtype);
     XKV_REQUIRE(cur, xkv_load16(p + 6) == 0, p + 6, "G4", "reserved field is not 0");
     XKV_REQUIRE(cur,
                 plane->heads >= 1 && plane->head_dim >= 1 && (uint64_t)plane->heads * plane->head_dim <= XKV_MAX_WIDTH,
                 p + 8, "G7", "heads is %u and head_dim %u, expected both at least 1, their product at most %u",
                 plane->heads, plane->head_dim, XKV_MAX_WIDTH);
+    XKV_REQUIRE(cur, (uint64_t)plane->heads * plane->head_dim % xkv_dtype_block(plane->dtype) == 0, p + 8, "G13",
+                "heads is %u and head_dim %u, expected their product to be a multiple of %u for dtype %u", plane->heads,
+                plane->head_dim, xkv_dtype_block(plane->dtype), plane->dtype);
     XKV_REQUIRE(cur, plane->rope == XKV_NO_ROPE || (plane->rope < g->rope_count && plane->kind == XKV_PLANE_K), p + 16,
                 "G8", "rope is %u, expected less than rope_count (%u) in a plane of kind K, else 2^32 - 1", plane->rope,
                 g->rope_count);
@@ -148,6 +151,10 @@ xkv_status xkv_parse_geometry(xkv_cursor *cur, xkv_container *c)
     XKV_TRY(parse_planes(cur, &c->geometry));
     XKV_TRY(parse_ropes(cur, &c->geometry));
     XKV_TRY(check_rotations(cur, &c->geometry));
+    uint32_t features = xkv_geometry_features(&c->geometry);
+    XKV_REQUIRE(cur, features == c->required_features, cur->data + 4, "G13",
+                "required_features is 0x%x in the header, the dtypes of the planes ask for 0x%x", c->required_features,
+                features);
     return xkv_cursor_end(cur);
 }
 

@@ -89,15 +89,16 @@ xkv_shape xkv_part_shape(const xkv_container *c, const xkv_group *g, uint32_t pa
 {
     uint64_t tokens = c->geometry.token_count, coded_end = tokens - c->window;
     uint32_t elem = xkv_group_element_size(&c->geometry, g);
+    uint64_t row = xkv_group_row_bytes(&c->geometry, g, 1) / elem;
     bool lossless = g->codec == XKV_GROUP_LOSSLESS;
     if (part == XKV_PART_COMPONENTS)
         return basis_shape(c, g);
     if (part == XKV_PART_EXACT && is_basis(g)) /* a dictionary's components */
         return (xkv_shape){g->rank, g->width, 2, true};
     if (part == XKV_PART_EXACT)
-        return (xkv_shape){lossless ? 0 : (uint64_t)c->sinks + c->window, g->width, elem, false};
+        return (xkv_shape){lossless ? 0 : (uint64_t)c->sinks + c->window, row, elem, false};
     if (lossless)
-        return (xkv_shape){tokens_in_chunk(c, part - XKV_PART_CHUNKS, 0, tokens), g->width, elem, false};
+        return (xkv_shape){tokens_in_chunk(c, part - XKV_PART_CHUNKS, 0, tokens), row, elem, false};
     return (xkv_shape){tokens_in_chunk(c, part - XKV_PART_CHUNKS, c->sinks, coded_end), g->rank, 2,
                        g->codec != XKV_GROUP_SVD};
 }

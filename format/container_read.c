@@ -49,9 +49,10 @@ static xkv_status parse_header(xkv_cursor *cur, const xkv_input *input, xkv_cont
     if (kind != c->kind)
         return xkv_cursor_fail_as(cur, XKV_ERROR_FORMAT, p + 12, "H6", "kind is %u (%s), expected %u (%s)", kind,
                                   kind_name(kind), c->kind, kind_name(c->kind));
-    if (features != 0)
+    if ((features & ~(uint32_t)XKV_FEATURES_KNOWN) != 0)
         return xkv_cursor_fail_as(cur, XKV_ERROR_FEATURE, p + 24, "H7",
-                                  "required_features is 0x%x, this reader knows none", features);
+                                  "required_features is 0x%x, this reader knows 0x%x", features, XKV_FEATURES_KNOWN);
+    c->required_features = features;
     c->section_count = xkv_load32(p + 32);
     uint64_t most = xkv_min64(XKV_MAX_SECTIONS, (input->size - XKV_HEADER_SIZE) / XKV_TABLE_ENTRY_SIZE);
     XKV_REQUIRE(cur, c->section_count >= 1 && c->section_count <= most, p + 32, "S1",

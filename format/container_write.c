@@ -257,7 +257,9 @@ xkv_status xkv_container_begin(xkv_ctx *ctx, xkv_container *c, const xkv_output 
     memset(w, 0, sizeof *w);
     if (c->kind == 0)
         c->kind = XKV_KIND_ENTRY;
+    c->required_features = xkv_geometry_features(&c->geometry);
     h.parsed.kind = c->kind;
+    h.parsed.required_features = c->required_features;
     w->c = c;
     w->output = output;
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, 1, &w->state), out);
@@ -373,6 +375,7 @@ static void encode_header(const xkv_writer_state *s, const xkv_container *c, uin
     xkv_store16(p + 10, (uint16_t)c->read_version);
     xkv_store32(p + 12, c->kind);
     xkv_store64(p + 16, c->file_size);
+    xkv_store32(p + 24, c->required_features);
     xkv_store32(p + 32, s->section_count);
     memcpy(p + 40, c->content_id, sizeof c->content_id);
     xkv_store64(p + 56, XXH3_64bits(p, 56));

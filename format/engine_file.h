@@ -37,6 +37,9 @@ void xkv_framing_builder_free(xkv_framing_builder *b);
 /* Release the arrays of a framing, not the struct. */
 void xkv_framing_release(xkv_ctx *ctx, xkv_framing *framing);
 
+/* Whether rows of a plane can be stored in a layout: one that splits heads or dims must not split blocks [F10]. */
+bool xkv_layout_fits(uint32_t layout, const xkv_plane *p);
+
 /* Which file rows the first `kept` of `total` tokens use, and their order among themselves.
  * keep_p: [total] flags by row, or NULL when they are rows 0 .. kept-1 in order; rows_p: the cut framing's rows. */
 XKV_MUST_CHECK xkv_status xkv_framing_cut_rows(xkv_ctx *ctx, const xkv_framing *framing, uint32_t total, uint32_t kept,

@@ -91,12 +91,19 @@ void xkv_framing_free(xkv_ctx *ctx, xkv_framing *framing)
 
 /* --- Views -------------------------------------------------------------------------------------------------------- */
 
+bool xkv_layout_fits(uint32_t layout, const xkv_plane *p)
+{
+    uint32_t block = xkv_dtype_block(p->dtype);
+    return block == 1 ||
+           (layout != XKV_LAYOUT_DIM_MAJOR && (layout != XKV_LAYOUT_HEAD_MAJOR || p->head_dim % block == 0));
+}
+
 /* Bytes of one token's row over all planes of a tensor segment. */
 static uint64_t segment_row_bytes(const xkv_segment *s, const xkv_geometry *g)
 {
     uint64_t bytes = 0;
     for (uint32_t i = s->first_plane; i < s->first_plane + s->plane_count; i++)
-        bytes += (uint64_t)g->planes[i].heads * g->planes[i].head_dim * xkv_dtype_size(g->planes[i].dtype);
+        bytes += xkv_dtype_bytes(g->planes[i].dtype, (uint64_t)g->planes[i].heads * g->planes[i].head_dim);
     return bytes;
 }
 
@@ -109,6 +116,9 @@ static xkv_status check_segment(xkv_ctx *ctx, const xkv_segment *s, const xkv_ge
     bool one_plane = s->layout == XKV_LAYOUT_DIM_MAJOR || s->layout == XKV_LAYOUT_HEAD_MAJOR;
     if (s->layout > XKV_LAYOUT_REVERSED || (one_plane && s->plane_count != 1))
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "segment layout %u with %u planes [F2]", s->layout, s->plane_count);
+    if (!xkv_layout_fits(s->layout, &g->planes[s->first_plane]))
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "segment layout %u splits the blocks of plane %u [F10]", s->layout,
+                        s->first_plane);
     uint64_t bytes;
     if (!xkv_mul64(segment_row_bytes(s, g), g->token_count, &bytes) || bytes != s->size)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a tensor segment has %llu bytes, its planes do not [F2]",
@@ -123,8 +133,11 @@ static xkv_status check_segment(xkv_ctx *ctx, const xkv_segment *s, const xkv_ge
 static xkv_view plane_view(const xkv_plane *p, uint32_t layout, uint64_t tokens, uint64_t row_bytes, uint8_t *data,
                            const uint32_t *rows)
 {
-    int64_t element = (int64_t)xkv_dtype_size(p->dtype), dim = p->head_dim, n = (int64_t)tokens;
-    xkv_view v = {.data = data, .rows = rows, .dtype = p->dtype};
+    bool split = p->head_dim % xkv_dtype_block(p->dtype) != 0; /* blocks reach over heads */
+    uint32_t dim = split ? p->heads * p->head_dim : p->head_dim;
+    int64_t element = (int64_t)xkv_dtype_size(p->dtype), head = (int64_t)xkv_dtype_bytes(p->dtype, dim);
+    int64_t n = (int64_t)tokens;
+    xkv_view v = {.data = data, .rows = rows, .dtype = p->dtype, .head_dim = split ? dim : 0};
     switch (layout) {
     case XKV_LAYOUT_DIM_MAJOR:
         v.token_stride = element;
@@ -133,12 +146,12 @@ static xkv_view plane_view(const xkv_plane *p, uint32_t layout, uint64_t tokens,
         break;
     case XKV_LAYOUT_HEAD_MAJOR:
         v.dim_stride = element;
-        v.token_stride = dim * element;
-        v.head_stride = n * dim * element;
+        v.token_stride = head;
+        v.head_stride = n * head;
         break;
     default:
         v.dim_stride = element;
-        v.head_stride = dim * element;
+        v.head_stride = head;
         v.token_stride = (int64_t)row_bytes;
     }
     return v;
@@ -152,7 +165,7 @@ static void segment_views(const xkv_segment *s, const xkv_geometry *g, uint8_t *
         uint32_t index = s->first_plane + (s->layout == XKV_LAYOUT_REVERSED ? s->plane_count - 1 - i : i);
         const xkv_plane *p = &g->planes[index];
         views[index] = plane_view(p, s->layout, g->token_count, row_bytes, data, rows);
-        data += (uint64_t)p->heads * p->head_dim * xkv_dtype_size(p->dtype);
+        data += xkv_dtype_bytes(p->dtype, (uint64_t)p->heads * p->head_dim);
     }
 }
 

@@ -1,4 +1,5 @@
 /* safetensors.c - caches in safetensors files, read and written (spec/engines.md, section 4). */
+#include "container.h"
 #include "engine_file.h"
 
 #include <jansson.h>
@@ -736,10 +737,10 @@ static xkv_status check_geometry(xkv_ctx *ctx, const xkv_geometry *g, uint32_t l
     if (layout != XKV_LAYOUT_TOKEN_MAJOR && layout != XKV_LAYOUT_HEAD_MAJOR)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "layout %u cannot be written to a safetensors file", layout);
     for (uint32_t i = 0; i < g->plane_count; i++) {
-        const xkv_plane *p = &g->planes[i];
-        if (p->kind > XKV_PLANE_K_ROPE || xkv_dtype_size(p->dtype) == 0 || p->layer >= g->layer_count ||
-            (p->rope != XKV_NO_ROPE && p->rope >= g->rope_count))
-            return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u is not valid", i);
+        XKV_TRY(xkv_check_plane(ctx, g, i));
+        if (xkv_dtype_block(g->planes[i].dtype) > 1)
+            return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: safetensors files have no type %s", i,
+                            xkv_dtype_name(g->planes[i].dtype));
     }
     return XKV_OK;
 }

@@ -35,12 +35,12 @@ XKV_MUST_CHECK xkv_status xkv_pool_run(xkv_ctx *ctx, xkv_pool *pool, uint64_t co
 typedef struct xkv_kernels {
     const char *name;
 
-    /* n elements of `dtype` (little-endian, any alignment) to f32: exact. */
+    /* n elements of `dtype` (little-endian, any alignment; a multiple of its block) to f32: exact. */
     void (*to_f32)(uint32_t dtype, const void *src, float *dst, size_t n);
     /* f32 to `dtype`: nearest, ties to even; finite values beyond the type's range become its largest finite value
-     * (F16: 65504), infinities stay, a NaN stays a NaN. */
+     * (F16: 65504), infinities stay, a NaN stays a NaN. Blocks: see xkv_view. */
     void (*from_f32)(uint32_t dtype, const float *src, void *dst, size_t n);
-    /* True when no element of n is NaN or infinite. */
+    /* True when no element of n (of blocks: no scale) is NaN or infinite. */
     bool (*all_finite)(uint32_t dtype, const void *src, size_t n);
 
     /* Rotate (inverse = false) or un-rotate (true) pairs of one row of `heads` heads of head_dim f32 in place.
@@ -92,7 +92,8 @@ void xkv_rope_table_row(xkv_rope_table *table, int32_t position, float *cos_sin)
 /* --- Views -------------------------------------------------------------------------------------------------------- */
 
 /* Gather tokens [t0, t1) of a view (plane `p`) into f32 rows at dst (ld elements apart), exact; and the reverse with
- * the rounding of from_f32. The *_bytes forms move elements of p's dtype unchanged (view->dtype == p->dtype). */
+ * the rounding of from_f32, to blocks from elements that are first rounded to p's dtype where that has 16 bits. The
+ * *_bytes forms move elements of p's dtype unchanged (view->dtype == p->dtype). */
 void xkv_view_gather(const xkv_kernels *k, const xkv_view *view, const xkv_plane *p, uint32_t t0, uint32_t t1,
                      float *dst, size_t ld);
 void xkv_view_scatter(const xkv_kernels *k, const float *src, size_t ld, const xkv_plane *p, uint32_t t0, uint32_t t1,

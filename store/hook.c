@@ -362,8 +362,7 @@ static xkv_status check_geometry(xkv_ctx *ctx, const xkv_geometry *theirs, const
                         theirs->layer_count, theirs->plane_count, ours->layer_count, ours->plane_count);
     for (uint32_t i = 0; i < ours->plane_count; i++) {
         XKV_TRY(check_plane(ctx, theirs, ours, i));
-        if (views[i].data == NULL || xkv_dtype_size(views[i].dtype) == 0)
-            return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: its view has no data or an unknown dtype", i);
+        XKV_TRY(xkv_check_view(ctx, theirs, i, &views[i]));
     }
     return XKV_OK;
 }

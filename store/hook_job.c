@@ -1,6 +1,7 @@
 /* hook_job.c - the copy of everything that a save needs, in one block. */
 #include "hook_internal.h"
 
+#include "container.h"
 #include "kernels.h"
 
 #define ALIGN 64u
@@ -63,12 +64,13 @@ static xkv_view *cut_rows(cutter *c, const xkv_geometry *g, uint32_t tokens, con
     xkv_view *views = cut(c, g->plane_count, sizeof *views);
     for (uint32_t i = 0; i < g->plane_count; i++) {
         const xkv_plane *p = &g->planes[i];
-        uint64_t elem = xkv_dtype_size(p->dtype), row = (uint64_t)p->heads * p->head_dim * elem;
-        uint8_t *rows = cut(c, tokens, row);
+        uint32_t width = p->heads * p->head_dim;
+        int64_t row = (int64_t)xkv_dtype_bytes(p->dtype, width), elem = (int64_t)xkv_dtype_size(p->dtype);
+        uint8_t *rows = cut(c, tokens, (uint64_t)row);
         if (rows == NULL)
             continue;
         xkv_view_gather_bytes(&from[i], p, 0, tokens, rows, (size_t)row);
-        views[i] = (xkv_view){rows, (int64_t)row, (int64_t)(p->head_dim * elem), (int64_t)elem, .dtype = p->dtype};
+        views[i] = (xkv_view){rows, row, row, elem, .dtype = p->dtype, .head_dim = width};
     }
     return views;
 }
@@ -90,13 +92,10 @@ static void cut_all(cutter *c, xkv_job *job, const xkv_prompt *prompt, const xkv
 
 static xkv_status check_plane(xkv_ctx *ctx, const xkv_geometry *g, const xkv_view *views, uint32_t i)
 {
-    const xkv_plane *p = &g->planes[i];
-    if (p->heads == 0 || p->head_dim == 0 || (uint64_t)p->heads * p->head_dim > XKV_MAX_WIDTH ||
-        p->kind > XKV_PLANE_K_ROPE || xkv_dtype_size(p->dtype) == 0 || p->layer >= g->layer_count ||
-        (p->rope != XKV_NO_ROPE && p->rope >= g->rope_count))
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: shape, kind, dtype, layer or rope out of range", i);
-    if (views[i].dtype != p->dtype || views[i].data == NULL)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: its view has no data or another dtype", i);
+    XKV_TRY(xkv_check_plane(ctx, g, i));
+    XKV_TRY(xkv_check_view(ctx, g, i, &views[i]));
+    if (views[i].dtype != g->planes[i].dtype)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: its view has another dtype", i);
     return XKV_OK;
 }
 

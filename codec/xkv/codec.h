@@ -267,8 +267,9 @@ static inline xkv_read_options xkv_read_options_default(void)
  * input, and threads that find no more chunks go on to it. Memory: the components of two groups in f32, up to 32 MiB of
  * those of more, one chunk per thread, and the integers of the cross stage, if there is one: 2 bytes for each asked
  * token and coded component of it. On error the views' contents are undefined and must not be used, but for those of
- * groups that were announced before. Errors: ARGUMENT (range, positions), UNSUPPORTED (other positions for a K whose
- * RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT, MEMORY, CANCELLED, and what the input returns. */
+ * groups that were announced before. Errors: ARGUMENT (range, positions, a view that cannot be used), UNSUPPORTED
+ * (other positions for a K whose RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT, MEMORY, CANCELLED,
+ * and what the input returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                  const xkv_view *views);
 

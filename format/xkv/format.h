@@ -30,11 +30,25 @@ extern "C" {
 
 /* --- Geometry ----------------------------------------------------------------------------------------------------- */
 
-/* Element types of stored rows. Values are those of the container. */
-typedef enum xkv_dtype { XKV_F32 = 0, XKV_F16 = 1, XKV_BF16 = 2 } xkv_dtype;
+/* Element types of stored rows. Values are those of the container. The last two are blocks of ggml: 32 neighbouring
+ * elements behind one f16 scale d, so that rows of them hold a multiple of 32 elements. */
+typedef enum xkv_dtype {
+    XKV_F32 = 0,
+    XKV_F16 = 1,
+    XKV_BF16 = 2,
+    XKV_Q8_0 = 3, /* d, then 32 int8 q: an element is d * q. 34 bytes a block */
+    XKV_Q4_0 = 4  /* d, then 16 bytes: an element is d * (n - 8), n the low four bits of byte i for element i, and the
+                     high four for element 16 + i. 18 bytes a block */
+} xkv_dtype;
 
-/* Bytes of one element (4, 2, 2); 0 for an unknown type. */
+/* Elements of one block: 32 for Q8_0 and Q4_0, 1 for the others; 0 for an unknown type. */
+XKV_API uint32_t xkv_dtype_block(uint32_t dtype);
+/* Bytes of one block (4, 2, 2, 34, 18), which is one element where there are no blocks; 0 for an unknown type. */
 XKV_API size_t xkv_dtype_size(uint32_t dtype);
+/* Bytes of `count` neighbouring elements, a multiple of the block; 0 for an unknown type. */
+XKV_API uint64_t xkv_dtype_bytes(uint32_t dtype, uint64_t count);
+/* "f32", "f16", "bf16", "q8_0", "q4_0", "unknown". */
+XKV_API const char *xkv_dtype_name(uint32_t dtype);
 
 /* What a plane holds. Values are those of the container. */
 typedef enum xkv_plane_kind {
@@ -47,7 +61,8 @@ typedef enum xkv_plane_kind {
 /* "K", "V", "latent", "K-rope". */
 XKV_API const char *xkv_plane_kind_name(uint32_t kind);
 
-/* One per-token vector stream of one layer. A row has heads * head_dim elements, head-major. */
+/* One per-token vector stream of one layer. A row has heads * head_dim elements, head-major; with a dtype of blocks
+ * that is a multiple of the block, and blocks may reach over heads, as those of llama.cpp do. */
 typedef struct xkv_plane {
     uint32_t layer;    /* 0 .. layers-1 */
     uint32_t kind;     /* xkv_plane_kind */
@@ -93,15 +108,26 @@ XKV_API uint64_t xkv_geometry_raw_bytes(const xkv_geometry *g);
 
 /* Element (token t, head h, dim d) lies at
  *     data + row(t) * token_stride + h * head_stride + d * dim_stride         (bytes; strides may be negative)
- * where row(t) = rows ? rows[t] : t. This covers token-major and head-major tensors, transposed V and slices of wider
- * rows. As a source the memory is only read; as a destination only these elements are written. */
+ * where row(t) = rows ? rows[t] : t. This covers token-major and head-major tensors, transposed V, slices of wider rows
+ * and, with rows, the pages of xkv_views_from_pages(). As a source the memory is only read; as a destination only these
+ * elements are written.
+ * Blocks are not split: with Q8_0 or Q4_0 the head_dim in use is a multiple of 32 and dim_stride is
+ * xkv_dtype_size(dtype), the distance between neighbouring blocks of a head. Where a plane's head_dim is no such
+ * multiple, and its heads follow each other, set head_dim to the width of the row.
+ * To such a destination elements go as they would to the plane's dtype (f16, bf16) and from there as by
+ * quantize_row_q8_0_ref() and quantize_row_q4_0_ref() of ggml, bit for bit (q8_0: halves away from zero; the AVX code
+ * of ggml rounds halves to even, and its scale in another order, so that rows which an engine quantized itself may
+ * differ in the last place). Beyond what ggml defines: a scale stops at the largest f16, a NaN becomes 0 and an
+ * infinity the largest finite number. */
 typedef struct xkv_view {
     void *data;
     int64_t token_stride;
     int64_t head_stride;
     int64_t dim_stride;
     const uint32_t *rows;
-    uint32_t dtype; /* xkv_dtype in memory; as a destination it may differ from the plane's */
+    uint32_t dtype;    /* xkv_dtype in memory; as a destination it may differ from the plane's */
+    uint32_t head_dim; /* elements that one head_stride stands for, a divisor of the row's; 0: the plane's head_dim.
+                          Another one serves rows that are split elsewhere: see axis X of xkv_pages */
 } xkv_view;
 
 /* --- Input and output --------------------------------------------------------------------------------------------- */

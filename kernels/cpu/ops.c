@@ -19,7 +19,7 @@ static uint32_t bits_of_float(float f)
     return bits;
 }
 
-static float f16_to_f32(uint16_t h)
+float xkv_f16_to_f32(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
     uint32_t exponent = h >> 10 & 31u, mantissa = h & 1023u;
@@ -30,7 +30,7 @@ static float f16_to_f32(uint16_t h)
     return float_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-static uint16_t f16_from_f32(float f)
+uint16_t xkv_f16_from_f32(float f)
 {
     uint32_t bits = bits_of_float(f), magnitude = bits & 0x7fffffffu;
     uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
@@ -66,10 +66,12 @@ void xkv_generic_to_f32(uint32_t dtype, const void *src, float *dst, size_t n)
             dst[i] = xkv_loadf32(s + 4 * i);
     } else if (dtype == XKV_F16) {
         for (size_t i = 0; i < n; i++)
-            dst[i] = f16_to_f32(xkv_load16(s + 2 * i));
-    } else {
+            dst[i] = xkv_f16_to_f32(xkv_load16(s + 2 * i));
+    } else if (dtype == XKV_BF16) {
         for (size_t i = 0; i < n; i++)
             dst[i] = float_from_bits((uint32_t)xkv_load16(s + 2 * i) << 16);
+    } else {
+        xkv_blocks_to_f32(dtype, s, dst, n);
     }
 }
 
@@ -81,16 +83,20 @@ void xkv_generic_from_f32(uint32_t dtype, const float *src, void *dst, size_t n)
             xkv_storef32(d + 4 * i, src[i]);
     } else if (dtype == XKV_F16) {
         for (size_t i = 0; i < n; i++)
-            xkv_store16(d + 2 * i, f16_from_f32(src[i]));
-    } else {
+            xkv_store16(d + 2 * i, xkv_f16_from_f32(src[i]));
+    } else if (dtype == XKV_BF16) {
         for (size_t i = 0; i < n; i++)
             xkv_store16(d + 2 * i, bf16_from_f32(src[i]));
+    } else {
+        xkv_blocks_from_f32(dtype, src, d, n);
     }
 }
 
 bool xkv_generic_all_finite(uint32_t dtype, const void *src, size_t n)
 {
     const uint8_t *s = src;
+    if (xkv_dtype_block(dtype) > 1)
+        return xkv_blocks_finite(dtype, s, n);
     uint32_t exponent = dtype == XKV_F32 ? 0x7f800000u : dtype == XKV_F16 ? 0x7c00u : 0x7f80u;
     for (size_t i = 0; i < n; i++) {
         uint32_t bits = dtype == XKV_F32 ? xkv_load32(s + 4 * i) : xkv_load16(s + 2 * i);

@@ -5,6 +5,8 @@
 
 #include "kernels.h"
 
+#include <float.h>
+
 /* The AVX2 + FMA + F16C table; NULL where it is not built in or the processor lacks them. */
 const xkv_kernels *xkv_kernels_cpu_avx2(void);
 /* The AArch64 NEON table; NULL where it is not built in. */
@@ -14,6 +16,21 @@ const xkv_kernels *xkv_kernels_cpu_vector(void);
 
 /* True when XKV_CPU asked for something that cannot be had; the pool says so in the log. */
 bool xkv_kernels_cpu_choice_ignored(void);
+
+float xkv_f16_to_f32(uint16_t h);
+uint16_t xkv_f16_from_f32(float f); /* with the rounding of from_f32 */
+
+/* The same three operations for dtypes of blocks (blocks.c); n is a multiple of the block. */
+void xkv_blocks_to_f32(uint32_t dtype, const uint8_t *src, float *dst, size_t n);
+void xkv_blocks_from_f32(uint32_t dtype, const float *src, uint8_t *dst, size_t n);
+bool xkv_blocks_finite(uint32_t dtype, const uint8_t *src, size_t n);
+
+/* What elements are multiplied by for a scale d: 0 when d is 0 or so small that its inverse is infinite. */
+static inline float xkv_block_inverse(float d)
+{
+    float inverse = d != 0 ? 1 / d : 0;
+    return inverse > FLT_MAX || inverse < -FLT_MAX ? 0 : inverse;
+}
 
 void xkv_generic_to_f32(uint32_t dtype, const void *src, float *dst, size_t n);
 void xkv_generic_from_f32(uint32_t dtype, const float *src, void *dst, size_t n);

@@ -66,11 +66,120 @@ AVX2 static void bf16_from_f32(const float *src, uint8_t *dst, size_t n)
     }
 }
 
+/* --- Blocks of 32 elements, as in blocks.c ----------------------------------------------------------------------- */
+
+AVX2 static void q8_0_to_f32(const uint8_t *src, float *dst, size_t n)
+{
+    for (size_t i = 0; i < n; i += 32, src += 34) {
+        __m256 d = _mm256_set1_ps(_cvtsh_ss(xkv_load16(src)));
+        for (size_t j = 0; j < 32; j += 8) {
+            __m256i q = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(src + 2 + j)));
+            _mm256_storeu_ps(dst + i + j, _mm256_mul_ps(_mm256_cvtepi32_ps(q), d));
+        }
+    }
+}
+
+AVX2 static void q4_0_to_f32(const uint8_t *src, float *dst, size_t n)
+{
+    const __m128i low_bits = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (size_t i = 0; i < n; i += 32, src += 18) {
+        __m256 d = _mm256_set1_ps(_cvtsh_ss(xkv_load16(src)));
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(src + 2));
+        __m128i low = _mm_sub_epi8(_mm_and_si128(bytes, low_bits), eight);
+        __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_bits), eight);
+        const __m128i eights[4] = {low, _mm_srli_si128(low, 8), high, _mm_srli_si128(high, 8)};
+        for (size_t j = 0; j < 4; j++)
+            _mm256_storeu_ps(dst + i + 8 * j, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eights[j])), d));
+    }
+}
+
+/* A block in four vectors, NaN as 0 and infinities as the largest finite numbers; the largest magnitude in all lanes.
+ */
+AVX2 static __m256 load_block(const float *src, __m256 x[4])
+{
+    const __m256 sign_bit = _mm256_set1_ps(-0.0f), largest = _mm256_set1_ps(3.40282347e38f);
+    __m256 m = _mm256_setzero_ps();
+    for (size_t j = 0; j < 4; j++) {
+        x[j] = _mm256_loadu_ps(src + 8 * j);
+        x[j] = _mm256_and_ps(x[j], _mm256_cmp_ps(x[j], x[j], _CMP_ORD_Q));
+        x[j] = _mm256_max_ps(_mm256_min_ps(x[j], largest), _mm256_xor_ps(largest, sign_bit));
+        m = _mm256_max_ps(m, _mm256_andnot_ps(sign_bit, x[j]));
+    }
+    m = _mm256_max_ps(m, _mm256_permute2f128_ps(m, m, 1));
+    m = _mm256_max_ps(m, _mm256_shuffle_ps(m, m, 0x4e));
+    return _mm256_max_ps(m, _mm256_shuffle_ps(m, m, 0xb1));
+}
+
+/* Four vectors of integers that fit bytes, in order. */
+AVX2 static __m256i pack_bytes(const __m256i q[4])
+{
+    __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+AVX2 static void q8_0_from_f32(const float *src, uint8_t *dst, size_t n)
+{
+    /* below a half by as little as f32 can: x plus that, cut off, is x rounded with halves away from zero */
+    const __m256 sign_bit = _mm256_set1_ps(-0.0f), half = _mm256_set1_ps(0.49999997f);
+    for (size_t i = 0; i < n; i += 32, dst += 34) {
+        __m256 x[4];
+        __m256i q[4];
+        float d = _mm256_cvtss_f32(load_block(src + i, x)) / 127;
+        __m256 inverse = _mm256_set1_ps(xkv_block_inverse(d));
+        for (size_t j = 0; j < 4; j++) {
+            x[j] = _mm256_mul_ps(x[j], inverse);
+            x[j] = _mm256_add_ps(x[j], _mm256_or_ps(half, _mm256_and_ps(x[j], sign_bit)));
+            q[j] = _mm256_cvttps_epi32(x[j]);
+        }
+        xkv_store16(dst, xkv_f16_from_f32(d));
+        _mm256_storeu_si256((__m256i *)(dst + 2), pack_bytes(q));
+    }
+}
+
+/* The first element of the largest magnitude m. */
+AVX2 static float first_largest(const __m256 x[4], __m256 m)
+{
+    const __m256 sign_bit = _mm256_set1_ps(-0.0f);
+    float block[32];
+    uint32_t hits = 0;
+    for (uint32_t j = 0; j < 4; j++) {
+        __m256 hit = _mm256_cmp_ps(_mm256_andnot_ps(sign_bit, x[j]), m, _CMP_EQ_OQ);
+        hits |= (uint32_t)_mm256_movemask_ps(hit) << 8 * j;
+        _mm256_storeu_ps(block + 8 * j, x[j]);
+    }
+    return block[__builtin_ctz(hits)];
+}
+
+AVX2 static void q4_0_from_f32(const float *src, uint8_t *dst, size_t n)
+{
+    const __m256 middle = _mm256_set1_ps(8.5f);
+    const __m256i most = _mm256_set1_epi32(15);
+    for (size_t i = 0; i < n; i += 32, dst += 18) {
+        __m256 x[4];
+        __m256i q[4];
+        __m256 m = load_block(src + i, x);
+        float d = _mm256_cvtss_f32(m) > 0 ? first_largest(x, m) / -8 : -0.0f;
+        __m256 inverse = _mm256_set1_ps(xkv_block_inverse(d));
+        for (size_t j = 0; j < 4; j++) {
+            q[j] = _mm256_cvttps_epi32(_mm256_add_ps(_mm256_mul_ps(x[j], inverse), middle));
+            q[j] = _mm256_min_epi32(q[j], most);
+        }
+        __m256i bytes = pack_bytes(q);
+        __m128i high = _mm_slli_epi16(_mm256_extracti128_si256(bytes, 1), 4);
+        xkv_store16(dst, xkv_f16_from_f32(d));
+        _mm_storeu_si128((__m128i *)(dst + 2), _mm_or_si128(_mm256_castsi256_si128(bytes), high));
+    }
+}
+
 static void avx2_to_f32(uint32_t dtype, const void *src, float *dst, size_t n)
 {
     size_t whole = n / 16 * 16;
     if (dtype == XKV_F32) {
         memcpy(dst, src, n * sizeof *dst);
+        return;
+    }
+    if (xkv_dtype_block(dtype) > 1) {
+        (dtype == XKV_Q8_0 ? q8_0_to_f32 : q4_0_to_f32)(src, dst, n);
         return;
     }
     (dtype == XKV_F16 ? f16_to_f32 : bf16_to_f32)(src, dst, whole);
@@ -84,6 +193,10 @@ static void avx2_from_f32(uint32_t dtype, const float *src, void *dst, size_t n)
         memcpy(dst, src, n * sizeof *src);
         return;
     }
+    if (xkv_dtype_block(dtype) > 1) {
+        (dtype == XKV_Q8_0 ? q8_0_from_f32 : q4_0_from_f32)(src, dst, n);
+        return;
+    }
     (dtype == XKV_F16 ? f16_from_f32 : bf16_from_f32)(src, dst, whole);
     xkv_generic_from_f32(dtype, src + whole, (uint8_t *)dst + 2 * whole, n - whole);
 }
@@ -91,6 +204,8 @@ static void avx2_from_f32(uint32_t dtype, const float *src, void *dst, size_t n)
 AVX2 static bool avx2_all_finite(uint32_t dtype, const void *src, size_t n)
 {
     const uint8_t *s = src;
+    if (xkv_dtype_block(dtype) > 1)
+        return xkv_blocks_finite(dtype, s, n);
     size_t elem = dtype == XKV_F32 ? 4 : 2, whole = n * elem / 32 * 32;
     __m256i exponent =
         dtype == XKV_F32 ? _mm256_set1_epi32(0x7f800000) : _mm256_set1_epi16(dtype == XKV_F16 ? 0x7c00 : 0x7f80);

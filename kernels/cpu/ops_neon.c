@@ -53,6 +53,8 @@ static void neon_from_f32(uint32_t dtype, const float *src, void *dst, size_t n)
 static bool neon_all_finite(uint32_t dtype, const void *src, size_t n)
 {
     const uint8_t *s = src;
+    if (xkv_dtype_block(dtype) > 1)
+        return xkv_blocks_finite(dtype, s, n);
     size_t elem = dtype == XKV_F32 ? 4 : 2, whole = n * elem / 16 * 16;
     uint32x4_t exponent32 = vdupq_n_u32(0x7f800000);
     uint16x8_t exponent16 = vdupq_n_u16(dtype == XKV_F16 ? 0x7c00 : 0x7f80);

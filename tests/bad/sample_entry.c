@@ -117,6 +117,19 @@ void sample_init(sample *s, uint32_t tokens)
     init_groups(s, tokens);
 }
 
+void sample_use_blocks(sample *s)
+{
+    uint64_t tokens = s->c.geometry.token_count;
+    for (uint32_t i = 1; i < SAMPLE_PLANES; i += 2)
+        s->planes[i] = (xkv_plane){i / 2, XKV_PLANE_V, XKV_Q4_0, 4, 8, XKV_NO_ROPE};
+    s->groups[1].width = 2 * 32;
+    s->segments[1].size = tokens * (SAMPLE_WIDTH * 2 + 18);
+    s->segments[3] = (xkv_segment){tokens * 18, 3, 1, XKV_LAYOUT_TOKEN_MAJOR};
+    s->c.framing.source_size = 0;
+    for (uint32_t i = 0; i < SAMPLE_SEGMENTS; i++)
+        s->c.framing.source_size += s->segments[i].size;
+}
+
 /* --- Writing and checking --------------------------------------------------------------------------------------- */
 
 static xkv_status write_part(xkv_ctx *ctx, xkv_container_writer *w, uint32_t group, uint32_t index)

@@ -42,6 +42,8 @@ typedef struct sample {
 xkv_output image_output(image *file);
 
 void sample_init(sample *s, uint32_t tokens);
+/* Planes of V become rows of one q4_0 block over four heads; all of their segments are token-major then. */
+void sample_use_blocks(sample *s);
 /* Write `s`; parts get bytes that only depend on their index. */
 xkv_status sample_write(xkv_ctx *ctx, sample *s, image *file);
 

@@ -242,6 +242,24 @@ static void shrink_geometry(image *f)
     grow(f, ENTRY_GEOM, (uint64_t)-8);
     memset(f->data + locate(f, ROPE) + 40, 0, 8); /* now part of the gap */
 }
+static void make_blocks(image *f)
+{
+    f->data[locate(f, PLANES) + 5] = XKV_Q4_0;
+    xkv_store32(f->data + locate(f, PLANES) + 12, 16); /* two heads */
+}
+/* An entry of its own, with blocks, whose V of the second layer is dimension after dimension. */
+static void turn_blocks(image *f)
+{
+    xkv_ctx *ctx;
+    sample s;
+    sample_init(&s, SAMPLE_SMALL);
+    sample_use_blocks(&s);
+    assert_int_equal(xkv_ctx_create(NULL, &ctx), XKV_OK);
+    assert_int_equal(sample_write(ctx, &s, f), XKV_OK);
+    assert_int_equal(sample_check(ctx, f->data, f->size), XKV_OK);
+    xkv_ctx_free(ctx);
+    xkv_store32(f->data + locate(f, SEGMENTS) + 3 * 24 + 16, XKV_LAYOUT_DIM_MAJOR);
+}
 static void grow_tokens(image *f)
 {
     grow(f, ENTRY_TOKN, 8);
@@ -441,7 +459,7 @@ static const bad_case cases[] = {
     OTHER("H5", "write_version below read_version", HEADER, 8, 2, 0, HEAD, BAD),
     OTHER("H6", "kind: dictionary", HEADER, 12, 4, 2, HEAD, XKV_ERROR_FORMAT),
     OTHER("H6", "kind 0", HEADER, 12, 4, 0, HEAD, XKV_ERROR_FORMAT),
-    OTHER("H7", "required feature, lowest bit", HEADER, 24, 4, 1, HEAD, XKV_ERROR_FEATURE),
+    OTHER("H7", "required feature, lowest unknown bit", HEADER, 24, 4, 2, HEAD, XKV_ERROR_FEATURE),
     OTHER("H7", "required feature, highest bit", HEADER, 24, 4, 0x80000000, HEAD, XKV_ERROR_FEATURE),
     OTHER("H8", "reserved", HEADER, 36, 4, 1, HEAD, BAD),
     PATCH("H9", "63 bytes", SAMPLE_LARGE, cut_to_63, NONE, XKV_ERROR_TRUNCATED),
@@ -492,7 +510,7 @@ static const bad_case cases[] = {
     FIELD("G4", "second reserved of a RoPE record", ROPE, 24, 8, 1),
     FIELD("G5", "layer", PLANES, 3 * 24, 4, 2),
     FIELD("G6", "kind", PLANES, 4, 1, 4),
-    FIELD("G6", "dtype", PLANES, 5, 1, 3),
+    FIELD("G6", "dtype", PLANES, 5, 1, 5),
     FIELD("G7", "heads 0", PLANES, 8, 4, 0),
     FIELD("G7", "head_dim 0", PLANES, 12, 4, 0),
     FIELD("G7", "width", PLANES, 8, 4, 65537),
@@ -518,6 +536,9 @@ static const bad_case cases[] = {
     PATCH("G12", "section too short", SAMPLE_LARGE, shrink_geometry, SECTIONS, BAD),
     FIELD("G12", "more planes than fit", GEOM, 4, 4, 16384),
     FIELD("G12", "more RoPE records than fit", GEOM, 8, 4, 4096),
+    FIELD("G13", "rows that are no whole blocks", PLANES, 5, 1, XKV_Q8_0),
+    PATCH("G13", "blocks without the feature", SAMPLE_LARGE, make_blocks, SECTIONS, BAD),
+    OTHER("G13", "the feature without blocks", HEADER, 24, 4, XKV_FEATURE_BLOCKS, HEAD, BAD),
 
     FIELD("B1", "method", IDS, 0, 4, 2),
     FIELD("B1", "element_size", IDS, 4, 4, 2),
@@ -576,6 +597,7 @@ static const bad_case cases[] = {
     PATCH("F8", "plane in no segment", SAMPLE_LARGE, plane_in_no_segment, SECTIONS, BAD),
     PATCH("F9", "bytes behind the last blob", SAMPLE_LARGE, grow_framing, SECTIONS, BAD),
     FIELD("F9", "more segments than fit", FRAM, 4, 4, 65536),
+    PATCH("F10", "blocks by dimension", SAMPLE_SMALL, turn_blocks, SECTIONS, BAD),
 
     FIELD("M1", "count", META, 0, 4, 4097),
     FIELD("M1", "reserved", META, 4, 4, 1),

@@ -41,7 +41,7 @@ cp lossless.xkv bad.xkv
 reseal bad.xkv 8 2 && reseal bad.xkv 10 2
 refused 'version.*\[H4\]'
 cp lossless.xkv bad.xkv
-reseal bad.xkv 24 1
+reseal bad.xkv 24 2
 refused 'feature.*\[H7\]'
 cp lossless.xkv bad.xkv
 reseal bad.xkv 8 7 # written by a newer version, but readable

@@ -30,7 +30,7 @@ static void pack(xkv_ctx *ctx, const xkv_dict *dict)
         for (int k = 0; k < 4; k++)
             rows[i][k] = (float)(i * 7 % 11 - k);
     }
-    xkv_view view = {rows, 16, 16, 4, NULL, XKV_F32}, views[2] = {view, view};
+    xkv_view view = {rows, 16, 16, 4, NULL, .dtype = XKV_F32}, views[2] = {view, view};
     xkv_geometry geometry = {
         .layer_count = 1, .plane_count = 2, .token_count = 40, .planes = planes, .positions = positions};
     xkv_output output = {NULL, discard};

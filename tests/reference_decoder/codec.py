@@ -1,7 +1,7 @@
 """Decodes the payload of spec/codec.md and spec/dictionary.md, in f64 where they ask for f32 at least.
 
 Written from the specification alone. A group comes back as one matrix: a row for each token, the group's planes side
-by side, in the type in which the engine stores them (bf16 as u16).
+by side, in the type in which the engine stores them (bf16 as u16, blocks of q8_0 and q4_0 as bytes).
 """
 
 import functools
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from container import (
+    BLOCK,
+    BLOCK_SIZE,
     CROSS,
     CROSS_BASIS,
     DICT,
@@ -26,7 +28,7 @@ from container import (
     zstd_frame,
 )
 
-STORED_DTYPE = {0: "<f4", 1: "<f2", 2: "<u2"}
+STORED_DTYPE = {0: "<f4", 1: "<f2", 2: "<u2", 3: "u1", 4: "u1"}
 LANES = 32
 
 
@@ -55,7 +57,7 @@ def part_matrix(box, part, rows, cols, element_size):
 
 def stored_rows(box, part, rows, planes):
     """Rows as the engine stores them: a lossless chunk or the exact rows."""
-    width = sum(plane.width for plane in planes)
+    width = sum(plane.columns for plane in planes)
     if rows == 0:
         require(part.size == 0, "P2", "a part without elements has bytes")
         return np.empty((0, width), STORED_DTYPE[planes[0].dtype])
@@ -403,8 +405,37 @@ def rotate_heads(rope, heads, positions):
     return out
 
 
+def quantize(x, dtype):
+    """Blocks of 32 elements (spec/codec.md, section 9), every operation in f32."""
+    one = np.float32(1)
+    x = x.astype(np.float32).reshape(-1, BLOCK)
+    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], 1)
+    d = np.abs(largest) / np.float32(127) if dtype == 3 else np.where(largest == 0, 0, largest) / np.float32(-8)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(np.isfinite(one / d), one / d, 0).astype(np.float32)
+    scales = np.clip(d, -65504, 65504).astype("<f2").view("u1")
+    if dtype == 3:
+        q = x * inverse
+        return np.hstack([scales, (np.sign(q) * np.floor(np.abs(q).astype(np.float64) + 0.5)).astype("i1").view("u1")])
+    q = np.minimum((x * inverse + np.float32(8.5)).astype("u1"), 15)
+    return np.hstack([scales, q[:, :16] | q[:, 16:] << 4])
+
+
+def from_blocks(stored, dtype):
+    """Elements and the scale of each, in f64, of rows of blocks."""
+    blocks = np.ascontiguousarray(stored).reshape(-1, BLOCK_SIZE[dtype])
+    d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float64)
+    if dtype == 3:
+        q = np.ascontiguousarray(blocks[:, 2:]).view("i1").astype(np.float64)
+    else:
+        q = np.hstack([blocks[:, 2:] & 15, blocks[:, 2:] >> 4]).astype(np.float64) - 8
+    return d * q, np.broadcast_to(d, q.shape)
+
+
 def to_stored(x, dtype):
     """Rounded to nearest, ties to even; what lies beyond the type's largest number becomes that number."""
+    if dtype in BLOCK_SIZE:
+        return quantize(x, dtype).reshape(len(x), -1)
     if dtype == 1:
         return np.clip(x, -65504, 65504).astype("<f2")
     if dtype == 0:

@@ -13,7 +13,10 @@ import zstandard
 KIND_ENTRY, KIND_DICTIONARY = 1, 2
 LOSSLESS, SVD, DICT, SCALAR, SVDQ, BASIS, CROSS, CROSS_BASIS = range(8)
 K, V, LATENT, K_ROPE = range(4)
-ELEMENT_SIZE = {0: 4, 1: 2, 2: 2}  # of f32, f16, bf16
+ELEMENT_SIZE = {0: 4, 1: 2, 2: 2, 3: 1, 4: 1}  # of f32, f16, bf16; rows of q8_0 and q4_0 blocks are bytes
+BLOCK = 32  # elements
+BLOCK_SIZE = {3: 34, 4: 18}
+BLOCKS_FEATURE = 1
 NO_ROPE = 2**32 - 1
 INT32_MAX = 2**31 - 1
 
@@ -105,6 +108,11 @@ class Plane:
     def element_size(self):
         return ELEMENT_SIZE[self.dtype]
 
+    @property
+    def columns(self):
+        """What a stored row has of element_size bytes each."""
+        return self.width // BLOCK * BLOCK_SIZE[self.dtype] if self.dtype in BLOCK_SIZE else self.width
+
 
 @dataclass
 class Rope:
@@ -149,6 +157,7 @@ class Group:
 @dataclass
 class Container:
     content_id: bytes
+    required_features: int = 0
     token_count: int = 0
     chunk_tokens: int = 0
     sinks: int = 0
@@ -175,8 +184,8 @@ class Container:
 
 def read_container(data, kind):
     """Reads an entry or a dictionary and checks all rules but the deep ones."""
-    sections, content_id = read_header(data, kind)
-    box = Container(content_id)
+    sections, content_id, required = read_header(data, kind)
+    box = Container(content_id, required)
     read_geometry(box, Cursor(sections["GEOM"], "G12"), kind)
     read_tokens(box, Cursor(sections["TOKN"], "T4"))
     if "FRAM" in sections:
@@ -199,12 +208,12 @@ def read_header(data, kind):
     require(write_version >= read_version, "H5", f"write_version {write_version}")
     require(found_kind == kind, "H6", f"kind {found_kind}, not {kind}")
     require(file_size == len(data), "H3", f"file_size {file_size} of {len(data)}")
-    require(required == 0, "H7", f"required features {required:#x}")
+    require(required in (0, BLOCKS_FEATURE), "H7", f"required features {required:#x}")
     require(reserved == 0, "H8", "reserved field of the header")
     require(1 <= section_count <= 256 and 64 + 32 * section_count <= len(data), "S1", "section_count")
     table = data[64 : 64 + 32 * section_count]
     require(xxh128(table) == data[40:56], "S2", "checksum of the section table")
-    return read_sections(data, table, kind), data[40:56]
+    return read_sections(data, table, kind), data[40:56], required
 
 
 def read_sections(data, table, kind):
@@ -244,7 +253,10 @@ def read_geometry(box, cursor, kind):
     cursor.finish()
     keys = [(plane.layer, plane.kind) for plane in box.planes]
     require(keys == sorted(set(keys)), "G9", "order of the planes")
+    blocks = any(plane.dtype in BLOCK_SIZE for plane in box.planes)
+    require(box.required_features == (BLOCKS_FEATURE if blocks else 0), "G13", "required features and dtypes")
     for plane in box.planes:
+        require(plane.dtype not in BLOCK_SIZE or plane.width % BLOCK == 0, "G13", "rows that are no whole blocks")
         if plane.rope != NO_ROPE:
             rope = box.ropes[plane.rope]
             require(rope.first_dim + 2 * len(rope.inv_freq) <= plane.head_dim, "G11", "rotated dims of a plane")
@@ -319,7 +331,10 @@ def read_segment(box, cursor):
         require(first == 0 and layout == 0, "F2", "a literal segment")
     else:
         require(first + count <= len(box.planes) and (layout in (0, 3) or count == 1), "F2", "planes of a segment")
-        row = sum(plane.width * plane.element_size for plane in box.planes[first : first + count])
+        planes = box.planes[first : first + count]
+        row = sum(plane.columns * plane.element_size for plane in planes)
+        split = planes[0].dtype in BLOCK_SIZE and (layout == 1 or layout == 2 and planes[0].head_dim % BLOCK != 0)
+        require(not split, "F10", f"layout {layout} of blocks")
         require(size == box.token_count * row, "F2", f"size {size} of a segment")
     return Segment(size, first, count, layout)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from codec import STORED_DTYPE, Dictionary, decode_group, rans_decode
-from container import KIND_ENTRY, LOSSLESS, Refused, read_container, require, xxh128
+from codec import STORED_DTYPE, Dictionary, decode_group, from_blocks, rans_decode
+from container import BLOCK_SIZE, KIND_ENTRY, LOSSLESS, Refused, read_container, require, xxh128
 
 KIND_NAMES = ("K", "V", "latent", "K-rope")
 
@@ -23,8 +23,8 @@ def decode_planes(box, dictionary):
     for group in (group for group in box.groups if group.planes):
         rows, first = decode_group(box, group, dictionary), 0
         for index in group.planes:
-            planes[index] = rows[:, first : first + box.planes[index].width]
-            first += box.planes[index].width
+            planes[index] = rows[:, first : first + box.planes[index].columns]
+            first += box.planes[index].columns
     return planes
 
 
@@ -79,7 +79,7 @@ def tensor_rows(data, segment, box):
         return [elements.reshape(-1, box.token_count).T]
     if segment.layout == 2:
         return [elements.reshape(chosen[0].heads, box.token_count, -1).transpose(1, 0, 2).reshape(box.token_count, -1)]
-    widths = [plane.width for plane in chosen]
+    widths = [plane.columns for plane in chosen]
     order = widths if segment.layout == 0 else widths[::-1]
     rows = np.hsplit(elements.reshape(box.token_count, -1), np.cumsum(order)[:-1])
     return rows if segment.layout == 0 else rows[::-1]
@@ -100,21 +100,35 @@ def ulps(a, b):
     return np.abs(ordinal(a) - ordinal(b))
 
 
+def block_steps(x, y, dtype):
+    """Largest difference of two tensors of blocks, in steps: the larger scale of the two blocks."""
+    (a, step_a), (b, step_b) = from_blocks(x, dtype), from_blocks(y, dtype)
+    step = np.maximum(np.abs(step_a), np.abs(step_b))
+    return (np.abs(a - b) / np.where(step > 0, step, 1)).max()
+
+
 def compare(box, found, expected):
     """Refuses files that do not agree, else says how near they are."""
     require(len(found) == len(expected), "compare", f"{len(found)} bytes, not {len(expected)}")
-    at, worst, beyond = 0, 0, 0.0
+    at, worst, beyond, steps = 0, 0, 0.0, 0.0
     for segment in box.framing.segments:
         a, b = (data[at : at + segment.size] for data in (found, expected))
         if segment.plane_count == 0:
             require(a == b, "compare", f"literal bytes at {at} differ")
         elif a != b:
+            dtype = box.planes[segment.first_plane].dtype
             for x, y in zip(tensor_rows(a, segment, box), tensor_rows(b, segment, box)):
+                if dtype in BLOCK_SIZE:
+                    steps = max(steps, block_steps(x, y, dtype))
+                    require(steps <= 1.1, "compare", f"the tensor at {at} differs by {steps:.2f} steps")
+                    continue
                 distance, relative = ulps(x, y), relative_to_row(x, y)
                 relative[distance <= (1 if x.itemsize == 2 else 0)] = 0
                 require(np.all(relative <= 2**-16), "compare", f"the tensor at {at} differs")
                 worst, beyond = max(worst, distance.max()), max(beyond, relative.max())
         at += segment.size
+    if steps > 0:
+        return f"within {steps:.2f} steps of the blocks"
     if worst == 0:
         return "identical"
     return f"within {worst} ulp" + (f", beyond 1 ulp within {beyond:.1e} of the row's largest" if beyond else "")

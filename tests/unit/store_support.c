@@ -86,7 +86,7 @@ rows *make_rows(const int32_t *tokens, uint32_t count)
     assert_true(count <= STORE_TOKENS);
     for (uint32_t p = 0; p < 2 * STORE_LAYERS; p++) {
         r->planes[p] = (xkv_plane){p / 2, p % 2, XKV_F32, 1, STORE_WIDTH, XKV_NO_ROPE};
-        r->views[p] = (xkv_view){r->data[p], sizeof r->data[p][0], sizeof r->data[p][0], 4, NULL, XKV_F32};
+        r->views[p] = (xkv_view){r->data[p], sizeof r->data[p][0], sizeof r->data[p][0], 4, NULL, .dtype = XKV_F32};
     }
     for (uint32_t t = 0; tokens != NULL && t < count; t++) {
         state = step(state, tokens[t]);

@@ -116,26 +116,63 @@ uint16_t test_to_bf16(double x)
 
 /* --- Synthetic caches --- */
 
-static void store(uint8_t *p, uint32_t dtype, double x)
+void test_quantize(uint32_t dtype, const float *x, uint8_t *block)
 {
-    float f = (float)x;
-    uint16_t h = dtype == XKV_F16 ? test_to_half(x) : test_to_bf16(x);
+    float most = 0, d, v[32];
+    uint16_t h;
 
-    if (dtype == XKV_F32)
-        memcpy(p, &f, 4);
-    else
-        memcpy(p, &h, 2);
+    for (int i = 0; i < 32; i++)
+        if (fabsf(x[i]) > fabsf(most))
+            most = x[i];
+    d = dtype == XKV_Q8_0 ? fabsf(most) / 127 : most / -8;
+    h = test_to_half((double)d);
+    memcpy(block, &h, 2);
+    for (int i = 0; i < 32; i++)
+        v[i] = x[i] * (d != 0 ? 1 / d : 0);
+    for (int i = 0; i < 32 && dtype == XKV_Q8_0; i++)
+        block[2 + i] = (uint8_t)lroundf(v[i]);
+    for (int i = 0; i < 16 && dtype == XKV_Q4_0; i++)
+        block[2 + i] = (uint8_t)(fminf(floorf(v[i] + 8.5f), 15) + 16 * fminf(floorf(v[i + 16] + 8.5f), 15));
+}
+
+double test_from_block(uint32_t dtype, const uint8_t *block, uint32_t i)
+{
+    double d = test_from_half((uint16_t)(block[0] | block[1] << 8));
+
+    if (dtype == XKV_Q8_0)
+        return d * (block[2 + i] < 128 ? block[2 + i] : block[2 + i] - 256);
+    return d * ((i < 16 ? block[2 + i] & 15 : block[2 + i - 16] >> 4) - 8);
+}
+
+static void store_row(uint8_t *p, uint32_t dtype, const double *x, uint32_t width)
+{
+    size_t size = xkv_dtype_size(dtype);
+
+    for (uint32_t i = 0; i < width; i += xkv_dtype_block(dtype), p += size) {
+        float f[32];
+        uint16_t h = dtype == XKV_F16 ? test_to_half(x[i]) : test_to_bf16(x[i]);
+        for (uint32_t k = 0; k < xkv_dtype_block(dtype); k++)
+            f[k] = (float)x[i + k];
+        if (dtype == XKV_F32)
+            memcpy(p, f, 4);
+        else if (dtype >= XKV_Q8_0)
+            test_quantize(dtype, f, p);
+        else
+            memcpy(p, &h, 2);
+    }
 }
 
 double element(const synthetic *s, const uint8_t *data, uint32_t plane, uint32_t t, uint32_t i)
 {
     const xkv_plane *p = &s->planes[plane];
-    size_t elem = p->dtype == XKV_F32 ? 4 : 2;
-    const uint8_t *at =
-        data + ((uint8_t *)s->views[plane].data - s->data) + ((size_t)t * p->heads * p->head_dim + i) * elem;
+    uint32_t block = xkv_dtype_block(p->dtype);
+    const uint8_t *at = data + ((uint8_t *)s->views[plane].data - s->data) +
+                        ((size_t)t * row_width(p) + i) / block * xkv_dtype_size(p->dtype);
     float f;
     uint16_t h;
 
+    if (block > 1)
+        return test_from_block(p->dtype, at, i % block);
     memcpy(&h, at, 2);
     if (p->dtype == XKV_F16)
         return test_from_half(h);
@@ -159,8 +196,8 @@ xkv_view *views_into(const synthetic *s, uint8_t *data)
 
 static void make_planes(synthetic *s, const synthetic_options *o)
 {
-    size_t elem = o->dtype == XKV_F32 ? 4 : 2, offset = 0,
-           plane_size = (size_t)o->tokens * o->heads * o->head_dim * elem;
+    uint32_t width = o->heads * o->head_dim, head_dim = o->head_dim % xkv_dtype_block(o->dtype) ? width : o->head_dim;
+    size_t row = (size_t)xkv_dtype_bytes(o->dtype, width), plane_size = o->tokens * row, offset = 0;
 
     s->size = plane_size * o->layers * 2;
     s->data = calloc(1, s->size + 1);
@@ -172,11 +209,12 @@ static void make_planes(synthetic *s, const synthetic_options *o)
         if (o->rope && kind == XKV_PLANE_K)
             s->planes[i].rope = 0;
         s->views[i] = (xkv_view){s->data + offset,
-                                 (int64_t)(elem * o->heads * o->head_dim),
-                                 (int64_t)(elem * o->head_dim),
-                                 (int64_t)elem,
+                                 (int64_t)row,
+                                 (int64_t)xkv_dtype_bytes(o->dtype, head_dim),
+                                 (int64_t)xkv_dtype_size(o->dtype),
                                  NULL,
-                                 o->dtype};
+                                 .dtype = o->dtype,
+                                 .head_dim = head_dim == o->head_dim ? 0 : head_dim};
         offset += plane_size;
     }
 }
@@ -248,7 +286,6 @@ static void make_row(const synthetic *s, const synthetic_options *o, const doubl
 synthetic make_synthetic(const synthetic_options *o)
 {
     synthetic s = {0};
-    size_t elem = o->dtype == XKV_F32 ? 4 : 2;
     uint32_t width = o->heads * o->head_dim;
     double *row = calloc(width, sizeof *row);
 
@@ -262,8 +299,7 @@ synthetic make_synthetic(const synthetic_options *o)
         for (uint32_t t = 0; t < o->tokens; t++) {
             make_row(&s, o, directions, p, t, row);
             turn(&s, &s.planes[p], s.positions[t], 1, row);
-            for (uint32_t i = 0; i < width; i++)
-                store((uint8_t *)s.views[p].data + ((size_t)t * width + i) * elem, o->dtype, row[i]);
+            store_row((uint8_t *)s.views[p].data + t * (size_t)s.views[p].token_stride, o->dtype, row, width);
         }
         free(directions);
     }

@@ -44,6 +44,10 @@ double test_from_bf16(uint16_t h);
 uint16_t test_to_half(double x);
 uint16_t test_to_bf16(double x);
 
+/* ggml's blocks of 32 elements, likewise; x and what is made of it must be finite. */
+void test_quantize(uint32_t dtype, const float *x, uint8_t *block);
+double test_from_block(uint32_t dtype, const uint8_t *block, uint32_t i);
+
 /* --- Synthetic caches: planes token-major, one behind the other --- */
 
 typedef struct synthetic {

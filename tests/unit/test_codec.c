@@ -51,7 +51,8 @@ static void views_in_other_layouts(void **state)
     packed p = pack_planes(ctx, &s, NULL);
     uint16_t head_major[2100], transposed[2100];
     uint32_t rows[70];
-    xkv_view views[2] = {{head_major, 20, 70 * 20, 2, rows, XKV_F16}, {transposed, 2, 10 * 140, 140, NULL, XKV_F16}};
+    xkv_view views[2] = {{head_major, 20, 70 * 20, 2, rows, .dtype = XKV_F16},
+                         {transposed, 2, 10 * 140, 140, NULL, .dtype = XKV_F16}};
 
     (void)state;
     for (uint32_t t = 0; t < 70; t++)

@@ -215,8 +215,10 @@ static void the_writer_refuses_what_the_reader_would(void **state)
     refuse(*state, &s, "[G3]");
     s.planes[0].kind = 256;
     refuse(*state, &s, "[G6]");
-    s.planes[1].dtype = 3;
+    s.planes[1].dtype = 5;
     refuse(*state, &s, "[G6]");
+    s.planes[1].dtype = XKV_Q8_0; /* rows of 8 elements */
+    refuse(*state, &s, "[G13]");
     s.rope.n_rot = 100000;
     refuse(*state, &s, "[G11]");
     s.positions[2] = 0;
@@ -225,6 +227,11 @@ static void the_writer_refuses_what_the_reader_would(void **state)
     refuse(*state, &s, "[F5]");
     s.segments[1].size++;
     refuse(*state, &s, "[F2]");
+    for (uint32_t layout = XKV_LAYOUT_DIM_MAJOR; layout <= XKV_LAYOUT_HEAD_MAJOR; layout++) {
+        sample_use_blocks(&s);
+        s.segments[3].layout = layout;
+        refuse(*state, &s, "[F10]");
+    }
     s.c.framing.literal_size--;
     refuse(*state, &s, "[F4]");
     s.values[0].key = long_key;

@@ -622,7 +622,7 @@ static void element_types_may_differ(void **state)
     const size_t elements = e->source.size / 2;
     float *wide = calloc(elements, sizeof *wide);
     for (uint32_t p = 0; p < 2 * LAYERS; p++)
-        e->views[p] = (xkv_view){wide + (size_t)p * TOKENS * 16, 64, 32, 4, NULL, XKV_F32};
+        e->views[p] = (xkv_view){wide + (size_t)p * TOKENS * 16, 64, 32, 4, NULL, .dtype = XKV_F32};
     assert_ok(t.ctx, xkv_hook_load(t.ctx, e->hit, &e->source.geometry, e->views, NULL));
     for (size_t i = 0; i < elements; i++) {
         uint16_t half;

@@ -264,8 +264,8 @@ static void any_view_is_copied(void **state)
         for (uint32_t d = 0; d < STORE_WIDTH; d++)
             transposed[d][i] = r->data[1][i][d];
     }
-    const xkv_view views[2] = {{paged, sizeof paged[0], sizeof paged[0], 4, at, XKV_F32},
-                               {transposed, 4, 4 * SIZE * STORE_WIDTH, 4 * SIZE, NULL, XKV_F32}};
+    const xkv_view views[2] = {{paged, sizeof paged[0], sizeof paged[0], 4, at, .dtype = XKV_F32},
+                               {transposed, 4, 4 * SIZE * STORE_WIDTH, 4 * SIZE, NULL, .dtype = XKV_F32}};
     const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE - 30}; /* fewer than the rows there are */
     open_hook(&o);
     assert_ok(t.ctx, xkv_hook_save(t.ctx, hook, &ns, &prompt, &r->geometry, views, NULL, NULL));

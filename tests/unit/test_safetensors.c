@@ -294,7 +294,7 @@ static void test_written(void **state)
         b->size = 0;
         put_noise(b, sizeof rows[i], i);
         memcpy(rows[i], b->data, sizeof rows[i]);
-        source[i] = (xkv_view){rows[i], planes[i].heads * dim * e, dim * e, e, NULL, planes[i].dtype};
+        source[i] = (xkv_view){rows[i], planes[i].heads * dim * e, dim * e, e, NULL, .dtype = planes[i].dtype};
     }
     for (uint32_t i = 0; i < 4; i++) {
         xkv_geometry g = {3, 4, 1, 3, planes, &rope, runs[i / 2], ids, 4};

@@ -187,8 +187,85 @@ static void test_bytes(void **state)
                 }
 }
 
+/* Block j of head h of token t, heads of `dim` elements: by the definition in xkv/format.h. */
+static uint8_t *block_at(const xkv_view *v, uint32_t t, uint32_t h, uint32_t j)
+{
+    int64_t row = v->rows != NULL ? v->rows[t] : t;
+    return (uint8_t *)v->data + row * v->token_stride + h * v->head_stride + j * (int64_t)xkv_dtype_size(v->dtype);
+}
+
+/* Rows of 192 elements in blocks, as heads of `dim`; the plane's own heads are of 48, which is no multiple of 32. */
+static void check_blocks(const xkv_kernels *k, uint32_t dtype, uint32_t dim, int64_t token_stride, int64_t head_stride)
+{
+    enum { WIDTH = 192 };
+    static const uint32_t rows[] = {3, 0, 4};
+    static uint8_t memory[16384], before[sizeof memory];
+    const xkv_plane plane = {.dtype = dtype, .heads = 4, .head_dim = 48, .rope = XKV_NO_ROPE};
+    int64_t size = (int64_t)xkv_dtype_size(dtype);
+    const xkv_view v = {memory + MARGIN + 1, token_stride, head_stride, size, rows, .dtype = dtype, .head_dim = dim};
+    float dense[3 * (WIDTH + 1)], back[3 * (WIDTH + 1)] = {0};
+    uint8_t bytes[3][WIDTH / 32 * 34];
+    memset(memory, 0x5a, sizeof memory);
+    memset(before, 0x5a, sizeof before);
+    for (uint32_t i = 0; i < 3 * (WIDTH + 1); i++)
+        dense[i] = sinf((float)i) * (float)(1 + i % 7);
+    xkv_view_scatter(k, dense, WIDTH + 1, &plane, 0, 3, &v);
+    xkv_view_gather(k, &v, &plane, 0, 3, back, WIDTH + 1);
+    xkv_view_gather_bytes(&v, &plane, 0, 3, bytes[0], sizeof bytes[0]);
+    for (uint32_t t = 0; t < 3; t++)
+        for (uint32_t i = 0; i < WIDTH; i += 32) {
+            uint8_t expected[34];
+            float elements[32], *row = dense + t * (WIDTH + 1) + i;
+            uint8_t *at = block_at(&v, t, i / dim, i % dim / 32);
+            xkv_kernels_cpu_generic()->from_f32(dtype, row, expected, 32);
+            xkv_kernels_cpu_generic()->to_f32(dtype, expected, elements, 32);
+            assert_memory_equal(at, expected, (size_t)size);
+            assert_memory_equal(back + t * (WIDTH + 1) + i, elements, sizeof elements);
+            assert_memory_equal(bytes[t] + i / 32 * (size_t)size, expected, (size_t)size);
+            memcpy(before + (at - memory), expected, (size_t)size);
+        }
+    assert_memory_equal(memory, before, sizeof memory); /* nothing else was written */
+    memset(memory, 0x5a, sizeof memory);
+    xkv_view_scatter_bytes(bytes[0], sizeof bytes[0], &plane, 0, 3, &v);
+    assert_memory_equal(memory, before, sizeof memory);
+}
+
+static void test_blocks(void **state)
+{
+    (void)state;
+    const xkv_kernels *tables[] = {xkv_kernels_cpu_generic(), xkv_kernels_cpu_vector()};
+    for (size_t k = 0; k < 2 && tables[k] != NULL; k++)
+        for (uint32_t dtype = XKV_Q8_0; dtype <= XKV_Q4_0; dtype++) {
+            int64_t size = (int64_t)xkv_dtype_size(dtype);
+            check_blocks(tables[k], dtype, 192, 6 * size, 0);       /* a row of blocks, whatever its heads */
+            check_blocks(tables[k], dtype, 192, 7 * size + 3, 0);   /* in wider rows */
+            check_blocks(tables[k], dtype, 64, 6 * size, 2 * size); /* heads of 64 behind each other */
+            check_blocks(tables[k], dtype, 64, 9 * size, 3 * size); /* ... with gaps */
+            check_blocks(tables[k], dtype, 32, size, 5 * size);     /* [head][token] */
+        }
+}
+
+/* A view may count heads otherwise than the plane: [dim / 8][token][8], as some engines split keys. */
+static void test_own_heads(void **state)
+{
+    (void)state;
+    enum { GROUPS = 2 * 24 / 8 };
+    static uint16_t memory[GROUPS][TOKENS][8];
+    const xkv_plane plane = {.dtype = XKV_F16, .heads = 2, .head_dim = 24, .rope = XKV_NO_ROPE};
+    const xkv_view v = {memory, sizeof memory[0][0], sizeof memory[0], 2, NULL, .dtype = XKV_F16, .head_dim = 8};
+    uint16_t dense[TOKENS][48];
+    for (uint32_t t = 0; t < TOKENS; t++)
+        for (uint32_t i = 0; i < 48; i++)
+            dense[t][i] = (uint16_t)(t * 48 + i);
+    xkv_view_scatter_bytes((const uint8_t *)dense, sizeof dense[0], &plane, 0, TOKENS, &v);
+    for (uint32_t t = 0; t < TOKENS; t++)
+        for (uint32_t i = 0; i < 48; i++)
+            assert_int_equal(memory[i / 8][t][i % 8], t * 48 + i);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_gather_and_scatter), cmocka_unit_test(test_bytes)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_gather_and_scatter), cmocka_unit_test(test_bytes),
+                                       cmocka_unit_test(test_blocks), cmocka_unit_test(test_own_heads)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
