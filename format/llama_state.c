@@ -32,7 +32,7 @@ typedef struct tensor {
     uint64_t head, offset, size; /* of {type, ...} and of the rows, in the file */
     uint32_t width;              /* elements */
     uint32_t dtype;              /* xkv_dtype, if `coded` */
-    bool coded;                  /* false: a quantized type, carried as literal bytes */
+    bool coded;                  /* false: of a type that is not packed, carried as literal bytes */
 } tensor;
 
 /* What a walk found. */
@@ -173,22 +173,22 @@ static bool walk_cells(walk *w, state *s)
 /* Fill `t` from a ggml type and the bytes of a row; the walk stands behind the head. */
 static bool describe_tensor(walk *w, tensor *t, uint32_t type, uint64_t row, const char *field)
 {
-    /* float types, by ggml_type */
+    /* types that planes have, by ggml_type */
     static const struct {
         uint32_t type, dtype;
-    } coded[] = {{0, XKV_F32}, {1, XKV_F16}, {30, XKV_BF16}};
+    } coded[] = {{0, XKV_F32}, {1, XKV_F16}, {2, XKV_Q4_0}, {8, XKV_Q8_0}, {30, XKV_BF16}};
     if (type >= MAX_TYPE || row == 0)
         return give_up(w, XKV_ERROR_CORRUPT, "%s: type %u with rows of %llu bytes [LS7]", field, type,
                        (unsigned long long)row);
     for (size_t i = 0; i < sizeof coded / sizeof *coded; i++) {
-        size_t element = xkv_dtype_size(coded[i].dtype);
+        uint64_t size = xkv_dtype_size(coded[i].dtype), block = xkv_dtype_block(coded[i].dtype);
         if (coded[i].type != type)
             continue;
-        if (row % element != 0 || row / element > XKV_MAX_WIDTH)
+        if (row % size != 0 || row / size > XKV_MAX_WIDTH / block)
             return give_up(w, XKV_ERROR_CORRUPT, "%s: rows of %llu bytes of type %u [LS7]", field,
                            (unsigned long long)row, type);
         t->dtype = coded[i].dtype;
-        t->width = (uint32_t)(row / element);
+        t->width = (uint32_t)(row / size * block);
         t->coded = true;
     }
     return true;
@@ -206,6 +206,7 @@ static bool walk_tensor(walk *w, const state *s, tensor *t, bool transposed, con
         return false; /* cannot happen: 32-bit factors */
     if (!describe_tensor(w, t, xkv_load32(head), row, field))
         return false;
+    t->coded = t->coded && !(transposed && xkv_dtype_block(t->dtype) > 1); /* no engine transposes blocks */
     if (transposed && t->coded && xkv_load32(head + 4) != xkv_dtype_size(t->dtype))
         return give_up(w, XKV_ERROR_CORRUPT, "%s: v_size_el %u with type %u [LS7]", field, xkv_load32(head + 4),
                        xkv_load32(head));
@@ -398,6 +399,23 @@ static xkv_status walk_forms(const walk *start, const xkv_model *model, uint32_t
 
 /* --- From a walk to a cache --------------------------------------------------------------------------------------- */
 
+/* Whether K is as RoPE left it, so that it can be undone. Not when a token has positions of several parts (M-RoPE), nor
+ * behind a Hadamard rotation, which engines apply to quantized rows whose head_dim is a multiple of 64; of that, files
+ * before version 4 do not tell. */
+static bool can_unrotate(const state *s, const xkv_plane *plane)
+{
+    if (s->rot_k != 0 || s->form.extension != 0)
+        return false;
+    return s->version >= 4 || xkv_dtype_block(plane->dtype) == 1 || plane->head_dim % 64 != 0;
+}
+
+/* Whether a K row is stored as two planes, a latent beside a rotated part, none of which splits a block. */
+static bool holds_latent(const tensor *t, const xkv_model *model)
+{
+    return model && model->latent_dim > 0 && model->latent_dim < t->width &&
+           model->latent_dim % xkv_dtype_block(t->dtype) == 0;
+}
+
 /* Planes of one layer's K: one, or two where a row is a latent beside a rotated part. */
 static xkv_status add_k(xkv_ctx *ctx, const xkv_cache *cache, const state *s, const tensor *t, const xkv_model *model,
                         xkv_plane plane, xkv_plane *planes, uint32_t *count)
@@ -405,9 +423,8 @@ static xkv_status add_k(xkv_ctx *ctx, const xkv_cache *cache, const state *s, co
     plane.kind = XKV_PLANE_K;
     plane.dtype = t->dtype;
     XKV_TRY(xkv_model_fit_plane(ctx, cache->name, model, t->width, &plane));
-    if (!model || model->latent_dim == 0 || model->latent_dim >= t->width) {
-        /* Hadamard-rotated rows and positions of several parts (M-RoPE) cannot be un-rotated */
-        if (s->rot_k != 0 || s->form.extension != 0)
+    if (!holds_latent(t, model)) {
+        if (!can_unrotate(s, &plane))
             plane.rope = XKV_NO_ROPE;
         planes[(*count)++] = plane;
         return XKV_OK;
@@ -474,6 +491,19 @@ static xkv_status add_planes(xkv_ctx *ctx, xkv_cache *cache, const state *s, con
     return XKV_OK;
 }
 
+/* Say so when only the missing word about Hadamard rotations keeps K from being un-rotated. */
+static void warn_of_rotation(xkv_ctx *ctx, const xkv_cache *cache, const state *s, uint32_t k_first)
+{
+    const xkv_plane *k = &cache->geometry.planes[k_first];
+    state known = *s;
+    known.version = 4;
+    if (s->k[0].coded && k->kind == XKV_PLANE_K && can_unrotate(&known, k) && !can_unrotate(s, k))
+        xkv_logf(ctx, XKV_LOG_WARNING,
+                 "%s: K is %s, and version %u does not tell whether the engine rotated it by a Hadamard matrix: RoPE "
+                 "is not undone",
+                 cache->name, xkv_dtype_name(k->dtype), s->version);
+}
+
 /* Append the bytes of the file up to a tensor, then the tensor. */
 static xkv_status add_tensor(xkv_framing_builder *b, const xkv_map *file, const tensor *t, xkv_segment segment)
 {
@@ -525,6 +555,8 @@ static xkv_status add_layers(xkv_ctx *ctx, xkv_cache *cache, const state *s, con
     if (model)
         xkv_model_cached_layers(model, index + 2 * (size_t)layers);
     XKV_TRY_GOTO(add_planes(ctx, cache, &cut, model, index, index + layers, index + 2 * (size_t)layers), out);
+    if (model && layers > 0)
+        warn_of_rotation(ctx, cache, s, index[0]);
     XKV_TRY_GOTO(add_segments(&b, cache, &cut, model, index, index + layers), out);
     xkv_framing_take(&b, XKV_ENGINE_LLAMA_SEQUENCE, &cache->framing);
     if (model)
@@ -681,7 +713,7 @@ static xkv_status check_cut(xkv_ctx *ctx, const walk *w, const state *s, const x
                                                            : NULL;
     for (uint32_t i = 0; i < s->layer_count; i++)
         if (!s->k[i].coded || (s->has_v && !s->v[i].coded))
-            reason = "it holds quantized rows";
+            reason = "it holds rows that are not packed";
     if (reason)
         return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "cannot cut this llama.cpp sequence: %s [LS11]", reason);
     return XKV_OK;

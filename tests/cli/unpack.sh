@@ -33,6 +33,25 @@ run 0 xkv-pack -q ten.safetensors
 run 0 xkv-info ten.safetensors.xkv
 out_has '^ +10 +4 '
 
+# Quantized blocks: the same file, a prefix of it, and f32 as safetensors, which have no such types.
+blocks=$data/../golden/lossless-blocks.ggsq
+run 0 xkv-pack -q -o blocks.xkv "$blocks"
+run 0 xkv-unpack -q -f -o back blocks.xkv
+same "$blocks" back
+run 0 xkv-info -vv blocks.xkv
+out_has '^ +element types +q8_0, q4_0$'
+run 0 xkv-unpack -q -f --first 7 -o back blocks.xkv
+run 0 xkv-pack -q -f -o prefix.xkv back
+run 0 xkv-info -vv prefix.xkv
+out_has '^ +7 +2 '
+out_has '^ +element types +q8_0, q4_0$'
+run 0 xkv-unpack -q -f --safetensors=heads blocks.xkv -o blocks.safetensors
+run 0 xkv-pack -q -f blocks.safetensors
+run 0 xkv-info -vv blocks.safetensors.xkv
+out_has '^ +40 +2 '
+out_has '^ +element types +f32$'
+rm blocks.* prefix.xkv
+
 # Other models are refused.
 model=$data/smollm2-135m.gguf
 cp "$data/smollm2-135m-jargon.ggsq" genuine

@@ -5,7 +5,7 @@ import os
 import llama_cpp as llama
 import numpy as np
 
-F32, F16, BF16 = 0, 1, 30  # ggml types
+F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml types
 BATCH = 256
 
 llama.llama_backend_init()

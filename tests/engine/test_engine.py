@@ -38,6 +38,9 @@ SIZE_TOLERANCE = 0.02
 # What the engine makes: name, type of the elements, flash attention (without it V is stored transposed).
 KINDS = (("f16", engine.F16, True), ("f16, V transposed", engine.F16, False), ("f32", engine.F32, True),
          ("bf16", engine.BF16, True))
+# V in blocks needs flash attention. What an error of 0.1 may cost, in nats over the engine's own cache of that type.
+QUANTIZED = (("q8_0", engine.Q8_0), ("q4_0", engine.Q4_0))
+QUANTIZED_ERROR, QUANTIZED_KL = 0.1, 0.1
 
 
 @dataclass
@@ -159,6 +162,27 @@ class Test:
         self.first(context, cache, "lossless", entry, cache.file)
         self.safetensors(cache, raw, entry)
 
+    def quantized(self, context, cache):
+        """A cache of q8_0 or q4_0: its blocks come back, and coded rows are quantized again."""
+        following, image = cache.tokens[cache.prefix:], cache.file.read_bytes()
+        reference = self.judge(context, cache.file, cache.prefix, following)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            self.tools = Tools(self.bin_folder, pathlib.Path(folder))
+            entry = self.tools.pack(cache.file, "--lossless", "--model", cache.model_file)
+            restored = self.tools.unpack(entry)
+            logits = self.judge(context, restored, cache.prefix, following)
+            self.check(cache, "lossless restore is the same file", restored.read_bytes() == image,
+                       f"{len(image) / entry.stat().st_size:.3f} times smaller")
+            self.check(cache, "lossless restore gives the same scores", np.array_equal(reference, logits))
+            self.first(context, cache, "lossless", entry, cache.file)
+            entry = self.tools.pack(cache.file, "--profile", "scalar", "--error", QUANTIZED_ERROR, "--model",
+                                    cache.model_file)
+            restored = self.tools.unpack(entry)
+            fidelity = compare(reference, self.judge(context, restored, cache.prefix, following))
+            self.row(cache, f"scalar, error {QUANTIZED_ERROR}", len(image) / entry.stat().st_size, fidelity)
+            self.check(cache, f"scalar, error {QUANTIZED_ERROR}: the engine takes it, KL at most {QUANTIZED_KL}",
+                       restored.stat().st_size == len(image) and fidelity.kl <= QUANTIZED_KL, f"KL {fidelity.kl:.5f}")
+
     def svd(self, context, cache, raw, reference, following):
         rank_k, rank_v = self.source.rank_k, self.source.rank_v
         options = ("--profile", "svd", "--group", GROUP, "--rank-k", rank_k, "--rank-v", rank_v, "--sinks", 0,
@@ -244,6 +268,16 @@ def fresh_caches(test, model, model_file):
         context.close()
 
 
+def quantized_caches(test, model, model_file):
+    tokens = model.tokenize(TEXT)[:PROMPT + FOLLOWING]
+    for kind, kv_type in QUANTIZED:
+        context = engine.Context(model, PROMPT + FOLLOWING, kv_type, True)
+        cache = Cache(f"fresh, {kind}", test.work / "fresh.ggsq", tokens, PROMPT, FIRST, model_file)
+        save_fresh(test, context, cache)
+        test.quantized(context, cache)
+        context.close()
+
+
 def save_fresh(test, context, cache):
     """Evaluate and save the prompt; the engine's own restore must be exact for all that follows to mean anything."""
     context.prefill(cache.tokens[:PROMPT])
@@ -293,6 +327,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="xkv-engine-") as work:
         test = Test(source, gguf_header.geometry(model_file), pathlib.Path(os.environ["XKV_BIN"]), pathlib.Path(work))
         fresh_caches(test, model, model_file)
+        quantized_caches(test, model, model_file)
         stored_caches(test, model)
     failed = [check for check in test.checks if not check["passed"]]
     print_table(test.rows)

@@ -19,10 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from make_blocks import q4_0, q8_0
+
 DECODER = Path(__file__).parents[1] / "reference_decoder" / "decode.py"
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 WIDTH = HEADS * HEAD_DIM
-GGML_TYPE = {"f32": 0, "f16": 1, "bf16": 30}
+GGML_TYPE = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+BLOCKS = {"q8_0": (q8_0, 34), "q4_0": (q4_0, 18)}
 
 
 # --- An invented model and its caches ---
@@ -70,28 +74,34 @@ def planes(positions, style, n_rot, seed, rank=10):
     return [(rotate(k, positions, style, n_rot), v) for k, v in layers]
 
 
+def row_bytes(width, dtype):
+    return width // 32 * BLOCKS[dtype][1] if dtype in BLOCKS else width * (4 if dtype == "f32" else 2)
+
+
 def element_bytes(rows, dtype):
+    if dtype in BLOCKS:
+        return b"".join(map(BLOCKS[dtype][0], rows.astype(np.float32).reshape(-1, 32)))
     if dtype == "bf16":
         bits = np.ascontiguousarray(rows, "<f4").view("<u4")
         return (bits + 0x8000 >> 16).astype("<u2").tobytes()
     return rows.astype("<f4" if dtype == "f32" else "<f2").tobytes()
 
 
-def write_sequence(path, positions, layers, version=3, dtype="f16", transposed=False, cells=None):
+def write_sequence(path, positions, layers, version=3, dtype="f16", v_dtype=None, transposed=False, cells=None):
     """A llama.cpp sequence file (spec/engines.md, section 1); cell i holds token cells[i]."""
+    v_dtype = v_dtype or dtype
     cells = np.arange(len(positions)) if cells is None else cells
-    element = 4 if dtype == "f32" else 2
     data = struct.pack("<III", 0x67677371, version, len(positions))
     data += (np.arange(len(positions)) * 37 % 1000).astype("<i4").tobytes()
     data += struct.pack("<II", 1, len(cells))
     data += b"".join(struct.pack("<iIi", positions[token], 1, 0) for token in cells)
     data += struct.pack("<II", transposed, len(layers)) + (bytes(8) if version == 4 else b"")
-    for rows, by_dim in [(k, False) for k, _ in layers] + [(v, transposed) for _, v in layers]:
+    for rows, kind, by_dim in [(k, dtype, False) for k, _ in layers] + [(v, v_dtype, transposed) for _, v in layers]:
         width, rows = rows.shape[1], rows[cells]
         if by_dim:
-            data += struct.pack("<iII", GGML_TYPE[dtype], element, width) + element_bytes(rows.T, dtype)
+            data += struct.pack("<iII", GGML_TYPE[kind], row_bytes(1, kind), width) + element_bytes(rows.T, kind)
         else:
-            data += struct.pack("<iQ", GGML_TYPE[dtype], width * element) + element_bytes(rows, dtype)
+            data += struct.pack("<iQ", GGML_TYPE[kind], row_bytes(width, kind)) + element_bytes(rows, kind)
     path.write_bytes(data)
 
 
@@ -200,6 +210,16 @@ class Maker:
         self.pack(self.sequence("scalar", 100, "qwen2", gap=9), *scalar, 0.02, style="qwen2")
         self.pack(self.sequence("scalar-coarse", 40, dtype="f32"), *scalar, 0.3, "--sinks", 0)
 
+    def blocks(self):
+        shuffled = np.random.default_rng(9).permutation(40)
+        self.pack(self.sequence("lossless-blocks", 40, dtype="q8_0", v_dtype="q4_0", cells=shuffled), "--lossless")
+        # head_dim 16: no Hadamard rotation, so that RoPE is undone
+        self.pack(self.sequence("scalar-blocks", 100, seed=11, gap=9, dtype="q8_0"), "--profile", "scalar", "--group", 2,
+                  "--error", 0.02)
+        dictionary = self.folder / "dictionary.xkvd"
+        self.pack(self.sequence("dict-blocks", 70, seed=12, dtype="q4_0", version=4), "--quality", 60,
+                  dictionary=dictionary)
+
 
 def main():
     tools, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
@@ -209,6 +229,7 @@ def main():
         maker.lossless()
         maker.svd()
         maker.coded()
+        maker.blocks()
 
 
 if __name__ == "__main__":

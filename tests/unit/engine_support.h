@@ -12,7 +12,7 @@
 
 #include <cmocka.h>
 
-enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 };
+enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q8_0 = 8, TYPE_IQ4_NL = 20, TYPE_BF16 = 30 };
 
 typedef struct sequence {
     uint32_t version;
@@ -114,24 +114,32 @@ static inline uint8_t *element(const xkv_view *v, uint32_t t, uint32_t h, uint32
     return (uint8_t *)v->data + (v->rows ? v->rows[t] : t) * v->token_stride + h * v->head_stride + d * v->dim_stride;
 }
 
+/* Address of element i of a row, or of the block it begins. */
+static inline uint8_t *row_element(const xkv_view *v, const xkv_plane *p, uint32_t t, uint32_t i)
+{
+    uint32_t dim = v->head_dim ? v->head_dim : p->head_dim;
+    return element(v, t, i / dim, i % dim / xkv_dtype_block(v->dtype));
+}
+
+#define FOR_EACH_BLOCK(p, tokens, t, e)                                                                                \
+    for (uint32_t t = 0; t < (tokens); t++)                                                                            \
+        for (uint32_t e = 0; e < (p)->heads * (p)->head_dim; e += xkv_dtype_block((p)->dtype))
+
 /* Fails unless the planes of both caches hold the same first `tokens` rows. */
 static inline void assert_equal_rows(const xkv_geometry *g, const xkv_view *a, const xkv_view *b, uint32_t tokens)
 {
     for (uint32_t i = 0; i < g->plane_count; i++)
-        for (uint32_t t = 0; t < tokens; t++)
-            for (uint32_t h = 0; h < g->planes[i].heads; h++)
-                for (uint32_t d = 0; d < g->planes[i].head_dim; d++)
-                    assert_memory_equal(element(&a[i], t, h, d), element(&b[i], t, h, d),
-                                        xkv_dtype_size(g->planes[i].dtype));
+        FOR_EACH_BLOCK(&g->planes[i], tokens, t, e)
+    assert_memory_equal(row_element(&a[i], &g->planes[i], t, e), row_element(&b[i], &g->planes[i], t, e),
+                        xkv_dtype_size(g->planes[i].dtype));
 }
 
 static inline void copy_rows(const xkv_geometry *g, const xkv_view *to, const xkv_view *from, uint32_t tokens)
 {
     for (uint32_t i = 0; i < g->plane_count; i++)
-        for (uint32_t t = 0; t < tokens; t++)
-            for (uint32_t h = 0; h < g->planes[i].heads; h++)
-                for (uint32_t d = 0; d < g->planes[i].head_dim; d++)
-                    memcpy(element(&to[i], t, h, d), element(&from[i], t, h, d), xkv_dtype_size(g->planes[i].dtype));
+        FOR_EACH_BLOCK(&g->planes[i], tokens, t, e)
+    memcpy(row_element(&to[i], &g->planes[i], t, e), row_element(&from[i], &g->planes[i], t, e),
+           xkv_dtype_size(g->planes[i].dtype));
 }
 
 /* The literal bytes of a framing in an image whose tensors are zero; free() it. */

@@ -30,19 +30,25 @@ static const golden goldens[] = {
     {"scalar", "ggsq", 0, NULL},
     {"dict-cross", "ggsq", 0, "dictionary-cross"},
     {"scalar-coarse", "ggsq", 0, NULL},
+    {"lossless-blocks", "ggsq", 1, NULL},
+    {"scalar-blocks", "ggsq", 0, NULL},
+    {"dict-blocks", "ggsq", 0, "dictionary"},
 };
 
 /* --- Agreement of two decoders: spec/codec.md, section 3 --- */
 
-/* Element (t, i) of a plane: its value, and for 16-bit types its place among the numbers of the type. */
+/* Element (t, i) of a plane: its value, for 16-bit types its place among the numbers of the type, and in blocks the
+ * size of their scale. */
 typedef struct number {
     double value;
     int32_t ordinal;
+    double step;
 } number;
 
 static number number_at(const xkv_plane *plane, const xkv_view *view, uint32_t t, uint32_t i)
 {
-    int64_t row = view->rows ? view->rows[t] : t, head = i / plane->head_dim, dim = i % plane->head_dim;
+    uint32_t head_dim = view->head_dim ? view->head_dim : plane->head_dim, block = xkv_dtype_block(plane->dtype);
+    int64_t row = view->rows ? view->rows[t] : t, head = i / head_dim, dim = i % head_dim / block;
     const uint8_t *at =
         (const uint8_t *)view->data + row * view->token_stride + head * view->head_stride + dim * view->dim_stride;
     uint16_t bits;
@@ -50,11 +56,13 @@ static number number_at(const xkv_plane *plane, const xkv_view *view, uint32_t t
 
     if (plane->dtype == XKV_F32) {
         memcpy(&f, at, 4);
-        return (number){f, 0};
+        return (number){f, 0, 0};
     }
     memcpy(&bits, at, 2);
+    if (block > 1)
+        return (number){test_from_block(plane->dtype, at, i % block), 0, fabs(test_from_half(bits))};
     return (number){plane->dtype == XKV_F16 ? test_from_half(bits) : test_from_bf16(bits),
-                    bits & 0x8000 ? -(bits & 0x7fff) : bits};
+                    bits & 0x8000 ? -(bits & 0x7fff) : bits, 0};
 }
 
 static void assert_rows_agree(const char *name, const xkv_plane *plane, const xkv_view *found, const xkv_view *expected,
@@ -67,7 +75,9 @@ static void assert_rows_agree(const char *name, const xkv_plane *plane, const xk
         largest = fmax(largest, fabs(number_at(plane, expected, t, i).value));
     for (uint32_t i = 0; i < width; i++) {
         number a = number_at(plane, found, t, i), b = number_at(plane, expected, t, i);
-        int near = plane->dtype != XKV_F32 && abs(a.ordinal - b.ordinal) <= 1;
+        int near = xkv_dtype_size(plane->dtype) == 2 && abs(a.ordinal - b.ordinal) <= 1;
+        if (xkv_dtype_block(plane->dtype) > 1)
+            near = fabs(a.value - b.value) <= 1.1 * fmax(a.step, b.step);
         if (!near && !(fabs(a.value - b.value) <= ldexp(largest, -16)))
             fail_msg("%s: layer %u, kind %u, token %u, element %u is %.9g, expected %.9g", name, plane->layer,
                      plane->kind, t, i, a.value, b.value);

@@ -269,12 +269,13 @@ static void test_latent(void **state)
 
 /* --- What is understood in part ----------------------------------------------------------------------------------- */
 
-static void test_quantized_rows(void **state)
+/* K in a type that planes do not have, V in one that is known: V is packed, K carried. */
+static void test_unknown_type(void **state)
 {
     (void)state;
     sequence s = plain_sequence();
-    s.k_type = TYPE_Q8_0;
-    s.k_row = 34;
+    s.k_type = TYPE_IQ4_NL;
+    s.k_row = 18;
     put_sequence(&file, &s);
     xkv_cache *cache = open_file(NULL);
     const xkv_geometry *g = xkv_cache_geometry(cache);
@@ -285,6 +286,116 @@ static void test_quantized_rows(void **state)
     assert_framing_is_file(ctx, cache, file.data, file.size);
     xkv_framing *cut;
     assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), g, 1, &cut), XKV_ERROR_UNSUPPORTED);
+    xkv_cache_free(ctx, cache);
+    s = plain_sequence(); /* no engine transposes blocks */
+    s.v_type = TYPE_Q8_0;
+    s.v_row = 34;
+    s.v_trans = 1;
+    put_sequence(&file, &s);
+    cache = open_file(NULL);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 2);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+}
+
+/* K0 begins at 84 as in the plain file, V0 behind two K of 4 cells. */
+static void test_quantized_rows(void **state)
+{
+    (void)state;
+    static const int32_t at[] = {5, 2, 9, 4};
+    sequence s = plain_sequence();
+    s.cells = 4;
+    s.at = at;
+    s.k_type = TYPE_Q8_0;
+    s.k_row = 2 * 34;
+    s.v_type = TYPE_Q4_0;
+    s.v_row = 3 * 18;
+    put_sequence(&file, &s);
+    assert_opens(&s);
+    xkv_cache *cache = open_file(NULL);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    uint64_t size;
+    const uint8_t *k0 = xkv_cache_data(cache, &size) + 84 + 12, *v0 = k0 + 2 * 4 * 68 + 12 + 12;
+    assert_int_equal(g->planes[0].dtype, XKV_Q8_0);
+    assert_int_equal(g->planes[0].heads * g->planes[0].head_dim, 64);
+    assert_int_equal(g->planes[1].dtype, XKV_Q4_0);
+    assert_int_equal(g->planes[1].heads * g->planes[1].head_dim, 96);
+    assert_int_equal(xkv_geometry_raw_bytes(g), 2 * 4 * (68 + 54));
+    assert_ptr_equal(row_element(&xkv_cache_views(cache)[0], &g->planes[0], 0, 32), k0 + 1 * 68 + 34);
+    assert_ptr_equal(row_element(&xkv_cache_views(cache)[1], &g->planes[1], 3, 64), v0 + 2 * 54 + 36);
+
+    bytes whole = file; /* cut to two tokens: cells 1 and 3, as the engine would have saved them */
+    xkv_framing *cut;
+    xkv_geometry first = *g;
+    xkv_view views[4];
+    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), g, 2, &cut), XKV_OK);
+    uint8_t *image = literal_image(cut);
+    first.token_count = 2;
+    assert_int_equal(xkv_framing_views(ctx, cut, &first, image, views), XKV_OK);
+    copy_rows(g, views, xkv_cache_views(cache), 2);
+    assert_int_equal(cut->source_size, whole.size - 2 * (12 + 2 * (68 + 54)));
+    assert_memory_equal(views[0].data, k0 + 68, 68);
+    assert_memory_equal((uint8_t *)views[0].data + 68, k0 + 3 * 68, 68);
+    xkv_cache *again;
+    assert_int_equal(xkv_cache_from_memory(ctx, image, cut->source_size, "cut", NULL, &again), XKV_OK);
+    assert_int_equal(xkv_cache_geometry(again)->positions[1], 4);
+    assert_equal_rows(xkv_cache_geometry(again), xkv_cache_views(again), views, 2);
+    xkv_cache_free(ctx, again);
+    free(image);
+    xkv_framing_free(ctx, cut);
+    xkv_cache_free(ctx, cache);
+}
+
+/* RoPE is undone where the engine cannot have turned rows by a Hadamard matrix behind it. */
+static void test_quantized_rope(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t version, head_dim, rot_k, rope;
+    } cases[] = {{3, 64, 0, XKV_NO_ROPE},  {3, 32, 0, 0},           {3, 96, 0, 0}, {4, 64, 0, 0},
+                 {4, 64, 64, XKV_NO_ROPE}, {2, 128, 0, XKV_NO_ROPE}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        xkv_rope rope = {.n_rot = 2, .scale = 1};
+        xkv_model_layer layers[] = {{2, cases[i].head_dim, 2, 0}, {2, cases[i].head_dim, 2, 0}};
+        xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
+        sequence s = plain_sequence();
+        s.version = cases[i].version;
+        s.rot_k = cases[i].rot_k;
+        s.k_type = TYPE_Q8_0;
+        s.k_row = 2 * cases[i].head_dim / 32 * 34;
+        s.v_row = 8;
+        put_sequence(&file, &s);
+        xkv_cache *cache = open_file(&model);
+        assert_int_equal(xkv_cache_geometry(cache)->planes[0].head_dim, cases[i].head_dim);
+        assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, cases[i].rope);
+        xkv_cache_free(ctx, cache);
+    }
+}
+
+/* MLA rows in blocks: two planes unless a block holds some of both. */
+static void test_quantized_latent(void **state)
+{
+    (void)state;
+    xkv_model_layer layers[] = {{1, 96, 64, XKV_NO_ROPE}, {1, 96, 64, XKV_NO_ROPE}};
+    xkv_model model = {.layer_count = 2, .layers = layers, .latent_dim = 64, .latent_first = 1};
+    sequence s = plain_sequence();
+    s.k_type = TYPE_Q8_0;
+    s.k_row = 3 * 34;
+    s.v_row = 0;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    const xkv_view *views = xkv_cache_views(cache);
+    assert_int_equal(g->plane_count, 4);
+    assert_int_equal(g->planes[1].kind, XKV_PLANE_K_ROPE);
+    assert_ptr_equal(row_element(&views[1], &g->planes[1], 1, 0), (uint8_t *)views[0].data + 102 + 68);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+    model.latent_dim = 48;
+    cache = open_file(&model);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 2);
+    assert_int_equal(xkv_cache_geometry(cache)->planes[0].kind, XKV_PLANE_K);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
     xkv_cache_free(ctx, cache);
 }
 
@@ -437,6 +548,10 @@ static void test_contradictions(void **state)
     s.k_type = TYPE_Q8_0;
     s.k_row = 34;
     put_sequence(&file, &s);
+    assert_refused(76, 35, XKV_ERROR_CORRUPT);        /* no whole block */
+    assert_refused(76, 8193 * 34, XKV_ERROR_CORRUPT); /* one block more than a row may have */
+    s.k_type = TYPE_IQ4_NL;
+    put_sequence(&file, &s);
     assert_refused(80, 0x7fffffff, XKV_ERROR_CORRUPT); /* size overflows */
     s = plain_sequence();
     s.v_trans = 1;
@@ -573,7 +688,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_checkpoints, setup, teardown),
         cmocka_unit_test_setup_teardown(test_packed_token_field, setup, teardown),
         cmocka_unit_test_setup_teardown(test_latent, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_unknown_type, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quantized_rows, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_quantized_rope, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_quantized_latent, setup, teardown),
         cmocka_unit_test_setup_teardown(test_second_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_not_understood, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_cells, setup, teardown),
