@@ -130,6 +130,50 @@ typedef struct xkv_view {
                           Another one serves rows that are split elsewhere: see axis X of xkv_pages */
 } xkv_view;
 
+/* --- Pages: the caches of serving engines ------------------------------------------------------------------------- */
+
+#define XKV_MAX_BLOCK_TOKENS 256u
+
+/* One tensor of an engine's paged cache, which holds some kinds of planes of some layers. `axes` names its axes from
+ * the slowest to the fastest, one letter each, every letter at most once: L  layers, layer_count of them        N slots
+ * of a block, block_tokens       D  dims of a head K  kinds, kind_count                  H  heads X  the fastest
+ * dim_split dims of a head, B  blocks, block_count                                                           where D
+ * counts groups of them C  the dims of all kinds one behind the other, in the order of `kinds`: instead of K and D L,
+ * K, N and H may be left out where there is one of it, or for H and D where a head has all dims. Examples: vLLM up to
+ * 0.25        FlashAttention "KBNHD" (HND: "KBHND"), FlashInfer "BKNHD", MLA "BNC" of latent and K-rope, split keys
+ * "BHDNX" beside values "BHDN" vLLM from 0.26 on      "BNHC" (NHD) or "BHNC" (HND), C being K then V SGLang a K and a V
+ * buffer a layer "BNHD" or "BHD" with blocks of one token; host pages layer_first "KLBNHD", page_first "KBNLHD",
+ * page_first_direct "KBLNHD", page_head "KBHNLD" llama.cpp              a tensor a layer, blocks of one cell: K and V
+ * "BHD", transposed V "HDB" A layout is never guessed: engines change theirs. */
+typedef struct xkv_pages {
+    void *data;
+    uint64_t size; /* bytes at `data`: nothing beyond is touched */
+    const char *axes;
+    const int64_t *strides; /* [strlen(axes)] bytes between neighbours of each axis, >= 0; NULL: dense. Those of blocked
+                               dtypes count bytes of whole blocks: D or C has xkv_dtype_size(dtype) */
+    uint32_t dtype;         /* xkv_dtype */
+    uint32_t first_layer, layer_count;
+    uint32_t kinds[4], kind_count; /* xkv_plane_kind */
+    uint32_t block_count;          /* blocks of the pool */
+    uint32_t block_tokens;         /* slots of a block, 1 .. XKV_MAX_BLOCK_TOKENS */
+    uint32_t dim_split;            /* axis X; 0 without it */
+    const int32_t *table;          /* [table_size] blocks of the sequence: token t is in slot t % block_tokens of block
+                                      table[t / block_tokens] */
+    uint32_t table_size;
+} xkv_pages;
+
+/* Views of tokens [first_token, first_token + token_count) of a sequence: a view for each plane of `geometry`, whose
+ * heads and dims the tensors have; token_count 0: geometry->token_count. Row i of the views is token first_token + i.
+ * Every plane lies in exactly one of the `count` tensors; layers and kinds that the geometry does not have are left
+ * alone. *views_p: [plane_count] views and their rows in one allocation, for xkv_views_free(); `pages` is not kept, its
+ * memory must stay. Row numbers have 32 bits: with rows of r bytes a pool may span r * 2^32 of them.
+ * Errors: ARGUMENT (axes, strides or sizes that contradict each other or the geometry, a block outside of the pool, a
+ * table too short), LIMIT (a pool too large for its row numbers), MEMORY. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_views_from_pages(xkv_ctx *ctx, const xkv_geometry *geometry,
+                                                       const xkv_pages *pages, uint32_t count, uint32_t first_token,
+                                                       uint32_t token_count, xkv_view **views_p);
+XKV_API void xkv_views_free(xkv_ctx *ctx, xkv_view *views); /* accepts NULL */
+
 /* --- Input and output --------------------------------------------------------------------------------------------- */
 
 /* Random-access bytes. `read` fills exactly `size` bytes from `offset` (offset + size <= the input's size) and may be
