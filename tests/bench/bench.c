@@ -197,7 +197,7 @@ static void free_in_memory(in_memory *m)
     free(m->views);
 }
 
-static void measure_case(bench_plan *plan, const svd_case *c, json_t *lossless, json_t *svd)
+static void measure_case(bench_plan *plan, const svd_case *c, json_t *lossless, json_t *svd, json_t *destinations)
 {
     in_memory m;
 
@@ -206,20 +206,24 @@ static void measure_case(bench_plan *plan, const svd_case *c, json_t *lossless, 
         json_array_append_new(lossless, bench_lossless(plan, &m.subject, plan->threads[i]));
         for (uint32_t q = 1; q <= 2; q++)
             json_array_append_new(svd, bench_svd(plan, &m.subject, c->rank_k, c->rank_v, q, plan->threads[i]));
+        for (int coded = 0; coded < 2; coded++)
+            json_array_append_new(destinations, bench_destinations(plan, &m.subject,
+                                                                   coded ? XKV_PROFILE_SCALAR : XKV_PROFILE_LOSSLESS,
+                                                                   plan->threads[i]));
     }
     free_in_memory(&m);
 }
 
-static void measure_cases(bench_plan *plan, json_t *lossless, json_t *svd)
+static void measure_cases(bench_plan *plan, json_t *lossless, json_t *svd, json_t *destinations)
 {
     static const svd_case full[2] = {{3, 64, 76, 115, 16384}, {8, 128, 512, 768, 16384}}, quick = {1, 64, 25, 38, 512};
 
     if (plan->quick) {
-        measure_case(plan, &quick, lossless, svd);
+        measure_case(plan, &quick, lossless, svd, destinations);
         return;
     }
-    measure_case(plan, &full[0], lossless, svd);
-    measure_case(plan, &full[1], lossless, svd);
+    measure_case(plan, &full[0], lossless, svd, destinations);
+    measure_case(plan, &full[1], lossless, svd, destinations);
 }
 
 /* --- Files -------------------------------------------------------------------------------------------------------- */
@@ -395,14 +399,14 @@ static json_t *measure_all(bench_plan *plan, const argument *arguments, int coun
     json_t *description = machine();                                                     /* with the load before ours */
     json_t *scaling = plan->only_files ? bench_json(json_array()) : bench_scaling(plan); /* while we are small */
     json_t *ceilings = bench_ceilings(plan), *lossless = bench_json(json_array()), *svd = bench_json(json_array());
-    json_t *files;
+    json_t *files, *destinations = bench_json(json_array());
 
     if (!plan->only_files)
-        measure_cases(plan, lossless, svd);
+        measure_cases(plan, lossless, svd, destinations);
     files = measure_files(plan, arguments, count);
-    return bench_json(json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "benchmark", "xkv", "machine", description,
-                                "ceilings", ceilings, "lossless", lossless, "svd", svd, "scaling", scaling, "files",
-                                files, "goals", plan->goals));
+    return bench_json(json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "benchmark", "xkv", "machine",
+                                description, "ceilings", ceilings, "lossless", lossless, "svd", svd, "destinations",
+                                destinations, "scaling", scaling, "files", files, "goals", plan->goals));
 }
 
 int main(int argc, char **argv)

@@ -83,6 +83,10 @@ json_t *bench_lossless(bench_plan *plan, bench_subject *s, uint32_t threads);
 json_t *bench_svd(bench_plan *plan, bench_subject *s, uint32_t rank_k, uint32_t rank_v, uint32_t iterations,
                   uint32_t threads);
 
+/* destinations.c: what restoring costs into other types and into pages; profile lossless or scalar. Planes must be K
+ * and V of each layer, with rows of whole blocks. */
+json_t *bench_destinations(const bench_plan *plan, bench_subject *s, uint32_t profile, uint32_t threads);
+
 /* coded.c: with a dictionary that has all planes of the subject. */
 json_t *bench_dict(bench_plan *plan, bench_subject *s, const xkv_dict *dict, double ratio, uint32_t threads);
 

@@ -34,6 +34,22 @@ static int check_scaling(const json_t *document)
     return 0;
 }
 
+/* Every destination of every case took some time. */
+static int check_destinations(const json_t *document)
+{
+    const json_t *cases = json_object_get(document, "destinations");
+
+    for (size_t i = 0; i < json_array_size(cases); i++) {
+        const json_t *list = json_object_get(json_array_get(cases, i), "destinations");
+        for (size_t k = 0; k < json_array_size(list); k++)
+            if (!(json_number_value(json_object_get(json_array_get(list, k), "seconds")) > 0))
+                return fail("seconds of a destination");
+        if (json_array_size(list) < 8)
+            return fail("destinations");
+    }
+    return json_array_size(cases) == 0 ? fail("destinations") : 0;
+}
+
 static int check(const json_t *document)
 {
     const json_t *lossless = json_object_get(document, "lossless");
@@ -48,7 +64,8 @@ static int check(const json_t *document)
     return check_rates(document, "lossless", "pack", "percent_of_zstd") ||
            check_rates(document, "lossless", "unpack", "percent_of_zstd") ||
            check_rates(document, "svd", "pack", "percent_of_gemm") ||
-           check_rates(document, "svd", "unpack", "percent_of_gemm") || check_scaling(document);
+           check_rates(document, "svd", "unpack", "percent_of_gemm") || check_scaling(document) ||
+           check_destinations(document);
 }
 
 int main(int argc, char **argv)
