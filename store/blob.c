@@ -1,8 +1,6 @@
 /* blob.c - the files of a store. */
 #include "blob.h"
 
-#include "sha256.h"
-
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -158,31 +156,13 @@ out:
     return status;
 }
 
-static xkv_status add_to_hash(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
-{
-    (void)ctx;
-    (void)offset;
-    xkv_sha256_add(user, src, size);
-    return XKV_OK;
-}
-
-xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32])
-{
-    xkv_sha256 h;
-    const xkv_output sum = {.user = &h, .write = add_to_hash};
-    xkv_sha256_begin(&h);
-    XKV_TRY(xkv_input_copy(ctx, file, &sum));
-    xkv_sha256_end(&h, hash);
-    return XKV_OK;
-}
-
 xkv_status xkv_blob_check_hash(xkv_ctx *ctx, const xkv_input *file, const uint8_t expected[32])
 {
     uint8_t hash[32];
-    XKV_TRY(xkv_blob_hash(ctx, file, hash));
+    XKV_TRY(xkv_hash_input(ctx, file, hash));
     return memcmp(hash, expected, sizeof hash) == 0
                ? XKV_OK
-               : xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the SHA-256 of the blob does not match [SB6]");
+               : xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the hash of the blob does not match [SB6]");
 }
 
 /* --- Head --------------------------------------------------------------------------------------------------------- */
@@ -506,7 +486,7 @@ static xkv_status create_temp(xkv_ctx *ctx, xkv_blob_writer *w)
             continue;
         if (flock(w->fd, LOCK_SH | LOCK_NB) == 0 && fstat(w->fd, &st) == 0 && st.st_nlink > 0)
             return XKV_OK;
-        xkv_blob_end(w, false);
+        xkv_blob_end(ctx, w, false);
     }
     int error = errno;
     w->temp[0] = '\0';
@@ -523,12 +503,26 @@ xkv_status xkv_blob_begin(xkv_ctx *ctx, const xkv_folders *folders, const uint8_
     w->fd = w->plain = -1;
     w->payload_offset = payload_offset(symbols, names, link != NULL ? (uint64_t)LINK_BYTES + link->fram_size : 0);
     XKV_TRY(create_temp(ctx, w));
+    xkv_status status = xkv_hasher_create(ctx, w->fd, &w->hasher);
     w->plain = key != NULL ? memfd_create("xkv", MFD_CLOEXEC) : w->fd;
-    if (w->plain >= 0)
-        return XKV_OK;
-    int error = errno;
-    xkv_blob_end(w, false);
-    return xkv_fail_errno(ctx, "create a file in", "memory", error);
+    if (status == XKV_OK && w->plain < 0)
+        status = xkv_fail_errno(ctx, "create a file in", "memory", errno);
+    if (status != XKV_OK)
+        xkv_blob_end(ctx, w, false);
+    return status;
+}
+
+/* To the file itself. */
+static xkv_status write_file(xkv_ctx *ctx, xkv_blob_writer *w, uint64_t offset, const void *src, size_t size)
+{
+    XKV_TRY(write_at(ctx, w->fd, offset, src, size));
+    return xkv_hasher_note(ctx, w->hasher, offset, size);
+}
+
+/* To the file, or to what is to be encrypted. */
+static xkv_status write_plain(xkv_ctx *ctx, xkv_blob_writer *w, uint64_t offset, const void *src, size_t size)
+{
+    return w->plain == w->fd ? write_file(ctx, w, offset, src, size) : write_at(ctx, w->plain, offset, src, size);
 }
 
 static xkv_status payload_write(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
@@ -537,7 +531,7 @@ static xkv_status payload_write(void *user, xkv_ctx *ctx, uint64_t offset, const
     uint64_t end;
     if (!xkv_add64(offset, size, &end) || end > INT64_MAX - w->payload_offset)
         return xkv_fail(ctx, XKV_ERROR_LIMIT, "offset %llu is beyond what a file can hold", (unsigned long long)offset);
-    XKV_TRY(write_at(ctx, w->plain, w->payload_offset + offset, src, size));
+    XKV_TRY(write_plain(ctx, w, w->payload_offset + offset, src, size));
     w->payload_size = xkv_max64(w->payload_size, end);
     return XKV_OK;
 }
@@ -568,13 +562,13 @@ static xkv_status write_body(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *he
     if (w->link != NULL)
         encode_link(w->link, bytes + names_end(head->symbols, head->names) - XKV_BLOB_HEAD);
     head->body_checksum = XXH3_64bits(bytes, (size_t)table_size(head->symbols));
-    xkv_status status = write_at(ctx, w->plain, XKV_BLOB_HEAD, bytes, size);
+    xkv_status status = write_plain(ctx, w, XKV_BLOB_HEAD, bytes, size);
     xkv_release(ctx, bytes);
     return status;
 }
 
 /* Encrypt what lies behind the head, piece by piece. */
-static xkv_status seal_pieces(xkv_ctx *ctx, const xkv_blob_writer *w, const uint8_t *head)
+static xkv_status seal_pieces(xkv_ctx *ctx, xkv_blob_writer *w, const uint8_t *head)
 {
     const uint64_t total = w->payload_offset + w->payload_size - XKV_BLOB_HEAD;
     uint8_t *buffer = NULL;
@@ -585,8 +579,8 @@ static xkv_status seal_pieces(xkv_ctx *ctx, const xkv_blob_writer *w, const uint
         XKV_TRY_GOTO(read_at(ctx, w->plain, XKV_BLOB_HEAD + done, buffer, n), out);
         XKV_TRY_GOTO(xkv_check_cancel(ctx), out);
         xkv_seal_piece(w->key, head, piece, buffer, n, buffer + XKV_SEAL_PIECE);
-        XKV_TRY_GOTO(write_at(ctx, w->fd, XKV_BLOB_HEAD + piece * (XKV_SEAL_PIECE + XKV_SEAL_TAG),
-                              buffer + XKV_SEAL_PIECE, n + XKV_SEAL_TAG),
+        XKV_TRY_GOTO(write_file(ctx, w, XKV_BLOB_HEAD + piece * (XKV_SEAL_PIECE + XKV_SEAL_TAG),
+                                buffer + XKV_SEAL_PIECE, n + XKV_SEAL_TAG),
                      out);
         done += n;
     }
@@ -599,7 +593,6 @@ xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *head
                            const xkv_page_key *names)
 {
     uint8_t bytes[XKV_BLOB_HEAD];
-    xkv_input file;
     head->extends = w->link != NULL;
     XKV_TRY(write_body(ctx, w, head, symbols, names));
     head->payload_offset = w->payload_offset;
@@ -616,10 +609,9 @@ xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_blob_head *head
         sign_head(bytes);
         XKV_TRY(seal_pieces(ctx, w, bytes));
     }
-    XKV_TRY(write_at(ctx, w->fd, 0, bytes, sizeof bytes));
+    XKV_TRY(write_file(ctx, w, 0, bytes, sizeof bytes));
     (void)sync_file_range(w->fd, 0, 0, SYNC_FILE_RANGE_WRITE); /* the disk works while the hash is computed */
-    XKV_TRY(xkv_blob_file(ctx, &w->fd, &file));
-    XKV_TRY(xkv_blob_hash(ctx, &file, w->hash));
+    XKV_TRY(xkv_hasher_finish(ctx, w->hasher, w->hash));
     return fsync(w->fd) == 0 ? XKV_OK : xkv_fail_errno(ctx, "write a", temp_text, errno);
 }
 
@@ -658,8 +650,10 @@ xkv_status xkv_blob_publish(xkv_ctx *ctx, xkv_blob_writer *w, uint64_t id)
     return XKV_OK;
 }
 
-void xkv_blob_end(xkv_blob_writer *w, bool committed)
+void xkv_blob_end(xkv_ctx *ctx, xkv_blob_writer *w, bool committed)
 {
+    xkv_hasher_free(ctx, w->hasher);
+    w->hasher = NULL;
     if (w->linked && !committed)
         xkv_blob_unlink(w->folders, &w->name);
     if (w->temp[0] != '\0')

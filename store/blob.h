@@ -4,6 +4,7 @@
 #define XKV_BLOB_H
 
 #include "chain.h"
+#include "hasher.h"
 #include "seal.h"
 
 enum { XKV_BLOB_HEAD = 256, XKV_BLOB_NAME = 64 + 1 + 16, XKV_PAGE_KEY_BYTES = 40 };
@@ -15,7 +16,7 @@ typedef struct xkv_folders {
     int root, blobs, temp, quarantine;
 } xkv_folders;
 
-/* Name of a blob: its SHA-256, a dot, the id of its entry. */
+/* Name of a blob: its hash, a dot, the id of its entry. */
 typedef struct xkv_blob_name {
     char text[XKV_BLOB_NAME + 1];
 } xkv_blob_name;
@@ -55,6 +56,7 @@ typedef struct xkv_blob_writer {
     int fd, plain;                /* `plain`: what is to be encrypted, in memory; else fd */
     char temp[XKV_BLOB_NAME + 1]; /* its present name in the folder of temporary files; "": none */
     uint64_t payload_offset, payload_size;
+    xkv_hasher *hasher; /* of the file */
     uint8_t hash[32];
     bool linked;        /* it has its final name */
     xkv_blob_name name; /* that one */
@@ -73,7 +75,7 @@ XKV_MUST_CHECK xkv_status xkv_blob_finish(xkv_ctx *ctx, xkv_blob_writer *w, xkv_
 /* Give it its final name, sync the folder, and keep it from eviction until xkv_blob_end(); may be called again. */
 XKV_MUST_CHECK xkv_status xkv_blob_publish(xkv_ctx *ctx, xkv_blob_writer *w, uint64_t id);
 /* Close; `committed` false: the file goes away. */
-void xkv_blob_end(xkv_blob_writer *w, bool committed);
+void xkv_blob_end(xkv_ctx *ctx, xkv_blob_writer *w, bool committed);
 
 /* --- Reading --- */
 
@@ -119,9 +121,7 @@ XKV_MUST_CHECK xkv_status xkv_blob_next(xkv_ctx *ctx, const xkv_input *file, uin
                                         xkv_input *blob);
 /* All of an input to an output. */
 XKV_MUST_CHECK xkv_status xkv_input_copy(xkv_ctx *ctx, const xkv_input *from, const xkv_output *to);
-/* SHA-256 of a whole input. */
-XKV_MUST_CHECK xkv_status xkv_blob_hash(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32]);
-/* Compare it with that of the file's name or record. CHECKSUM [SB6]. */
+/* Compare its hash with that of its name or record. CHECKSUM [SB6]. */
 XKV_MUST_CHECK xkv_status xkv_blob_check_hash(xkv_ctx *ctx, const xkv_input *file, const uint8_t expected[32]);
 
 /* --- Removing --- */

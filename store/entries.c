@@ -594,7 +594,8 @@ static xkv_status change_once(xkv_ctx *ctx, xkv_change *change, xkv_pending *pen
     change->blobs_synced = false;
     pending_take(store, pending);
     attempt a = {change, pending};
-    xkv_status status = xkv_index_write(ctx, store->index, run_change, &a);
+    xkv_status status = change->body != NULL ? xkv_index_write(ctx, store->index, run_change, &a)
+                                             : xkv_index_write_lazily(ctx, store->index, run_change, &a);
     if (status != XKV_OK) {
         pending_return(store, pending);
         xkv_removed_clear(ctx, &change->removed);

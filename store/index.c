@@ -260,11 +260,11 @@ xkv_status xkv_index_read(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void 
 }
 
 /* One attempt; *error is that of LMDB, 0 when the failure is not its. */
-static xkv_status write_once(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user, int *error)
+static xkv_status write_once(xkv_ctx *ctx, xkv_index *index, unsigned flags, xkv_txn_fn body, void *user, int *error)
 {
     xkv_txn txn = {.ctx = ctx, .index = index};
     xkv_status status = XKV_OK;
-    *error = begin(index, 0, &txn.mdb);
+    *error = begin(index, flags, &txn.mdb);
     if (*error != 0)
         return status_of(*error);
     status = body(&txn, user);
@@ -279,13 +279,13 @@ static xkv_status write_once(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, vo
     return status;
 }
 
-xkv_status xkv_index_write(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user)
+static xkv_status write_index(xkv_ctx *ctx, xkv_index *index, unsigned flags, xkv_txn_fn body, void *user)
 {
     if (index->read_only)
         return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
     for (int attempt = 0;; attempt++) {
         int error = 0;
-        xkv_status status = write_once(ctx, index, body, user, &error);
+        xkv_status status = write_once(ctx, index, flags, body, user, &error);
         if (status == XKV_OK)
             return XKV_OK;
         if (!mend(index, error, attempt)) {
@@ -294,6 +294,16 @@ xkv_status xkv_index_write(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void
             return error != 0 ? fail_mdb(ctx, "write", index->path, error) : status;
         }
     }
+}
+
+xkv_status xkv_index_write(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user)
+{
+    return write_index(ctx, index, 0, body, user);
+}
+
+xkv_status xkv_index_write_lazily(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user)
+{
+    return write_index(ctx, index, MDB_NOMETASYNC, body, user);
 }
 
 xkv_ctx *xkv_txn_ctx(const xkv_txn *txn)

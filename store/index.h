@@ -31,6 +31,9 @@ XKV_MUST_CHECK xkv_status xkv_index_read(xkv_ctx *ctx, xkv_index *index, xkv_txn
 /* Run `body` in the write transaction and commit it, or leave everything as it was. When the map is full it is grown
  * and `body` runs again, from the start. */
 XKV_MUST_CHECK xkv_status xkv_index_write(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user);
+/* The same for what need not survive a crash of the machine: that may undo the commit, and no other one. It saves one
+ * of two syncs. */
+XKV_MUST_CHECK xkv_status xkv_index_write_lazily(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user);
 
 xkv_ctx *xkv_txn_ctx(const xkv_txn *txn);
 

@@ -616,7 +616,7 @@ static xkv_status extend_part(xkv_ctx *ctx, part *p, const part *parent, const x
 }
 
 /* Open parts[i], after those that it extends. */
-static xkv_status open_part(xkv_ctx *ctx, xkv_hit *hit, uint32_t i)
+static xkv_status open_part(xkv_ctx *ctx, xkv_hit *hit, uint32_t i, bool attach)
 {
     part *p = &hit->parts[i];
     xkv_blob_head head;
@@ -630,7 +630,7 @@ static xkv_status open_part(xkv_ctx *ctx, xkv_hit *hit, uint32_t i)
         XKV_TRY(extend_part(ctx, p, p + 1, &head));
     if (xkv_entry_geometry(p->entry)->token_count < p->item.tokens)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
-    return attach_dict(ctx, hit, p);
+    return attach ? attach_dict(ctx, hit, p) : XKV_OK;
 }
 
 /* A payload that asks for a newer program and is not what was written is damaged. */
@@ -652,11 +652,11 @@ static void close_entries(xkv_ctx *ctx, xkv_hit *hit)
     }
 }
 
-static xkv_status open_entries(xkv_ctx *ctx, xkv_hit *hit)
+static xkv_status open_entries(xkv_ctx *ctx, xkv_hit *hit, bool attach)
 {
     xkv_status status = XKV_OK;
     for (uint32_t i = hit->count; status == XKV_OK && i-- > 0;) {
-        status = open_part(ctx, hit, i);
+        status = open_part(ctx, hit, i, attach);
         if (xkv_is_newer(status) && !hit->spared)
             status = check_newer(ctx, hit, &hit->parts[i], status);
     }
@@ -669,7 +669,14 @@ xkv_status xkv_hit_entry(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
 {
     XKV_TRY(xkv_store_begin(ctx, hit->store));
     if (hit->parts[0].entry == NULL)
-        XKV_TRY(open_entries(ctx, hit));
+        XKV_TRY(open_entries(ctx, hit, true));
+    *entry_p = hit->parts[0].entry;
+    return XKV_OK;
+}
+
+xkv_status xkv_hit_examine(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p)
+{
+    XKV_TRY(open_entries(ctx, hit, false));
     *entry_p = hit->parts[0].entry;
     return XKV_OK;
 }

@@ -296,7 +296,7 @@ static xkv_status copy_and_commit(xkv_ctx *ctx, put *p, const xkv_input *entry)
     xkv_status status = xkv_input_copy(ctx, entry, &output);
     if (status == XKV_OK)
         status = commit(ctx, p);
-    xkv_blob_end(&p->writer, status == XKV_OK && !p->report.existed);
+    xkv_blob_end(ctx, &p->writer, status == XKV_OK && !p->report.existed);
     return status;
 }
 
@@ -392,7 +392,7 @@ static xkv_status pack_and_commit(xkv_ctx *ctx, put *p, const planes *from)
     xkv_status status = pack_payload(ctx, p, from);
     if (status == XKV_OK)
         status = commit(ctx, p);
-    xkv_blob_end(&p->writer, status == XKV_OK && !p->report.existed);
+    xkv_blob_end(ctx, &p->writer, status == XKV_OK && !p->report.existed);
     return status;
 }
 
@@ -666,7 +666,7 @@ static xkv_status check_stored(xkv_ctx *ctx, put_dict *p)
     if (status == XKV_OK) {
         status = xkv_blob_file(ctx, &fd, &file);
         if (status == XKV_OK)
-            status = xkv_blob_hash(ctx, &file, hash);
+            status = xkv_hash_input(ctx, &file, hash);
         close(fd);
     }
     if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && !xkv_is_damage(status))
@@ -713,7 +713,7 @@ xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *d
     if (!p.existed) {
         XKV_TRY(xkv_blob_begin(ctx, &store->folders, store->key, 0, 0, NULL, &p.writer));
         xkv_status status = write_dict(ctx, &p, dictionary);
-        xkv_blob_end(&p.writer, status == XKV_OK && !p.existed);
+        xkv_blob_end(ctx, &p.writer, status == XKV_OK && !p.existed);
         XKV_TRY(status);
     }
     if (id != NULL)

@@ -114,7 +114,7 @@ static bool choose(xkv_ctx *ctx, xkv_parent *p, const xkv_item *item, uint32_t c
                    const xkv_pack_options *o)
 {
     const xkv_entry *entry = NULL;
-    if (has_key(p->hit, item->key) || xkv_hit_entry(ctx, p->hit, &entry) != XKV_OK)
+    if (has_key(p->hit, item->key) || xkv_hit_examine(ctx, p->hit, &entry) != XKV_OK)
         return false;
     uint32_t base = last_boundary(entry, most_tokens(item, common, geometry, o));
     return base > 0 && base >= o->sinks && set_parent(p, entry, base) && 2 * (uint64_t)base >= p->item->tokens &&

@@ -33,7 +33,7 @@ static xkv_remote_name name_of(char kind, const uint8_t digest[32])
 /* Without the key of an encrypted store nobody can tell which prompt a name stands for. */
 static xkv_remote_name hashed_name(const xkv_remote *r, char kind, const uint8_t *id, size_t size)
 {
-    static const char domain[] = "xkv remote 1"; /* with its zero */
+    static const char domain[] = "xkv remote 2"; /* with its zero */
     uint8_t digest[32], kind_and_block[5] = {(uint8_t)kind};
     xkv_sha256 h;
     xkv_store32(kind_and_block + 1, kind == 'i' ? r->block_tokens : 0);

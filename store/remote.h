@@ -25,7 +25,6 @@ typedef struct xkv_request {
     uint8_t *bytes;        /* [limit] */
     uint64_t size;         /* GET and SIZE: of the object */
     const xkv_input *from; /* PUT: the object, which replaces one of the same name as a whole */
-    const uint8_t *hash;   /* PUT: [32] its SHA-256 */
     bool ours;             /* it failed on this machine: the remote is not to blame */
     bool final;            /* it failed, and would fail again */
 } xkv_request;

@@ -139,7 +139,7 @@ static xkv_status fetch_dict(const fetch *f, uint8_t id[16])
         return status;
     xkv_remote_name name = xkv_remote_dict_name(f->remote, id);
     status = take_dict(f, name.text, id, &a);
-    xkv_blob_end(&a.file, false);
+    xkv_blob_end(f->ctx, &a.file, false);
     if (is_useless(status))
         note_damage(f, name.text);
     return status;
@@ -162,9 +162,9 @@ static xkv_status check_tokens(const fetch *f, const arrived *a)
 static xkv_status check_blob(const fetch *f, arrived *a)
 {
     uint8_t hash[32];
-    XKV_TRY(xkv_blob_hash(f->ctx, &a->raw, hash));
+    XKV_TRY(xkv_hash_input(f->ctx, &a->raw, hash));
     if (a->raw.size != f->pointer.size || memcmp(hash, f->pointer.hash, 32) != 0)
-        return xkv_fail(f->ctx, XKV_ERROR_CHECKSUM, "its size or SHA-256 is not that of its name [SR5]");
+        return xkv_fail(f->ctx, XKV_ERROR_CHECKSUM, "its size or hash is not that of its name [SR5]");
     XKV_TRY(open_arrived(f, a));
     if (a->head.kind != XKV_BLOB_ENTRY || memcmp(a->head.space, f->ns->id, 32) != 0)
         return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it is no entry of the namespace [SR5]");
@@ -207,7 +207,7 @@ static xkv_status fetch_from(fetch *f, uint32_t first)
         return XKV_ERROR_NOT_FOUND;
     xkv_remote_name name = xkv_remote_blob_name(f->pointer.hash);
     xkv_status status = take_blob(f, name.text, &a);
-    xkv_blob_end(&a.file, false);
+    xkv_blob_end(f->ctx, &a.file, false);
     return status;
 }
 

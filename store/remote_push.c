@@ -71,9 +71,9 @@ static xkv_status count_queued(xkv_txn *txn, void *user)
 
 /* --- One entry ---------------------------------------------------------------------------------------------------- */
 
-static xkv_status put_object(push *p, const char *name, const xkv_input *from, const uint8_t hash[32])
+static xkv_status put_object(push *p, const char *name, const xkv_input *from)
 {
-    xkv_request q = {.kind = XKV_REQUEST_PUT, .name = name, .fd = -1, .from = from, .hash = hash};
+    xkv_request q = {.kind = XKV_REQUEST_PUT, .name = name, .fd = -1, .from = from};
     return xkv_remote_run(p->ctx, p->remote, &q, p->deadline);
 }
 
@@ -83,7 +83,7 @@ static xkv_status put_blob(push *p, const char *name, const uint8_t hash[32], co
     xkv_input file;
     XKV_TRY(xkv_blob_file(p->ctx, fd, &file));
     XKV_TRY(xkv_blob_check_hash(p->ctx, &file, hash));
-    return put_object(p, name, &file, hash);
+    return put_object(p, name, &file);
 }
 
 /* The dictionary of an entry, unless the remote has it. */
@@ -114,14 +114,13 @@ static xkv_status push_dict(push *p, const xkv_item *item)
 static xkv_status put_pointers(push *p, const xkv_item *item, const xkv_page_key *keys, uint32_t count)
 {
     xkv_pointer pointer = {.size = item->file_size};
-    uint8_t bytes[XKV_POINTER_SIZE], hash[32];
+    uint8_t bytes[XKV_POINTER_SIZE];
     const xkv_input object = xkv_input_from_memory(bytes, sizeof bytes);
     memcpy(pointer.hash, item->blob, 32);
     xkv_pointer_encode(&pointer, bytes);
-    XKV_TRY(xkv_blob_hash(p->ctx, &object, hash));
     for (uint32_t i = 0; i < count; i++) {
         xkv_remote_name name = xkv_remote_index_name(p->remote, keys[i].key);
-        XKV_TRY(put_object(p, name.text, &object, hash));
+        XKV_TRY(put_object(p, name.text, &object));
     }
     return XKV_OK;
 }

@@ -14,6 +14,8 @@ xkv_status xkv_s3_configure(xkv_ctx *ctx, xkv_ctx *own, const char *url, const x
 
 #else
 
+#include "sha256.h"
+
 #include <curl/curl.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -240,21 +242,40 @@ static xkv_status set_options(xkv_ctx *ctx, s3_link *l, transfer *t, const char 
     return XKV_OK;
 }
 
-/* The server checks the hash of what arrives, which is signed too. */
-static struct curl_slist *make_headers(const s3_link *l, const xkv_request *q)
+static xkv_status add_to_hash(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
 {
-    static const char empty[] = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
-    char hash[128];
-    xkv_remote_name name = {.text = ""};
+    (void)ctx;
+    (void)offset;
+    xkv_sha256_add(user, src, size);
+    return XKV_OK;
+}
+
+/* SHA-256 of the bytes that are sent; of none where there are none. */
+static xkv_status hash_body(xkv_ctx *ctx, xkv_request *q, uint8_t hash[32])
+{
+    xkv_sha256 h;
+    const xkv_output sum = {.user = &h, .write = add_to_hash};
+    xkv_status status = XKV_OK;
+    xkv_sha256_begin(&h);
     if (q->kind == XKV_REQUEST_PUT)
-        name = xkv_remote_blob_name(q->hash);
-    snprintf(hash, sizeof hash, "x-amz-content-sha256: %s", q->kind == XKV_REQUEST_PUT ? name.text + 2 : empty);
-    struct curl_slist *headers = curl_slist_append(NULL, hash);
-    if (headers != NULL && l->config->token[0] != '\0' && curl_slist_append(headers, l->config->token) == NULL) {
-        curl_slist_free_all(headers);
-        return NULL;
-    }
-    return headers;
+        status = xkv_input_copy(ctx, q->from, &sum);
+    q->ours = status != XKV_OK;
+    xkv_sha256_end(&h, hash);
+    return status;
+}
+
+/* The server checks the hash of what arrives, which is signed too. */
+static xkv_status make_headers(xkv_ctx *ctx, const s3_link *l, xkv_request *q, struct curl_slist **headers)
+{
+    char line[128];
+    uint8_t hash[32];
+    XKV_TRY(hash_body(ctx, q, hash));
+    snprintf(line, sizeof line, "x-amz-content-sha256: %s", xkv_remote_blob_name(hash).text + 2);
+    *headers = curl_slist_append(NULL, line);
+    if (*headers != NULL && (l->config->token[0] == '\0' || curl_slist_append(*headers, l->config->token) != NULL))
+        return XKV_OK;
+    curl_slist_free_all(*headers);
+    return xkv_fail(ctx, XKV_ERROR_MEMORY, "s3: out of memory");
 }
 
 /* What libcurl says, unless this side has said it. */
@@ -301,9 +322,8 @@ static xkv_status s3_run(xkv_ctx *ctx, void *link, xkv_request *q, uint32_t ms)
     s3_link *l = link;
     transfer t = {.ctx = ctx, .curl = l->curl, .q = q};
     char url[URL_SIZE];
-    struct curl_slist *headers = make_headers(l, q);
-    if (headers == NULL)
-        return xkv_fail(ctx, XKV_ERROR_MEMORY, "s3: out of memory");
+    struct curl_slist *headers = NULL;
+    XKV_TRY(make_headers(ctx, l, q, &headers));
     snprintf(url, sizeof url, "%s/%s", l->config->base, q->name);
     xkv_status status = set_options(ctx, l, &t, url, headers, ms);
     if (status == XKV_OK)

@@ -13,8 +13,7 @@
 #define DEFAULT_MAP   ((uint64_t)1 << 30)
 #define LOCK_ATTEMPTS 200
 #define LOCK_WAIT     (50 * 1000 * 1000) /* nanoseconds between them: 10 s in all */
-#define WRITE_VERSION 1u
-#define READ_VERSION  1u
+#define VERSION       2u                 /* of the folder; 1 named blobs by another hash, before the first release */
 
 static const uint8_t magic[8] = {'x', 'k', 'v', 's', 't', 'o', 'r', 'e'};
 
@@ -59,8 +58,8 @@ static void encode_properties(const xkv_properties *p, uint8_t bytes[XKV_PROPERT
 {
     memset(bytes, 0, XKV_PROPERTIES_SIZE);
     memcpy(bytes, magic, sizeof magic);
-    xkv_store16(bytes + 8, WRITE_VERSION);
-    xkv_store16(bytes + 10, READ_VERSION);
+    xkv_store16(bytes + 8, VERSION);
+    xkv_store16(bytes + 10, VERSION);
     xkv_store32(bytes + 12, p->block_tokens);
     xkv_store64(bytes + 16, p->byte_cap);
     xkv_store32(bytes + 24, p->encrypted);
@@ -76,9 +75,9 @@ static xkv_status decode_properties(xkv_ctx *ctx, const uint8_t *bytes, ssize_t 
                         "the checksum of the file \"store\" does not match: repair makes it anew [SO3]");
     if (size < 12 || memcmp(bytes, magic, sizeof magic) != 0)
         return xkv_fail(ctx, XKV_ERROR_FORMAT, "not a store: the file \"store\" has another magic [SO1]");
-    if (xkv_load16(bytes + 10) == 0 || xkv_load16(bytes + 10) > READ_VERSION)
-        return xkv_fail(ctx, XKV_ERROR_VERSION, "the store has version %u, this program reads up to %u [SO2]",
-                        xkv_load16(bytes + 10), READ_VERSION);
+    if (xkv_load16(bytes + 10) != VERSION)
+        return xkv_fail(ctx, XKV_ERROR_VERSION, "the store has version %u, this program reads %u [SO2]",
+                        xkv_load16(bytes + 10), VERSION);
     if (size != XKV_PROPERTIES_SIZE)
         return xkv_fail(ctx, XKV_ERROR_CHECKSUM, "the file \"store\" has not %d bytes: repair makes it anew [SO3]",
                         XKV_PROPERTIES_SIZE);

@@ -190,7 +190,8 @@ bool xkv_pending_due(xkv_store *store, uint64_t time);
 XKV_MUST_CHECK xkv_status xkv_store_flush(xkv_ctx *ctx, xkv_store *store);
 
 /* A change of the index: `body` gets the META record, which is written back after it. Pending uses go along, blobs of
- * what was removed are deleted after the commit. A body that sets `again` runs once more, in another transaction. */
+ * what was removed are deleted after the commit. A body that sets `again` runs once more, in another transaction.
+ * Without a body only what is pending is written, which a crash of the machine may undo. */
 typedef struct xkv_change {
     xkv_store *store;
     xkv_status (*body)(xkv_txn *txn, xkv_meta *meta, struct xkv_change *change);
@@ -232,6 +233,8 @@ XKV_MUST_CHECK xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, uint64_
  * can be read. Counts nothing. */
 XKV_MUST_CHECK xkv_status xkv_store_nearest(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
                                             const uint32_t *symbols, uint32_t count, uint32_t *tokens, xkv_hit **hit_p);
+/* In place of xkv_hit_entry() for who does not read rows: no dictionary is decoded. */
+XKV_MUST_CHECK xkv_status xkv_hit_examine(xkv_ctx *ctx, xkv_hit *hit, const xkv_entry **entry_p);
 /* The record of the hit's entry (0), of the one that it extends (1), and so on; NULL behind the last one. */
 const xkv_item *xkv_hit_item(const xkv_hit *hit, uint32_t i);
 

@@ -291,7 +291,7 @@ typedef struct xkv_store_item {
     uint32_t needs_dict;
     uint8_t dictionary_id[16];
     uint8_t key[32];                /* the last of the native chain */
-    uint8_t blob[32];               /* SHA-256 of the blob file */
+    uint8_t blob[32];               /* hash of the blob file (spec/store.md, section 2) */
     uint64_t parent;                /* the entry that it extends; 0: none */
     uint32_t base_tokens, children; /* tokens that it takes from there; entries that extend it */
 } xkv_store_item;
@@ -356,7 +356,7 @@ typedef struct xkv_verify_report {
     char first[256];                       /* what was wrong first; "" */
 } xkv_verify_report;
 
-/* Check every record of every table, every blob's SHA-256 and every link between them; with `decode` also decode
+/* Check every record of every table, every blob's hash and every link between them; with `decode` also decode
  * everything. Nothing is changed. Returns XKV_OK with the report when it could look at everything, also when something
  * is wrong. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_verify(xkv_ctx *ctx, xkv_store *store, int decode, xkv_progress_fn progress,

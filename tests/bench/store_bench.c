@@ -133,7 +133,7 @@ static void write_blob(xkv_ctx *ctx, filler *f, uint64_t i, xkv_item *item)
     need(ctx, xkv_blob_publish(ctx, &w, item->id), "blob");
     memcpy(item->blob, w.hash, 32);
     item->file_size = head.file_size;
-    xkv_blob_end(&w, true);
+    xkv_blob_end(ctx, &w, true);
 }
 
 static xkv_status fill_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)

@@ -36,7 +36,7 @@ blob=$(redis --scan --pattern 'xkv/b/*')
 run 0 redis setrange "$blob" 5000 x
 run 7 xkv-store match --remote "$url" B a
 out_is '0 of 700 tokens: nothing stored begins like it'
-err_has "the remote's object b/[0-9a-f]{64} is of no use: its size or SHA-256 is not that of its name \[SR5\]$"
+err_has "the remote's object b/[0-9a-f]{64} is of no use: its size or hash is not that of its name \[SR5\]$"
 assert_empty B
 run 0 redis append "$blob" more # larger than announced
 run 7 xkv-store match --remote "$url" B a

@@ -78,7 +78,7 @@ s3 get "$blob" >object
 flip_bit object 5000
 run 0 s3 put "$blob" object
 run 7 xkv-store match --remote s3://bucket/damage B a
-err_has "the remote's object b/[0-9a-f]{64} is of no use: its size or SHA-256 is not that of its name \[SR5\]$"
+err_has "the remote's object b/[0-9a-f]{64} is of no use: its size or hash is not that of its name \[SR5\]$"
 assert_empty B
 echo more >>object
 run 0 s3 put "$blob" object

@@ -220,7 +220,7 @@ run 0 xkv-store verify -q s
 
 # Damaged properties, links, folders that others can write to.
 cp -r s t
-printf '\x02' | dd of=t/store bs=1 seek=10 conv=notrunc status=none
+printf '\x03' | dd of=t/store bs=1 seek=10 conv=notrunc status=none
 run 3 xkv-store stat t
 err_has 'the checksum of the file "store" does not match: repair makes it anew \[SO3\]$'
 run 0 xkv-store repair t

@@ -638,6 +638,25 @@ static void lines_of_lossy_entries(void **state)
     free_trained(&d);
 }
 
+/* To extend an entry is not to read its rows. */
+static void no_dictionary_is_decoded_for_it(void **state)
+{
+    (void)state;
+    trained d = train();
+    synthetic s = sample(2);
+    xkv_pack_options pack = xkv_pack_options_default();
+    pack.chunk_tokens = CHUNK;
+    pack.dict = d.dict;
+    pack.quality = 50;
+    put_sample(&s, 110, &pack);
+    reopen_store(&t);
+    assert_int_equal(put_sample(&s, 180, &pack).base_tokens, 96);
+    for (uint32_t i = 0; i < XKV_DICT_CACHE; i++)
+        assert_null(t.store->dicts[i].dict);
+    free_synthetic(&s);
+    free_trained(&d);
+}
+
 /* Coarser steps and larger errors are not what is asked for. */
 static void what_is_coarser_is_not_extended(void **state)
 {
@@ -957,7 +976,7 @@ static void links_that_lie_are_refused(void **state)
         /* Under its true one, when the index is made anew. */
         uint8_t hash[32];
         const xkv_input input = xkv_input_from_memory(b.data, b.size);
-        assert_ok(t.ctx, xkv_blob_hash(t.ctx, &input, hash));
+        assert_ok(t.ctx, xkv_hash_input(t.ctx, &input, hash));
         snprintf(b.path, sizeof b.path, "%s/blobs/%s", t.path, xkv_blob_name_of(hash, ids[2]).text);
         write_file(b.path, b.data, b.size);
         assert_int_equal(repair(true).quarantined, 1);
@@ -1167,6 +1186,7 @@ int main(void)
         TEST(lines_are_bounded),
         TEST(what_is_extended_gets_no_new_keys),
         TEST(lines_of_lossy_entries),
+        TEST(no_dictionary_is_decoded_for_it),
         TEST(what_is_coarser_is_not_extended),
         TEST(loads_announce_groups_of_all),
         TEST(damage_takes_what_extends_it),
