@@ -156,6 +156,23 @@ out:
     return status;
 }
 
+xkv_status xkv_input_equal(xkv_ctx *ctx, const xkv_input *a, const xkv_input *b, bool *equal)
+{
+    xkv_status status = XKV_OK;
+    uint8_t *block = NULL;
+    *equal = a->size == b->size;
+    XKV_TRY(XKV_NEW(ctx, 2 * COPY_BLOCK, &block));
+    for (uint64_t offset = 0; *equal && offset < a->size; offset += COPY_BLOCK) {
+        size_t n = (size_t)xkv_min64(a->size - offset, COPY_BLOCK);
+        XKV_TRY_GOTO(a->read(a->user, ctx, offset, block, n), out);
+        XKV_TRY_GOTO(b->read(b->user, ctx, offset, block + COPY_BLOCK, n), out);
+        *equal = memcmp(block, block + COPY_BLOCK, n) == 0;
+    }
+out:
+    xkv_release(ctx, block);
+    return status;
+}
+
 xkv_status xkv_blob_check_hash(xkv_ctx *ctx, const xkv_input *file, const uint8_t expected[32])
 {
     uint8_t hash[32];

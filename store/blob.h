@@ -119,6 +119,8 @@ xkv_output xkv_output_from(xkv_shift *s, const xkv_output *output, uint64_t offs
 /* The blob at `offset` (below file->size) of an exported file, which is a row of them. FORMAT, TRUNCATED [SB1, SB3]. */
 XKV_MUST_CHECK xkv_status xkv_blob_next(xkv_ctx *ctx, const xkv_input *file, uint64_t offset, xkv_window *window,
                                         xkv_input *blob);
+/* Whether two inputs hold the same bytes. */
+XKV_MUST_CHECK xkv_status xkv_input_equal(xkv_ctx *ctx, const xkv_input *a, const xkv_input *b, bool *equal);
 /* All of an input to an output. */
 XKV_MUST_CHECK xkv_status xkv_input_copy(xkv_ctx *ctx, const xkv_input *from, const xkv_output *to);
 /* Compare its hash with that of its name or record. CHECKSUM [SB6]. */

@@ -1,6 +1,7 @@
 /* hasher.c - the hash that names a blob, taken while the blob is written. */
 #include "hasher.h"
 
+#include "kernels.h"
 #include "sha256.h"
 
 #include <errno.h>
@@ -9,7 +10,9 @@
 #include <signal.h>
 #include <unistd.h>
 
-#define FOLLOW_FROM ((uint64_t)4 * XKV_HASH_PIECE) /* smaller files are not worth a thread */
+#define FOLLOW_FROM  ((uint64_t)4 * XKV_HASH_PIECE) /* smaller files are not worth a thread */
+#define RUN_PIECES   64u
+#define MOST_THREADS 8u /* memory gives no more */
 
 typedef enum piece_state {
     PIECE_OPEN,    /* to be hashed */
@@ -49,23 +52,52 @@ static void hash_piece(const uint8_t *bytes, size_t size, uint8_t digest[32])
     xkv_sha256_end(&h, digest);
 }
 
-xkv_status xkv_hash_input(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32])
+/* A whole input, some pieces at a time. */
+typedef struct input_hash {
+    xkv_ctx *ctx;
+    const xkv_input *file;
+    uint64_t first;                  /* piece of this run */
+    uint8_t *blocks;                 /* XKV_HASH_PIECE bytes for each worker */
+    uint8_t digests[RUN_PIECES][32]; /* of the run */
+} input_hash;
+
+static xkv_status hash_task(void *user, uint32_t worker, uint64_t index)
 {
-    xkv_status status = XKV_OK;
-    uint8_t *block = NULL, digest[32];
+    input_hash *j = user;
+    const uint64_t offset = (j->first + index) * XKV_HASH_PIECE;
+    const size_t size = (size_t)xkv_min64(j->file->size - offset, XKV_HASH_PIECE);
+    uint8_t *block = j->blocks + (size_t)worker * XKV_HASH_PIECE;
+    XKV_TRY(j->file->read(j->file->user, j->ctx, offset, block, size));
+    hash_piece(block, size, j->digests[index]);
+    return XKV_OK;
+}
+
+static xkv_status hash_runs(input_hash *j, xkv_pool *pool, uint8_t hash[32])
+{
+    const uint64_t count = xkv_ceil_div(j->file->size, XKV_HASH_PIECE);
     xkv_sha256 h;
-    XKV_TRY(XKV_NEW(ctx, XKV_HASH_PIECE, &block));
     xkv_sha256_begin(&h);
-    for (uint64_t offset = 0; offset < file->size; offset += XKV_HASH_PIECE) {
-        size_t n = (size_t)xkv_min64(file->size - offset, XKV_HASH_PIECE);
-        XKV_TRY_GOTO(file->read(file->user, ctx, offset, block, n), out);
-        XKV_TRY_GOTO(xkv_check_cancel(ctx), out);
-        hash_piece(block, n, digest);
-        xkv_sha256_add(&h, digest, sizeof digest);
+    for (; j->first < count; j->first += RUN_PIECES) {
+        uint64_t n = xkv_min64(count - j->first, RUN_PIECES);
+        XKV_TRY(xkv_pool_run(j->ctx, pool, n, hash_task, j));
+        xkv_sha256_add(&h, j->digests, 32 * n);
     }
     xkv_sha256_end(&h, hash);
+    return XKV_OK;
+}
+
+xkv_status xkv_hash_input(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32])
+{
+    input_hash j = {.ctx = ctx, .file = file};
+    xkv_pool *pool = NULL;
+    xkv_status status = XKV_OK;
+    if (file->size >= FOLLOW_FROM && xkv_ctx_threads(ctx) > 1)
+        XKV_TRY(xkv_pool_create(ctx, (uint32_t)xkv_min64(xkv_ctx_threads(ctx), MOST_THREADS), &pool));
+    XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)xkv_pool_threads(pool) * XKV_HASH_PIECE, &j.blocks), out);
+    status = hash_runs(&j, pool, hash);
 out:
-    xkv_release(ctx, block);
+    xkv_release(ctx, j.blocks);
+    xkv_pool_free(ctx, pool);
     return status;
 }
 

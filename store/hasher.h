@@ -8,7 +8,7 @@
 
 enum { XKV_HASH_PIECE = 256 * 1024 };
 
-/* The hash of a whole input. */
+/* The hash of a whole input, by as many threads as the context may use. */
 XKV_MUST_CHECK xkv_status xkv_hash_input(xkv_ctx *ctx, const xkv_input *file, uint8_t hash[32]);
 
 /* The hash of a file that is being written. */

@@ -655,24 +655,39 @@ static xkv_status dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
     return xkv_dict_insert(txn, meta, p->id, id, p->writer.hash, p->file_size);
 }
 
-/* One whose blob is missing or damaged is put anew. */
-static xkv_status check_stored(xkv_ctx *ctx, put_dict *p)
+/* Compare what is put, which nobody has checked, with a blob of the store. */
+static xkv_status compare_stored(xkv_ctx *ctx, const put_dict *p, const xkv_input *raw, const xkv_input *dictionary,
+                                 bool *same)
+{
+    xkv_sealed sealed;
+    xkv_window window;
+    xkv_input plain;
+    xkv_blob_head head;
+    XKV_TRY(xkv_blob_check_hash(ctx, raw, p->record.blob));
+    XKV_TRY(xkv_blob_plain(ctx, p->store->key, raw, &sealed, &plain));
+    XKV_TRY(xkv_blob_read_head(ctx, &plain, &head));
+    const xkv_input payload = xkv_input_window(&window, &plain, head.payload_offset, head.payload_size);
+    return xkv_input_equal(ctx, &payload, dictionary, same);
+}
+
+/* One whose blob is missing or damaged is put anew. `same`: the blob holds just what is put. */
+static xkv_status check_stored(xkv_ctx *ctx, put_dict *p, const xkv_input *dictionary, bool *same)
 {
     xkv_blob_name name = xkv_blob_name_of(p->record.blob, p->record.id);
-    xkv_input file;
-    uint8_t hash[32];
+    xkv_input raw;
     int fd = -1;
     xkv_status status = xkv_blob_open(ctx, &p->store->folders, &name, true, &fd);
     if (status == XKV_OK) {
-        status = xkv_blob_file(ctx, &fd, &file);
+        status = xkv_blob_file(ctx, &fd, &raw);
         if (status == XKV_OK)
-            status = xkv_hash_input(ctx, &file, hash);
+            status = compare_stored(ctx, p, &raw, dictionary, same);
         close(fd);
     }
     if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && !xkv_is_damage(status))
         return status;
-    p->existed = status == XKV_OK && memcmp(hash, p->record.blob, 32) == 0;
+    p->existed = status == XKV_OK;
     p->bad = p->existed ? 0 : p->record.id;
+    xkv_ctx_begin(ctx); /* it is put anew */
     return XKV_OK;
 }
 
@@ -688,34 +703,35 @@ static xkv_status write_dict(xkv_ctx *ctx, put_dict *p, const xkv_input *diction
     return xkv_store_change(ctx, &change);
 }
 
-/* It is decoded once, so that none gets in that cannot be used. */
-static xkv_status check_dictionary(xkv_ctx *ctx, const xkv_input *dictionary, uint8_t id[16])
+/* Decode it, so that none gets in that cannot be used, and store it unless one of its id is there. */
+static xkv_status add_dict(xkv_ctx *ctx, put_dict *p, const xkv_input *dictionary)
 {
-    xkv_dict_info info;
     xkv_dict *dict = NULL;
     XKV_TRY(xkv_dict_open(ctx, dictionary, 0, &dict));
-    xkv_dict_get_info(dict, &info);
-    memcpy(id, info.id, 16);
     xkv_dict_close(ctx, dict);
-    return XKV_OK;
+    if (p->existed)
+        return XKV_OK;
+    XKV_TRY(xkv_blob_begin(ctx, &p->store->folders, p->store->key, 0, 0, NULL, &p->writer));
+    xkv_status status = write_dict(ctx, p, dictionary);
+    xkv_blob_end(ctx, &p->writer, status == XKV_OK && !p->existed);
+    return status;
 }
 
 xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary, uint8_t id[16])
 {
     put_dict p = {.store = store};
+    xkv_dict_info info;
+    bool same = false;
     XKV_TRY(xkv_store_begin(ctx, store));
     if (store->read_only)
         return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
-    XKV_TRY(check_dictionary(ctx, dictionary, p.id));
+    XKV_TRY(xkv_dict_read_info(ctx, dictionary, &info));
+    memcpy(p.id, info.id, 16);
     XKV_TRY(xkv_index_read(ctx, store->index, find_dict, &p));
     if (p.existed)
-        XKV_TRY(check_stored(ctx, &p));
-    if (!p.existed) {
-        XKV_TRY(xkv_blob_begin(ctx, &store->folders, store->key, 0, 0, NULL, &p.writer));
-        xkv_status status = write_dict(ctx, &p, dictionary);
-        xkv_blob_end(ctx, &p.writer, status == XKV_OK && !p.existed);
-        XKV_TRY(status);
-    }
+        XKV_TRY(check_stored(ctx, &p, dictionary, &same));
+    if (!same)
+        XKV_TRY(add_dict(ctx, &p, dictionary));
     if (id != NULL)
         memcpy(id, p.id, 16);
     return XKV_OK;
