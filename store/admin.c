@@ -20,12 +20,12 @@ typedef struct walk {
 static xkv_status fill_walk(xkv_txn *txn, void *user)
 {
     walk *w = user;
-    xkv_key from = xkv_key_id(XKV_TABLE_ITEM, w->after), key;
+    xkv_key at = xkv_key_id(XKV_TABLE_ITEM, w->after), key;
     uint8_t value[XKV_VALUE_MAX];
     w->count = 0;
     for (uint32_t seen = 0; seen < 4096 && w->count < 64; seen++) {
         xkv_item *item = &w->items[w->count];
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
+        xkv_status status = xkv_txn_next(txn, &at, 1, &key, value);
         w->done = status == XKV_ERROR_NOT_FOUND;
         if (w->done)
             return XKV_OK;
@@ -33,7 +33,6 @@ static xkv_status fill_walk(xkv_txn *txn, void *user)
         xkv_item_decode(value, item);
         w->count += memcmp(item->space, w->ns->id, 32) == 0;
         w->after = xkv_key_u64(&key, 1) + 1;
-        from = xkv_key_id(XKV_TABLE_ITEM, w->after);
     }
     return XKV_OK;
 }
@@ -287,19 +286,17 @@ static xkv_status evict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 /* Dictionaries without users; they are few. */
 static xkv_status unused_dicts_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 {
-    xkv_key from = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
+    xkv_key at = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
     uint8_t value[XKV_VALUE_MAX];
     for (;;) {
         xkv_dict_record dict;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
+        xkv_status status = xkv_txn_next(txn, &at, 1, &key, value);
         if (status == XKV_ERROR_NOT_FOUND)
             return XKV_OK;
         XKV_TRY(status);
         xkv_dict_record_decode(value, &dict);
         if (dict.users == 0)
             XKV_TRY(xkv_dict_remove(txn, meta, key.bytes + 1, &dict, &change->removed));
-        from = key;
-        from.bytes[from.size++] = 0;
     }
 }
 
@@ -316,19 +313,14 @@ static xkv_status run(collect *c, xkv_status (*body)(xkv_txn *, xkv_meta *, xkv_
 /* Whether only a newer program can read the blob; if not, which one it extends, if it does. */
 static bool is_newer(const collect *c, const xkv_blob_name *name, bool *extends, xkv_blob_link *link)
 {
-    xkv_input raw, file;
-    xkv_sealed sealed;
-    xkv_blob_head head = {.extends = false};
+    xkv_blob b;
     uint8_t *bytes = NULL;
     int fd = -1;
     xkv_status status = xkv_blob_open(c->ctx, &c->store->folders, name, false, &fd);
     if (status == XKV_OK)
-        status = xkv_blob_file(c->ctx, &fd, &raw);
-    if (status == XKV_OK)
-        status = xkv_blob_plain(c->ctx, c->store->key, &raw, &sealed, &file);
-    if (status == XKV_OK)
-        status = xkv_blob_read_head(c->ctx, &file, &head);
-    *extends = status == XKV_OK && head.extends && xkv_blob_read_link(c->ctx, &file, &head, link, &bytes) == XKV_OK;
+        status = xkv_blob_read(c->ctx, c->store->key, &fd, &b);
+    *extends =
+        status == XKV_OK && b.head.extends && xkv_blob_read_link(c->ctx, &b.file, &b.head, link, &bytes) == XKV_OK;
     xkv_release(c->ctx, bytes);
     if (fd >= 0)
         close(fd);

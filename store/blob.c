@@ -734,6 +734,15 @@ xkv_status xkv_blob_copy_plain(xkv_ctx *ctx, const xkv_input *plain, const xkv_o
     return xkv_input_copy(ctx, &rest, &behind);
 }
 
+xkv_status xkv_blob_read(xkv_ctx *ctx, const uint8_t *key, const int *fd, xkv_blob *b)
+{
+    XKV_TRY(xkv_blob_file(ctx, fd, &b->raw));
+    XKV_TRY(xkv_blob_plain(ctx, key, &b->raw, &b->sealed, &b->file));
+    XKV_TRY(xkv_blob_read_head(ctx, &b->file, &b->head));
+    b->payload = xkv_input_window(&b->window, &b->file, b->head.payload_offset, b->head.payload_size);
+    return XKV_OK;
+}
+
 xkv_status xkv_blob_next(xkv_ctx *ctx, const xkv_input *file, uint64_t offset, xkv_window *window, xkv_input *blob)
 {
     uint8_t b[24];

@@ -116,6 +116,18 @@ typedef struct xkv_shift {
     uint64_t offset;
 } xkv_shift;
 xkv_output xkv_output_from(xkv_shift *s, const xkv_output *output, uint64_t offset);
+/* An opened blob and what it holds; not to be copied. */
+typedef struct xkv_blob {
+    xkv_input raw; /* the file as it lies there */
+    xkv_sealed sealed;
+    xkv_input file; /* decrypted */
+    xkv_blob_head head;
+    xkv_window window;
+    xkv_input payload;
+} xkv_blob;
+/* Read the head of the blob file `fd`, which stays open and must outlive `b`, as `key`. Errors: those of
+ * xkv_blob_plain() and xkv_blob_read_head(); `raw` is there, unless the file cannot even be examined (IO). */
+XKV_MUST_CHECK xkv_status xkv_blob_read(xkv_ctx *ctx, const uint8_t *key, const int *fd, xkv_blob *b);
 /* The blob at `offset` (below file->size) of an exported file, which is a row of them. FORMAT, TRUNCATED [SB1, SB3]. */
 XKV_MUST_CHECK xkv_status xkv_blob_next(xkv_ctx *ctx, const xkv_input *file, uint64_t offset, xkv_window *window,
                                         xkv_input *blob);

@@ -15,16 +15,12 @@ enum { WHY = 256 }; /* bytes of a reason */
 static xkv_status decode_opened(xkv_ctx *own, const xkv_store *store, const xkv_dict_record *record, const int *fd,
                                 xkv_dict **dict_p)
 {
-    xkv_input raw, file;
-    xkv_sealed sealed;
-    xkv_window window;
-    xkv_blob_head head;
+    xkv_blob b;
+    xkv_input raw;
     XKV_TRY(xkv_blob_file(own, fd, &raw));
     XKV_TRY(xkv_blob_check_hash(own, &raw, record->blob));
-    XKV_TRY(xkv_blob_plain(own, store->key, &raw, &sealed, &file));
-    XKV_TRY(xkv_blob_read_head(own, &file, &head));
-    xkv_input payload = xkv_input_window(&window, &file, head.payload_offset, head.payload_size);
-    return xkv_dict_open(own, &payload, 0, dict_p);
+    XKV_TRY(xkv_blob_read(own, store->key, fd, &b));
+    return xkv_dict_open(own, &b.payload, 0, dict_p);
 }
 
 /* Check all of the blob, then decode it. */

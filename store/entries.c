@@ -61,6 +61,16 @@ void xkv_removed_finish(xkv_ctx *ctx, xkv_store *store, xkv_removed *r, bool qua
 
 /* --- Records that follow from others ------------------------------------------------------------------------------ */
 
+xkv_status xkv_item_check_head(xkv_ctx *ctx, const xkv_item *item, const xkv_blob_head *head)
+{
+    if (head->kind != XKV_BLOB_ENTRY || head->file_size != item->file_size || head->symbols != item->symbols ||
+        head->tokens != item->tokens || head->names != item->names || memcmp(head->key, item->key, 32) != 0 ||
+        memcmp(head->space, item->space, 32) != 0 || memcmp(head->dict, item->dict, 16) != 0 ||
+        head->extends != (item->parent != 0))
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
+    return XKV_OK;
+}
+
 void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash[16])
 {
     uint8_t digest[32];
@@ -229,20 +239,16 @@ xkv_status xkv_entry_insert(xkv_txn *txn, xkv_meta *meta, xkv_store *store, cons
 /* Entries that need a dictionary: they may be there before it is. Damaged records count for nothing. */
 static xkv_status find_users(xkv_txn *txn, const uint8_t dict_id[16], uint64_t *users)
 {
-    xkv_key from = xkv_key_bytes(XKV_TABLE_ITEM, NULL, 0);
+    xkv_key at = xkv_key_bytes(XKV_TABLE_ITEM, NULL, 0), key;
     uint8_t value[XKV_VALUE_MAX];
     for (*users = 0;;) {
-        xkv_key key = {.size = 0};
         xkv_item item;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
+        xkv_status status = xkv_txn_next(txn, &at, 1, &key, value);
         if (status == XKV_ERROR_NOT_FOUND)
             return XKV_OK;
-        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0 || key.size >= XKV_KEY_MAX))
-            return status;
-        from = key;
-        from.bytes[from.size++] = 0;
-        if (status != XKV_OK)
+        if (xkv_is_damaged_record(status, &key))
             continue;
+        XKV_TRY(status);
         xkv_item_decode(value, &item);
         *users += memcmp(item.dict, dict_id, sizeof item.dict) == 0;
     }
@@ -356,17 +362,15 @@ bool xkv_item_is_listed(const xkv_item *item, uint8_t table, uint64_t time)
                                    : item->expires == time;
 }
 
-/* The next record of USED or EXPIRES from `from` on: its time and the entry. A damaged record, or one that is not of
+/* The next record of USED or EXPIRES from `at` on: its time and the entry. A damaged record, or one that is not of
  * its entry any more, is of no use and goes; one whose entry cannot be read stays for a repair. */
-static xkv_status next_item(xkv_txn *txn, xkv_key *from, uint64_t *time, xkv_item *item)
+static xkv_status next_item(xkv_txn *txn, xkv_key *at, uint64_t *time, xkv_item *item)
 {
     for (;;) {
-        xkv_key key = {.size = 0};
-        xkv_status status = xkv_txn_seek(txn, from, 1, &key, NULL);
-        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0 || key.size >= XKV_KEY_MAX))
+        xkv_key key;
+        xkv_status status = xkv_txn_next(txn, at, 1, &key, NULL);
+        if (status != XKV_OK && !xkv_is_damaged_record(status, &key))
             return status;
-        *from = key;
-        from->bytes[from->size++] = 0;
         *time = xkv_key_u64(&key, 1);
         if (status == XKV_OK)
             status = xkv_txn_get_item(txn, xkv_key_u64(&key, 9), item);

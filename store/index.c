@@ -421,6 +421,17 @@ xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t prefix, xkv_ke
     return status;
 }
 
+xkv_status xkv_txn_next(xkv_txn *txn, xkv_key *at, size_t prefix, xkv_key *key, uint8_t *value)
+{
+    key->size = 0;
+    xkv_status status = xkv_txn_seek(txn, at, prefix, key, value);
+    if (status != XKV_OK && !xkv_is_damaged_record(status, key))
+        return status;
+    *at = *key;
+    xkv_key_step(at);
+    return status;
+}
+
 /* --- The whole ---------------------------------------------------------------------------------------------------- */
 
 xkv_status xkv_index_copy(xkv_ctx *ctx, xkv_index *index, const char *folder)

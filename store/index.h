@@ -47,6 +47,14 @@ XKV_MUST_CHECK xkv_status xkv_txn_delete(xkv_txn *txn, const xkv_key *key);
  * size that may be any, unless that is too long: then key->size is as it was. `value` may be NULL. */
 XKV_MUST_CHECK xkv_status xkv_txn_seek(xkv_txn *txn, const xkv_key *from, size_t prefix, xkv_key *key, uint8_t *value);
 
+/* The same, after which `at` is right behind the key that was found, so that the next call goes on there. */
+XKV_MUST_CHECK xkv_status xkv_txn_next(xkv_txn *txn, xkv_key *at, size_t prefix, xkv_key *key, uint8_t *value);
+/* What xkv_txn_next() returned means: the record is damaged, and those behind it can be read. */
+static inline bool xkv_is_damaged_record(xkv_status status, const xkv_key *key)
+{
+    return status == XKV_ERROR_CORRUPT && key->size > 0;
+}
+
 /* Copy to a new environment in `folder`, without free pages. */
 XKV_MUST_CHECK xkv_status xkv_index_copy(xkv_ctx *ctx, xkv_index *index, const char *folder);
 

@@ -8,22 +8,16 @@
 xkv_status xkv_line_read_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_item *item, uint32_t **symbols)
 {
     xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
-    xkv_blob_head head;
-    xkv_input raw, file;
-    xkv_sealed sealed;
+    xkv_blob b;
     uint32_t count = item->symbols;
     int fd = -1;
     XKV_TRY(xkv_blob_open(ctx, &store->folders, &name, false, &fd)); /* nobody removes it during this transaction */
-    xkv_status status = xkv_blob_file(ctx, &fd, &raw);
+    xkv_status status = xkv_blob_read(ctx, store->key, &fd, &b);
+    if (status == XKV_OK && b.head.symbols != item->symbols)
+        status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %u symbols, its record says %u [SB6]", b.head.symbols,
+                          item->symbols);
     if (status == XKV_OK)
-        status = xkv_blob_plain(ctx, store->key, &raw, &sealed, &file);
-    if (status == XKV_OK)
-        status = xkv_blob_read_head(ctx, &file, &head);
-    if (status == XKV_OK && head.symbols != item->symbols)
-        status =
-            xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: %u symbols, its record says %u [SB6]", head.symbols, item->symbols);
-    if (status == XKV_OK)
-        status = xkv_blob_read_body(ctx, &file, &head, &count, symbols, NULL);
+        status = xkv_blob_read_body(ctx, &b.file, &b.head, &count, symbols, NULL);
     close(fd);
     return status;
 }

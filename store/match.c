@@ -10,10 +10,8 @@
 /* An entry of a hit. */
 typedef struct part {
     xkv_item item;
-    int fd;                       /* of the blob; its lock keeps it from eviction */
-    xkv_input raw, file, payload; /* the blob as it lies there, decrypted, the entry in it */
-    xkv_sealed sealed;
-    xkv_window window;
+    int fd; /* of the blob; its lock keeps it from eviction */
+    xkv_blob blob;
     xkv_entry *entry;      /* NULL until asked for */
     xkv_cached_dict *dict; /* NULL: none needed, or not loaded yet */
 } part;
@@ -146,13 +144,11 @@ static xkv_status find_page(xkv_txn *txn, lookup *l, uint32_t i, uint64_t *id, u
     uint8_t hash[16], value[XKV_VALUE_MAX];
     xkv_key key;
     xkv_page_hash(l->ns->id, l->keys[i], hash);
-    xkv_key from = xkv_key_page(hash, 0);
+    xkv_key at = xkv_key_page(hash, 0);
     for (bool yes = false; !yes;) {
         l->match.id = 0; /* no entry is to blame for a page key */
-        XKV_TRY(xkv_txn_seek(txn, &from, 17, &key, value));
+        XKV_TRY(xkv_txn_next(txn, &at, 17, &key, value));
         XKV_TRY(serves(txn, l, xkv_key_u64(&key, 17), &yes));
-        from = key;
-        from.bytes[from.size++] = 0;
     }
     *id = xkv_key_u64(&key, 17);
     *tokens = (uint32_t)xkv_load64(value);
@@ -185,22 +181,11 @@ static xkv_status find_by_keys(xkv_txn *txn, void *user)
 
 /* --- In the blob -------------------------------------------------------------------------------------------------- */
 
-/* The blob must be the one that the record speaks of. */
-static xkv_status check_blob(xkv_ctx *ctx, const xkv_item *item, const xkv_blob_head *head)
-{
-    if (head->kind != XKV_BLOB_ENTRY || head->file_size != item->file_size || head->symbols != item->symbols ||
-        head->tokens != item->tokens || head->names != item->names || memcmp(head->key, item->key, 32) != 0 ||
-        memcmp(head->space, item->space, 32) != 0 || memcmp(head->dict, item->dict, 16) != 0 ||
-        head->extends != (item->parent != 0))
-        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
-    return XKV_OK;
-}
-
 /* Compare the prompt with the tokens that were stored. */
-static xkv_status compare(xkv_ctx *ctx, lookup *l, const xkv_input *file, const xkv_blob_head *head)
+static xkv_status compare(xkv_ctx *ctx, lookup *l, const xkv_blob *b)
 {
     uint32_t *theirs = NULL, count = l->symbol_count;
-    XKV_TRY(xkv_blob_read_body(ctx, file, head, &count, &theirs, NULL));
+    XKV_TRY(xkv_blob_read_body(ctx, &b->file, &b->head, &count, &theirs, NULL));
     uint32_t same = xkv_symbols_common(l->symbols, l->symbol_count, theirs, count);
     xkv_release(ctx, theirs);
     l->match.tokens = xkv_symbols_to_tokens(l->symbols, same);
@@ -209,14 +194,10 @@ static xkv_status compare(xkv_ctx *ctx, lookup *l, const xkv_input *file, const 
 
 static xkv_status examine(xkv_ctx *ctx, lookup *l)
 {
-    xkv_input raw, file;
-    xkv_sealed sealed;
-    xkv_blob_head head;
-    XKV_TRY(xkv_blob_file(ctx, &l->fds[0], &raw));
-    XKV_TRY(xkv_blob_plain(ctx, l->store->key, &raw, &sealed, &file));
-    XKV_TRY(xkv_blob_read_head(ctx, &file, &head));
-    XKV_TRY(check_blob(ctx, &l->line[0], &head));
-    return l->symbols != NULL ? compare(ctx, l, &file, &head) : XKV_OK;
+    xkv_blob b;
+    XKV_TRY(xkv_blob_read(ctx, l->store->key, &l->fds[0], &b));
+    XKV_TRY(xkv_item_check_head(ctx, &l->line[0], &b.head));
+    return l->symbols != NULL ? compare(ctx, l, &b) : XKV_OK;
 }
 
 /* Close the first `count` blobs. */
@@ -603,11 +584,11 @@ static xkv_status attach_dict(xkv_ctx *ctx, xkv_hit *hit, part *p)
 }
 
 /* Let the entry begin with rows of the one that it extends, which is open. */
-static xkv_status extend_part(xkv_ctx *ctx, part *p, const part *parent, const xkv_blob_head *head)
+static xkv_status extend_part(xkv_ctx *ctx, part *p, const part *parent)
 {
     xkv_blob_link link;
     uint8_t *bytes = NULL;
-    XKV_TRY(xkv_blob_read_link(ctx, &p->file, head, &link, &bytes));
+    XKV_TRY(xkv_blob_read_link(ctx, &p->blob.file, &p->blob.head, &link, &bytes));
     xkv_status status = xkv_line_match_link(ctx, &p->item, &link, &parent->item);
     if (status == XKV_OK)
         status = xkv_entry_extend(ctx, p->entry, parent->entry, link.base, link.fram, link.fram_size);
@@ -619,15 +600,11 @@ static xkv_status extend_part(xkv_ctx *ctx, part *p, const part *parent, const x
 static xkv_status open_part(xkv_ctx *ctx, xkv_hit *hit, uint32_t i, bool attach)
 {
     part *p = &hit->parts[i];
-    xkv_blob_head head;
-    XKV_TRY(xkv_blob_file(ctx, &p->fd, &p->raw));
-    XKV_TRY(xkv_blob_plain(ctx, hit->store->key, &p->raw, &p->sealed, &p->file));
-    XKV_TRY(xkv_blob_read_head(ctx, &p->file, &head));
-    XKV_TRY(check_blob(ctx, &p->item, &head));
-    p->payload = xkv_input_window(&p->window, &p->file, head.payload_offset, head.payload_size);
-    XKV_TRY(xkv_entry_open(ctx, &p->payload, &p->entry));
+    XKV_TRY(xkv_blob_read(ctx, hit->store->key, &p->fd, &p->blob));
+    XKV_TRY(xkv_item_check_head(ctx, &p->item, &p->blob.head));
+    XKV_TRY(xkv_entry_open(ctx, &p->blob.payload, &p->entry));
     if (p->item.parent != 0)
-        XKV_TRY(extend_part(ctx, p, p + 1, &head));
+        XKV_TRY(extend_part(ctx, p, p + 1));
     if (xkv_entry_geometry(p->entry)->token_count < p->item.tokens)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: more tokens than its entry has rows [SB6]");
     return attach ? attach_dict(ctx, hit, p) : XKV_OK;
@@ -636,7 +613,7 @@ static xkv_status open_part(xkv_ctx *ctx, xkv_hit *hit, uint32_t i, bool attach)
 /* A payload that asks for a newer program and is not what was written is damaged. */
 static xkv_status check_newer(xkv_ctx *ctx, xkv_hit *hit, const part *p, xkv_status status)
 {
-    XKV_TRY(xkv_blob_check_hash(ctx, &p->raw, p->item.blob));
+    XKV_TRY(xkv_blob_check_hash(ctx, &p->blob.raw, p->item.blob));
     hit->spared = true;
     return status;
 }

@@ -656,31 +656,23 @@ static xkv_status dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
 }
 
 /* Compare what is put, which nobody has checked, with a blob of the store. */
-static xkv_status compare_stored(xkv_ctx *ctx, const put_dict *p, const xkv_input *raw, const xkv_input *dictionary,
+static xkv_status compare_stored(xkv_ctx *ctx, const put_dict *p, const int *fd, const xkv_input *dictionary,
                                  bool *same)
 {
-    xkv_sealed sealed;
-    xkv_window window;
-    xkv_input plain;
-    xkv_blob_head head;
-    XKV_TRY(xkv_blob_check_hash(ctx, raw, p->record.blob));
-    XKV_TRY(xkv_blob_plain(ctx, p->store->key, raw, &sealed, &plain));
-    XKV_TRY(xkv_blob_read_head(ctx, &plain, &head));
-    const xkv_input payload = xkv_input_window(&window, &plain, head.payload_offset, head.payload_size);
-    return xkv_input_equal(ctx, &payload, dictionary, same);
+    xkv_blob b;
+    XKV_TRY(xkv_blob_read(ctx, p->store->key, fd, &b));
+    XKV_TRY(xkv_blob_check_hash(ctx, &b.raw, p->record.blob));
+    return xkv_input_equal(ctx, &b.payload, dictionary, same);
 }
 
 /* One whose blob is missing or damaged is put anew. `same`: the blob holds just what is put. */
 static xkv_status check_stored(xkv_ctx *ctx, put_dict *p, const xkv_input *dictionary, bool *same)
 {
     xkv_blob_name name = xkv_blob_name_of(p->record.blob, p->record.id);
-    xkv_input raw;
     int fd = -1;
     xkv_status status = xkv_blob_open(ctx, &p->store->folders, &name, true, &fd);
     if (status == XKV_OK) {
-        status = xkv_blob_file(ctx, &fd, &raw);
-        if (status == XKV_OK)
-            status = compare_stored(ctx, p, &raw, dictionary, same);
+        status = compare_stored(ctx, p, &fd, dictionary, same);
         close(fd);
     }
     if (status != XKV_OK && status != XKV_ERROR_NOT_FOUND && !xkv_is_damage(status))

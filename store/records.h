@@ -54,6 +54,12 @@ xkv_key xkv_key_page(const uint8_t page[16], uint64_t id);
 uint64_t xkv_key_u64(const xkv_key *key, size_t offset);
 uint32_t xkv_key_u32(const xkv_key *key, size_t offset);
 
+/* The next key there can be. */
+static inline void xkv_key_step(xkv_key *key)
+{
+    key->bytes[key->size++] = 0;
+}
+
 /* What the whole store counts. */
 typedef struct xkv_meta {
     uint64_t next_id;   /* of entries and dictionaries; none is used twice */

@@ -58,21 +58,19 @@ static xkv_status look_at_entry(recover *r, const xkv_input *file, const xkv_blo
 
 static xkv_status look_at_blob(recover *r, const int *fd)
 {
-    xkv_input raw, file;
-    xkv_sealed opened;
-    xkv_blob_head head;
+    xkv_input raw;
+    xkv_blob b;
     bool sealed = false;
     XKV_TRY(xkv_blob_file(r->ctx, fd, &raw));
     XKV_TRY(xkv_blob_is_sealed(r->ctx, &raw, &sealed));
     r->sealed += sealed;
     if (sealed && r->key == NULL)
         return XKV_OK;
-    XKV_TRY(xkv_blob_plain(r->ctx, sealed ? r->key : NULL, &raw, &opened, &file));
-    XKV_TRY(xkv_blob_read_head(r->ctx, &file, &head));
+    XKV_TRY(xkv_blob_read(r->ctx, sealed ? r->key : NULL, fd, &b));
     r->opened += sealed;
     r->plain += !sealed;
-    bool tells = head.kind == XKV_BLOB_ENTRY && r->block_tokens == 0 && head.tokens > r->least;
-    return tells ? look_at_entry(r, &file, &head) : XKV_OK;
+    bool tells = b.head.kind == XKV_BLOB_ENTRY && r->block_tokens == 0 && b.head.tokens > r->least;
+    return tells ? look_at_entry(r, &b.file, &b.head) : XKV_OK;
 }
 
 /* Damaged ones are a matter for the repair. */

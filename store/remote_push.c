@@ -58,14 +58,11 @@ static xkv_status unqueue_body(xkv_txn *txn, void *user)
 
 static xkv_status count_queued(xkv_txn *txn, void *user)
 {
-    xkv_key from = xkv_key_bytes(XKV_TABLE_UNSENT, NULL, 0);
+    xkv_key at = xkv_key_bytes(XKV_TABLE_UNSENT, NULL, 0), key;
     for (uint64_t *count = user;; ++*count) {
-        xkv_key key = {.size = 0};
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, NULL);
-        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0))
+        xkv_status status = xkv_txn_next(txn, &at, 1, &key, NULL);
+        if (status != XKV_OK && !xkv_is_damaged_record(status, &key))
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
-        from = key;
-        from.bytes[from.size++] = 0;
     }
 }
 
@@ -261,11 +258,11 @@ static xkv_status queue_some(xkv_txn *txn, void *user)
 {
     queue_all *q = user;
     uint8_t value[XKV_VALUE_MAX];
+    xkv_key at = xkv_key_id(XKV_TABLE_ITEM, q->after), key;
     q->next = q->after;
     for (uint32_t i = 0; i < XKV_BATCH; i++) {
-        xkv_key from = xkv_key_id(XKV_TABLE_ITEM, q->next), key;
         xkv_item item;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
+        xkv_status status = xkv_txn_next(txn, &at, 1, &key, value);
         q->done = status == XKV_ERROR_NOT_FOUND;
         if (q->done)
             return XKV_OK;

@@ -252,19 +252,17 @@ static xkv_status is_next(repair *r, found *f, const xkv_input *file, bool *next
 static xkv_status take_file(repair *r, found *f, const int *fd)
 {
     bool next = true;
-    xkv_input raw, file;
-    xkv_sealed sealed;
-    XKV_TRY(xkv_blob_file(r->ctx, fd, &raw));
-    XKV_TRY(xkv_blob_plain(r->ctx, r->store->key, &raw, &sealed, &file));
-    XKV_TRY(xkv_blob_read_head(r->ctx, &file, &f->head));
+    xkv_blob b;
+    XKV_TRY(xkv_blob_read(r->ctx, r->store->key, fd, &b));
+    f->head = b.head;
     if (f->head.kind != r->kind || f->head.extends != r->extends)
         return XKV_OK; /* its turn comes, or has been */
     if (f->head.extends)
-        XKV_TRY(is_next(r, f, &file, &next));
+        XKV_TRY(is_next(r, f, &b.file, &next));
     if (!next)
         return XKV_OK;
-    XKV_TRY(xkv_blob_check_hash(r->ctx, &raw, f->item.blob));
-    return insert_blob(r, f, &file);
+    XKV_TRY(xkv_blob_check_hash(r->ctx, &b.raw, f->item.blob));
+    return insert_blob(r, f, &b.file);
 }
 
 /* It stays where it is. */

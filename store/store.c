@@ -361,17 +361,15 @@ static void compare_known(xkv_known_blob *k, uint64_t id, const uint8_t hash[32]
 
 static xkv_status find_among_dicts(xkv_txn *txn, xkv_known_blob *k)
 {
-    xkv_key from = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
+    xkv_key at = xkv_key_bytes(XKV_TABLE_DICT, NULL, 0), key;
     uint8_t value[XKV_VALUE_MAX];
     for (;;) {
         xkv_dict_record dict;
-        xkv_status status = xkv_txn_seek(txn, &from, 1, &key, value);
+        xkv_status status = xkv_txn_next(txn, &at, 1, &key, value);
         if (status != XKV_OK)
             return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         xkv_dict_record_decode(value, &dict);
         compare_known(k, dict.id, dict.blob);
-        from = key;
-        from.bytes[from.size++] = 0;
     }
 }
 

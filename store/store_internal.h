@@ -153,6 +153,9 @@ XKV_MUST_CHECK xkv_status xkv_entry_change(xkv_txn *txn, xkv_meta *meta, const x
 /* First 16 bytes of the hash of a namespace and a page key. */
 void xkv_page_hash(const uint8_t space[32], const uint8_t page[32], uint8_t hash[16]);
 
+/* Whether the head of a blob is that of the entry which the record speaks of. CORRUPT [SB6]. */
+XKV_MUST_CHECK xkv_status xkv_item_check_head(xkv_ctx *ctx, const xkv_item *item, const xkv_blob_head *head);
+
 /* --- Entries that extend others (line.c) --- */
 
 /* Symbols of a stored entry, from its blob. */

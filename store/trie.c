@@ -105,12 +105,10 @@ static xkv_status next_edge(xkv_txn *txn, uint64_t node, xkv_key *from, place *a
     const size_t prefix = xkv_key_end(node).size;
     uint8_t value[XKV_VALUE_MAX];
     xkv_key key;
-    XKV_TRY(xkv_txn_seek(txn, from, prefix, &key, value));
+    XKV_TRY(xkv_txn_next(txn, from, prefix, &key, value));
     bool at_end = key.size == prefix;
     *at = (place){node, at_end ? 0 : xkv_key_u32(&key, prefix), at_end};
     xkv_edge_decode(value, edge);
-    *from = key;
-    from->bytes[from->size++] = 0; /* the next key there can be */
     return XKV_OK;
 }
 
@@ -129,7 +127,7 @@ static xkv_status ascend(xkv_txn *txn, uint64_t *node, xkv_key *from)
     xkv_node up = {0};
     XKV_TRY(must(txn, *node, get_node(txn, *node, &up)));
     *from = xkv_key_edge(up.parent, up.symbol);
-    from->bytes[from->size++] = 0;
+    xkv_key_step(from);
     *node = up.parent;
     return XKV_OK;
 }

@@ -96,13 +96,11 @@ static xkv_status check_reach(xkv_txn *txn, void *user)
 /* How many entries are said to extend this one, and do; false when one of them does not. */
 static bool count_children(xkv_txn *txn, const xkv_item *item, uint32_t *count)
 {
-    xkv_key from = xkv_key_pair(XKV_TABLE_CHILD, item->id, 0), key;
-    for (*count = 0; xkv_txn_seek(txn, &from, 9, &key, NULL) == XKV_OK; ++*count) {
+    xkv_key at = xkv_key_pair(XKV_TABLE_CHILD, item->id, 0), key;
+    for (*count = 0; xkv_txn_next(txn, &at, 9, &key, NULL) == XKV_OK; ++*count) {
         xkv_item child;
         if (xkv_txn_get_item(txn, xkv_key_u64(&key, 9), &child) != XKV_OK || child.parent != item->id)
             return false;
-        from = key;
-        from.bytes[from.size++] = 0;
     }
     return true;
 }
@@ -131,16 +129,14 @@ static xkv_status check_line(xkv_txn *txn, void *user)
     return XKV_OK;
 }
 
-static xkv_status check_link(verify *v, const xkv_input *file, const xkv_blob_head *head)
+static xkv_status check_link(verify *v, const xkv_blob *b)
 {
     xkv_blob_link link;
     uint8_t *bytes = NULL;
-    if (head->extends != (v->item->parent != 0))
-        return xkv_fail(v->ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
     XKV_TRY(xkv_index_read(v->ctx, v->store->index, check_line, v));
-    if (!head->extends)
+    if (!b->head.extends)
         return XKV_OK;
-    XKV_TRY(xkv_blob_read_link(v->ctx, file, head, &link, &bytes));
+    XKV_TRY(xkv_blob_read_link(v->ctx, &b->file, &b->head, &link, &bytes));
     xkv_release(v->ctx, bytes);
     xkv_status status = xkv_line_check_link(v->ctx, v->store, v->item, v->symbols, &link, &v->parent);
     return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status; /* the blob that it extends is noted itself */
@@ -152,14 +148,10 @@ static xkv_status fill(xkv_txn *txn, void *user)
     verify *v = user;
     uint8_t value[XKV_VALUE_MAX];
     for (v->count = 0; v->count < BATCH;) {
-        xkv_key key = {.size = 0};
-        xkv_status status = xkv_txn_seek(txn, &v->next, 1, &key, value);
-        if (status == XKV_ERROR_NOT_FOUND)
-            return XKV_OK;
-        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0))
-            return status;
-        v->next = key;
-        v->next.bytes[v->next.size++] = 0;
+        xkv_key key;
+        xkv_status status = xkv_txn_next(txn, &v->next, 1, &key, value);
+        if (status != XKV_OK && !xkv_is_damaged_record(status, &key))
+            return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
         if (status != XKV_OK)
             note(v, &v->report->damaged, xkv_key_u64(&key, 1), "its record is damaged");
         else
@@ -191,22 +183,19 @@ static xkv_status decode_all(verify *v)
 
 static xkv_status check_opened(verify *v, const int *fd)
 {
-    xkv_input raw, file;
-    xkv_sealed sealed;
-    xkv_blob_head head;
+    xkv_blob b;
+    xkv_input raw;
     XKV_TRY(xkv_blob_file(v->ctx, fd, &raw));
-    XKV_TRY(xkv_blob_check_hash(v->ctx, &raw, v->item->blob));
-    XKV_TRY(xkv_blob_plain(v->ctx, v->store->key, &raw, &sealed, &file));
-    XKV_TRY(xkv_blob_read_head(v->ctx, &file, &head));
-    if (head.kind != XKV_BLOB_ENTRY || head.symbols != v->item->symbols || memcmp(head.key, v->item->key, 32) != 0)
-        return xkv_fail(v->ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
-    uint32_t count = head.symbols;
+    XKV_TRY(xkv_blob_check_hash(v->ctx, &raw, v->item->blob)); /* of newer ones, too */
+    XKV_TRY(xkv_blob_read(v->ctx, v->store->key, fd, &b));
+    XKV_TRY(xkv_item_check_head(v->ctx, v->item, &b.head));
+    uint32_t count = b.head.symbols;
     xkv_page_key *names = NULL;
-    XKV_TRY(xkv_blob_read_body(v->ctx, &file, &head, &count, &v->symbols, &names));
+    XKV_TRY(xkv_blob_read_body(v->ctx, &b.file, &b.head, &count, &v->symbols, &names));
     xkv_release(v->ctx, names);
     xkv_status status = xkv_index_read(v->ctx, v->store->index, check_reach, v);
     if (status == XKV_OK)
-        status = check_link(v, &file, &head);
+        status = check_link(v, &b);
     xkv_release(v->ctx, v->symbols);
     v->symbols = NULL;
     return status;
@@ -263,16 +252,12 @@ static xkv_status next_dict(xkv_txn *txn, void *user)
 {
     dict_walk *w = user;
     uint8_t value[XKV_VALUE_MAX];
-    for (;;) {
-        xkv_key key = {.size = 0};
-        xkv_status status = xkv_txn_seek(txn, &w->next, 1, &key, value);
-        if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size == 0))
-            return status;
-        w->next = key;
-        w->next.bytes[w->next.size++] = 0;
-        if (status == XKV_OK) /* a damaged one is noted with all records */
-            break;
-    }
+    xkv_key key;
+    xkv_status status;
+    do /* a damaged one is noted with all records */
+        status = xkv_txn_next(txn, &w->next, 1, &key, value);
+    while (xkv_is_damaged_record(status, &key));
+    XKV_TRY(status);
     xkv_dict_record_decode(value, &w->dict);
     return XKV_OK;
 }

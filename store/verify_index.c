@@ -158,17 +158,15 @@ static const char *check_record(xkv_txn *txn, walk *w, const xkv_key *key, const
 
 static xkv_status check_next(xkv_txn *txn, walk *w)
 {
-    xkv_key key = {.size = 0};
+    xkv_key key;
     uint8_t value[XKV_VALUE_MAX];
-    xkv_status status = xkv_txn_seek(txn, &w->next, 0, &key, value);
+    xkv_status status = xkv_txn_next(txn, &w->next, 0, &key, value);
     if (status != XKV_OK && status != XKV_ERROR_CORRUPT)
         return status;
     const char *problem = status == XKV_OK ? check_record(txn, w, &key, value) : xkv_ctx_error(xkv_txn_ctx(txn));
-    if (problem != NULL && (status == XKV_OK || key.bytes[0] != XKV_TABLE_ITEM || key.size == 0))
+    if (problem != NULL && (status == XKV_OK || key.size == 0 || key.bytes[0] != XKV_TABLE_ITEM))
         note(w, problem);
     w->done = key.size == 0; /* a key that is too long: there is no going on */
-    w->next = key;
-    w->next.bytes[w->next.size++] = 0;
     return XKV_OK;
 }
 
