@@ -151,17 +151,6 @@ int xkv_entry_find_value(const xkv_entry *entry, const char *key, xkv_value *val
     return 0;
 }
 
-static void format_hex(const uint8_t *bytes, char hex[33])
-{
-    static const char digits[] = "0123456789abcdef";
-
-    for (int i = 0; i < 16; i++) {
-        hex[2 * i] = digits[bytes[i] >> 4];
-        hex[2 * i + 1] = digits[bytes[i] & 15];
-    }
-    hex[32] = 0;
-}
-
 /* --- Dictionary ------------------------------------------------------------------------------------------------------
  */
 
@@ -185,7 +174,7 @@ xkv_status xkv_dict_missing(xkv_ctx *ctx, const xkv_entry *entry)
 {
     char want[33];
 
-    format_hex(xkv_entry_dictionary_id(entry), want);
+    xkv_hex(xkv_entry_dictionary_id(entry), 16, want);
     return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry needs the dictionary %s [Q5]", want);
 }
 
@@ -196,8 +185,8 @@ xkv_status xkv_entry_attach(xkv_ctx *ctx, xkv_entry *entry, const xkv_dict *dict
     xkv_ctx_begin(ctx);
     if (!needs_dict(&entry->c))
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the entry needs no dictionary");
-    format_hex(xkv_entry_dictionary_id(entry), want);
-    format_hex(dict->c.content_id, have);
+    xkv_hex(xkv_entry_dictionary_id(entry), 16, want);
+    xkv_hex(dict->c.content_id, 16, have);
     if (memcmp(want, have, sizeof want) != 0)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "the entry needs the dictionary %s, this one is %s [Q5]", want, have);
     entry->dict = dict;
@@ -229,8 +218,8 @@ xkv_status xkv_entry_check_model(xkv_ctx *ctx, const xkv_entry *entry, const xkv
     xkv_ctx_begin(ctx);
     if (model->has_fingerprint && xkv_entry_find_value(entry, "model.fingerprint", &v) && v.type == XKV_VALUE_BYTES &&
         v.size == 16) {
-        format_hex(v.bytes, have);
-        format_hex(model->fingerprint, want);
+        xkv_hex(v.bytes, 16, have);
+        xkv_hex(model->fingerprint, 16, want);
         if (memcmp(v.bytes, model->fingerprint, 16) != 0)
             return xkv_fail(ctx, XKV_ERROR_MISMATCH, "model.fingerprint: the entry was made by %s, the model is %s",
                             have, want);

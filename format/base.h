@@ -87,6 +87,19 @@ static inline uint64_t xkv_ceil_div(uint64_t a, uint64_t b)
     return a / b + (a % b != 0);
 }
 
+/* --- Text --- */
+
+/* 2 * size lower-case hexadecimal digits and a zero. */
+static inline void xkv_hex(const uint8_t *bytes, size_t size, char *text)
+{
+    static const char digits[] = "0123456789abcdef";
+    for (size_t i = 0; i < size; i++) {
+        text[2 * i] = digits[bytes[i] >> 4];
+        text[2 * i + 1] = digits[bytes[i] & 15];
+    }
+    text[2 * size] = '\0';
+}
+
 /* --- Little-endian access (file bytes are never cast to structs) -------------------------------------------------- */
 
 static inline bool xkv_all_zero(const uint8_t *bytes, uint64_t size)

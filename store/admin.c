@@ -385,9 +385,7 @@ xkv_status xkv_store_collect(xkv_ctx *ctx, xkv_store *store, int unused_dicts, x
 {
     xkv_collect_report r = {0};
     collect c = {.ctx = ctx, .store = store, .report = &r, .now = xkv_store_now(store)};
-    XKV_TRY(xkv_store_begin(ctx, store));
-    if (store->read_only)
-        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
+    XKV_TRY(xkv_store_begin_change(ctx, store));
     XKV_TRY(collect_all(&c, unused_dicts));
     if (report != NULL)
         *report = r;

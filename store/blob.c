@@ -30,12 +30,8 @@ static const char temp_text[] = "temporary file of the store";
 
 xkv_blob_name xkv_blob_name_of(const uint8_t hash[32], uint64_t id)
 {
-    static const char digits[] = "0123456789abcdef";
     xkv_blob_name n;
-    for (size_t i = 0; i < 32; i++) {
-        n.text[2 * i] = digits[hash[i] >> 4];
-        n.text[2 * i + 1] = digits[hash[i] & 15];
-    }
+    xkv_hex(hash, 32, n.text);
     snprintf(n.text + 64, sizeof n.text - 64, ".%016llx", (unsigned long long)id);
     return n;
 }

@@ -30,10 +30,8 @@ xkv_status xkv_hook_begin(xkv_ctx *ctx, const xkv_hook *hook)
 
 static uint64_t monotonic_clock(void *user)
 {
-    struct timespec t;
     (void)user;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    return xkv_clock_ns();
 }
 
 uint64_t xkv_hook_now(const xkv_hook *hook)

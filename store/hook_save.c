@@ -1,5 +1,6 @@
 /* hook_save.c - saves: taken in under the limits of the queue, packed and stored on background threads. */
 #include "hook_internal.h"
+#include "clock.h"
 #include "sha256.h"
 
 #include <signal.h>
@@ -54,23 +55,16 @@ static void drop(xkv_hook *hook, xkv_job *job)
 
 /* --- Waiting ------------------------------------------------------------------------------------------------------ */
 
-static uint64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000u + (uint64_t)t.tv_nsec / 1000000u;
-}
-
 /* UINT64_MAX: never. */
 static uint64_t deadline_after(uint32_t ms)
 {
-    return ms == XKV_HOOK_FOREVER ? UINT64_MAX : now_ms() + ms;
+    return ms == XKV_HOOK_FOREVER ? UINT64_MAX : xkv_clock_ms() + ms;
 }
 
 /* Wait until a save is done, for a slice of time at most. TIMEOUT: the deadline has passed. With the mutex held. */
 static xkv_status wait_a_while(xkv_ctx *ctx, xkv_hook *hook, uint64_t deadline)
 {
-    uint64_t now = now_ms();
+    uint64_t now = xkv_clock_ms();
     if (now >= deadline)
         return XKV_ERROR_TIMEOUT;
     uint64_t until = now + xkv_min64(SLICE_MS, deadline - now);

@@ -20,11 +20,10 @@ typedef struct put {
 
 /* --- Checks ------------------------------------------------------------------------------------------------------- */
 
-static xkv_status check_options(xkv_ctx *ctx, const xkv_store *store, const xkv_put_options *given, xkv_put_options *o)
+static xkv_status begin_put(xkv_ctx *ctx, const xkv_store *store, const xkv_put_options *given, xkv_put_options *o)
 {
+    XKV_TRY(xkv_store_begin_change(ctx, store));
     XKV_TRY(xkv_copy_options(ctx, given, o, sizeof *o));
-    if (store->read_only)
-        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
     if (o->ttl > UINT64_MAX / 4000000u)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a ttl of %llu s", (unsigned long long)o->ttl);
     if (o->key_count > 0 && o->keys == NULL)
@@ -326,8 +325,7 @@ xkv_status xkv_store_put(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns
     xkv_put_options o = xkv_put_options_default();
     put p = {.store = store, .o = &o};
     xkv_entry *opened = NULL;
-    XKV_TRY(xkv_store_begin(ctx, store));
-    XKV_TRY(check_options(ctx, store, options, &o));
+    XKV_TRY(begin_put(ctx, store, options, &o));
     XKV_TRY(xkv_entry_open(ctx, entry, &opened));
     xkv_status status = put_opened(ctx, &p, ns, prompt, entry, opened);
     xkv_entry_close(ctx, opened);
@@ -443,8 +441,7 @@ xkv_status xkv_store_put_planes(xkv_ctx *ctx, xkv_store *store, const xkv_namesp
     const planes from = {geometry, views, framing, source, source_size};
     xkv_put_options o = xkv_put_options_default();
     put p = {.store = store, .o = &o};
-    XKV_TRY(xkv_store_begin(ctx, store));
-    XKV_TRY(check_options(ctx, store, options, &o));
+    XKV_TRY(begin_put(ctx, store, options, &o));
     XKV_TRY(put_planes(ctx, &p, ns, prompt, &from));
     if (report != NULL)
         *report = p.report;
@@ -558,13 +555,6 @@ static xkv_status import_entry(xkv_ctx *ctx, put *p, const exported *e, uint64_t
     return p->report.existed ? XKV_OK : copy_and_commit(ctx, p, &e->payload);
 }
 
-static xkv_status begin_import(xkv_ctx *ctx, xkv_store *store)
-{
-    xkv_put_options o = xkv_put_options_default();
-    XKV_TRY(xkv_store_begin(ctx, store));
-    return check_options(ctx, store, NULL, &o);
-}
-
 /* One of the blobs of a file. What was fetched from a remote is an entry. */
 static xkv_status import_blob(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, bool fetched,
                               xkv_put_report *report)
@@ -594,7 +584,7 @@ xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *fil
 {
     xkv_put_report last = {.id = 0};
     uint64_t offset = 0;
-    XKV_TRY(begin_import(ctx, store));
+    XKV_TRY(xkv_store_begin_change(ctx, store));
     do {
         xkv_window window;
         xkv_input blob;
@@ -612,7 +602,7 @@ xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *fil
 xkv_status xkv_store_import_fetched(xkv_ctx *ctx, xkv_store *store, const xkv_input *file)
 {
     xkv_put_report report = {.id = 0};
-    XKV_TRY(begin_import(ctx, store));
+    XKV_TRY(xkv_store_begin_change(ctx, store));
     return import_blob(ctx, store, file, true, &report);
 }
 
@@ -714,9 +704,7 @@ xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *d
     put_dict p = {.store = store};
     xkv_dict_info info;
     bool same = false;
-    XKV_TRY(xkv_store_begin(ctx, store));
-    if (store->read_only)
-        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
+    XKV_TRY(xkv_store_begin_change(ctx, store));
     XKV_TRY(xkv_dict_read_info(ctx, dictionary, &info));
     memcpy(p.id, info.id, 16);
     XKV_TRY(xkv_index_read(ctx, store->index, find_dict, &p));

@@ -21,12 +21,8 @@ static const uint8_t pointer_magic[8] = {0x89, 'X', 'K', 'R', '\r', '\n', 0x1a, 
 
 static xkv_remote_name name_of(char kind, const uint8_t digest[32])
 {
-    static const char digits[] = "0123456789abcdef";
     xkv_remote_name n = {.text = {kind, '/'}};
-    for (size_t i = 0; i < 32; i++) {
-        n.text[2 + 2 * i] = digits[digest[i] >> 4];
-        n.text[3 + 2 * i] = digits[digest[i] & 15];
-    }
+    xkv_hex(digest, 32, n.text + 2);
     return n;
 }
 
@@ -212,20 +208,14 @@ void xkv_remote_count(xkv_remote *r, uint64_t *counter, uint64_t n)
 
 static uint64_t system_clock(void *user)
 {
-    struct timespec t;
     (void)user;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000u + (uint64_t)t.tv_nsec / 1000000u;
+    return xkv_clock_ms();
 }
 
 void xkv_remote_wait(xkv_remote *r, uint32_t ms)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    uint64_t nanoseconds = (uint64_t)t.tv_nsec + (uint64_t)ms * 1000000u;
-    t.tv_sec += (time_t)(nanoseconds / 1000000000u);
-    t.tv_nsec = (long)(nanoseconds % 1000000000u);
-    pthread_cond_timedwait(&r->changed, &r->mutex, &t);
+    const struct timespec at = xkv_clock_after(ms);
+    pthread_cond_timedwait(&r->changed, &r->mutex, &at);
 }
 
 static void pause_request(xkv_remote *r, uint32_t ms)

@@ -279,9 +279,7 @@ static xkv_status queue_some(xkv_txn *txn, void *user)
 xkv_status xkv_store_queue_all(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns)
 {
     queue_all q = {.ns = ns};
-    XKV_TRY(xkv_store_begin(ctx, store));
-    if (store->read_only)
-        return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
+    XKV_TRY(xkv_store_begin_change(ctx, store));
     while (!q.done) {
         XKV_TRY(xkv_index_write(ctx, store->index, queue_some, &q));
         XKV_TRY(xkv_check_cancel(ctx));

@@ -23,7 +23,6 @@ xkv_status xkv_redis_configure(xkv_ctx *ctx, xkv_ctx *own, const char *url, cons
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/random.h>
-#include <time.h>
 
 #define PIECE       ((size_t)1 << 20) /* of a value that is read or written at once */
 #define MAX_REPLY   (PIECE + 65536u)
@@ -95,13 +94,6 @@ static bool parse_url(const char *url, redis_config *c)
 
 /* --- Replies ------------------------------------------------------------------------------------------------------ */
 
-static uint64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000u + (uint64_t)t.tv_nsec / 1000000u;
-}
-
 static struct timeval to_timeval(uint64_t ms)
 {
     return (struct timeval){.tv_sec = (time_t)(ms / 1000u), .tv_usec = (suseconds_t)(ms % 1000u * 1000u)};
@@ -121,7 +113,7 @@ static void *refuse_array(const redisReadTask *task, int elements)
 
 static xkv_status fail_link(xkv_ctx *ctx, const redis_link *l)
 {
-    if (now_ms() >= l->deadline)
+    if (xkv_clock_ms() >= l->deadline)
         return xkv_fail(ctx, XKV_ERROR_TIMEOUT, "redis: no answer in time");
     return xkv_fail(ctx, XKV_ERROR_IO, "redis: %s", l->redis->err != 0 ? l->redis->errstr : "out of memory");
 }
@@ -131,7 +123,7 @@ static xkv_status wait_until(xkv_ctx *ctx, const redis_link *l, short event)
 {
     for (;;) {
         struct pollfd p = {.fd = l->redis->fd, .events = event};
-        const uint64_t now = now_ms();
+        const uint64_t now = xkv_clock_ms();
         XKV_TRY(xkv_check_cancel(ctx));
         if (now >= l->deadline)
             return fail_link(ctx, l);
@@ -328,7 +320,7 @@ static xkv_status redis_run(xkv_ctx *ctx, void *link, xkv_request *q, uint32_t m
     redis_link *l = link;
     char name[NAME_SIZE];
     snprintf(name, sizeof name, "xkv/%s", q->name);
-    l->deadline = now_ms() + ms;
+    l->deadline = xkv_clock_ms() + ms;
     l->request = q;
     if (q->kind == XKV_REQUEST_GET)
         return get_value(ctx, l, name, q);
@@ -364,7 +356,7 @@ static xkv_status redis_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, 
     const redis_config *c = config;
     redis_link *l = NULL;
     XKV_TRY(XKV_NEW_ZERO(own, 1, &l));
-    l->deadline = now_ms() + ms;
+    l->deadline = xkv_clock_ms() + ms;
     l->redis = redisConnectWithTimeout(c->host, c->port, to_timeval(xkv_min64(ms, CONNECT_MS)));
     xkv_status status = l->redis == NULL || l->redis->err != 0 ? XKV_ERROR_IO : XKV_OK;
     if (status != XKV_OK)

@@ -31,6 +31,12 @@ xkv_status xkv_store_begin(xkv_ctx *ctx, const xkv_store *store)
     return XKV_OK;
 }
 
+xkv_status xkv_store_begin_change(xkv_ctx *ctx, const xkv_store *store)
+{
+    XKV_TRY(xkv_store_begin(ctx, store));
+    return store->read_only ? xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only") : XKV_OK;
+}
+
 static uint64_t system_clock(void *user)
 {
     struct timespec t;

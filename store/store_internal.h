@@ -3,6 +3,7 @@
 #define XKV_STORE_INTERNAL_H
 
 #include "blob.h"
+#include "clock.h"
 #include "trie.h"
 
 #include <pthread.h>
@@ -73,6 +74,8 @@ struct xkv_store {
 
 /* Start a public call on a store. ARGUMENT after fork(). */
 XKV_MUST_CHECK xkv_status xkv_store_begin(xkv_ctx *ctx, const xkv_store *store);
+/* The same for one that changes it. IO: it is open read-only. */
+XKV_MUST_CHECK xkv_status xkv_store_begin_change(xkv_ctx *ctx, const xkv_store *store);
 uint64_t xkv_store_now(const xkv_store *store);
 /* "PATH/NAME", to be released. */
 XKV_MUST_CHECK xkv_status xkv_join_path(xkv_ctx *ctx, const char *path, const char *name, char **joined);
