@@ -1,6 +1,6 @@
 /* hook_save.c - saves: taken in under the limits of the queue, packed and stored on background threads. */
-#include "hook_internal.h"
 #include "clock.h"
+#include "hook_internal.h"
 #include "sha256.h"
 
 #include <signal.h>

@@ -536,17 +536,17 @@ static xkv_status check_entry(xkv_ctx *ctx, put *p, xkv_entry *entry, const xkv_
     return verify_foreign(ctx, p->store, entry);
 }
 
-/* An entry; `before`: the one before it in the file, 0: none. */
-static xkv_status import_entry(xkv_ctx *ctx, put *p, const exported *e, uint64_t before)
+/* An entry. */
+static xkv_status import_entry(xkv_ctx *ctx, put *p, const exported *e, const xkv_import *how)
 {
     xkv_namespace ns;
     const xkv_symbols symbols = {.data = e->symbols, .count = e->head.symbols, .tokens = e->head.tokens};
     xkv_entry *entry = NULL;
     memcpy(ns.id, e->head.space, 32);
     note_prompt(p, &ns, &symbols);
-    p->item.expires = e->head.expires;
+    p->item.expires = xkv_later_expiry(e->head.expires, how->expires);
     XKV_TRY(xkv_entry_open(ctx, &e->payload, &entry));
-    xkv_status status = e->head.extends ? find_imported_parent(ctx, p, e, before) : XKV_OK;
+    xkv_status status = e->head.extends ? find_imported_parent(ctx, p, e, how->before) : XKV_OK;
     if (status == XKV_OK)
         status = check_entry(ctx, p, entry, &symbols);
     xkv_entry_close(ctx, entry);
@@ -555,29 +555,66 @@ static xkv_status import_entry(xkv_ctx *ctx, put *p, const exported *e, uint64_t
     return p->report.existed ? XKV_OK : copy_and_commit(ctx, p, &e->payload);
 }
 
-/* One of the blobs of a file. What was fetched from a remote is an entry. */
-static xkv_status import_blob(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, bool fetched,
+/* An entry, with its tokens and page keys. */
+static xkv_status import_file(xkv_ctx *ctx, xkv_store *store, exported *e, const xkv_import *how,
                               xkv_put_report *report)
 {
-    exported e = {.file = file};
     xkv_put_options o = xkv_put_options_default();
-    put p = {.store = store, .o = &o, .fetched = fetched};
-    XKV_TRY(xkv_blob_read_head(ctx, file, &e.head));
-    if (e.head.kind == XKV_BLOB_DICT && !fetched) {
-        e.payload = xkv_input_window(&e.window, file, e.head.payload_offset, e.head.payload_size);
-        return xkv_store_put_dict(ctx, store, &e.payload, NULL);
-    }
-    xkv_status status = read_exported(ctx, &e);
-    o.keys = e.names;
-    o.key_count = e.head.names;
+    put p = {.store = store, .o = &o, .fetched = how->fetched};
+    xkv_status status = read_exported(ctx, e);
+    o.keys = e->names;
+    o.key_count = e->head.names;
     if (status == XKV_OK)
-        status = import_entry(ctx, &p, &e, report->id);
+        status = import_entry(ctx, &p, e, how);
     xkv_parent_leave(ctx, &p.parent);
-    xkv_release(ctx, e.symbols);
-    xkv_release(ctx, e.names);
+    xkv_release(ctx, e->symbols);
+    xkv_release(ctx, e->names);
     if (status == XKV_OK)
         *report = p.report;
     return status;
+}
+
+xkv_status xkv_store_import_entry(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, const xkv_import *how,
+                                  uint64_t *id)
+{
+    exported e = {.file = file};
+    xkv_put_report report;
+    XKV_TRY(xkv_store_begin_change(ctx, store));
+    XKV_TRY(xkv_blob_read_head(ctx, file, &e.head));
+    XKV_TRY(import_file(ctx, store, &e, how, &report));
+    *id = report.id;
+    return XKV_OK;
+}
+
+/* When the entry that ends at `offset` of a file may expire: not before those that follow and extend it, each the one
+ * before. */
+static xkv_status find_expiry(xkv_ctx *ctx, const xkv_input *file, uint64_t offset, uint64_t *expires)
+{
+    for (xkv_blob_head head = {.extends = true}; offset < file->size && head.extends;) {
+        xkv_window window;
+        xkv_input blob;
+        XKV_TRY(xkv_blob_next(ctx, file, offset, &window, &blob));
+        XKV_TRY(xkv_blob_read_head(ctx, &blob, &head));
+        if (head.extends)
+            *expires = xkv_later_expiry(*expires, head.expires);
+        offset += blob.size;
+    }
+    return XKV_OK;
+}
+
+/* One of the blobs of a file, which ends at `end`; `report` is that of the entry before it. */
+static xkv_status import_blob(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, const xkv_input *blob,
+                              uint64_t end, xkv_put_report *report)
+{
+    exported e = {.file = blob};
+    XKV_TRY(xkv_blob_read_head(ctx, blob, &e.head));
+    if (e.head.kind == XKV_BLOB_DICT) {
+        e.payload = xkv_input_window(&e.window, blob, e.head.payload_offset, e.head.payload_size);
+        return xkv_store_put_dict(ctx, store, &e.payload, NULL);
+    }
+    xkv_import how = {.before = report->id, .expires = e.head.expires};
+    XKV_TRY(find_expiry(ctx, file, end, &how.expires));
+    return import_file(ctx, store, &e, &how, report);
 }
 
 xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *file, xkv_put_report *report)
@@ -589,21 +626,14 @@ xkv_status xkv_store_import(xkv_ctx *ctx, xkv_store *store, const xkv_input *fil
         xkv_window window;
         xkv_input blob;
         XKV_TRY(xkv_blob_next(ctx, file, offset, &window, &blob));
-        XKV_TRY(import_blob(ctx, store, &blob, false, &last));
         offset += blob.size;
+        XKV_TRY(import_blob(ctx, store, file, &blob, offset, &last));
     } while (offset < file->size);
     if (last.id == 0)
         return xkv_fail(ctx, XKV_ERROR_FORMAT, "the file holds no entry [SB9]");
     if (report != NULL)
         *report = last;
     return XKV_OK;
-}
-
-xkv_status xkv_store_import_fetched(xkv_ctx *ctx, xkv_store *store, const xkv_input *file)
-{
-    xkv_put_report report = {.id = 0};
-    XKV_TRY(xkv_store_begin_change(ctx, store));
-    return import_blob(ctx, store, file, true, &report);
 }
 
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
@@ -639,10 +669,10 @@ static xkv_status dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
         XKV_TRY(xkv_dict_remove(txn, meta, p->id, &p->record, &change->quarantine));
     meta->corrupt += p->existed;
     p->existed = false;
-    uint64_t id = meta->next_id++;
-    XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, id));
+    p->record.id = meta->next_id++;
+    XKV_TRY(xkv_blob_publish(xkv_txn_ctx(txn), &p->writer, p->record.id));
     change->blobs_synced = true;
-    return xkv_dict_insert(txn, meta, p->id, id, p->writer.hash, p->file_size);
+    return xkv_dict_insert(txn, meta, p->id, p->record.id, p->writer.hash, p->file_size);
 }
 
 /* Compare what is put, which nobody has checked, with a blob of the store. */
@@ -699,7 +729,8 @@ static xkv_status add_dict(xkv_ctx *ctx, put_dict *p, const xkv_input *dictionar
     return status;
 }
 
-xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary, uint8_t id[16])
+xkv_status xkv_store_add_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary, uint8_t id[16],
+                              uint64_t *added)
 {
     put_dict p = {.store = store};
     xkv_dict_info info;
@@ -712,7 +743,33 @@ xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *d
         XKV_TRY(check_stored(ctx, &p, dictionary, &same));
     if (!same)
         XKV_TRY(add_dict(ctx, &p, dictionary));
-    if (id != NULL)
-        memcpy(id, p.id, 16);
+    memcpy(id, p.id, 16);
+    *added = p.existed ? 0 : p.record.id;
     return XKV_OK;
+}
+
+xkv_status xkv_store_put_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary, uint8_t id[16])
+{
+    uint8_t own[16];
+    uint64_t added;
+    return xkv_store_add_dict(ctx, store, dictionary, id != NULL ? id : own, &added);
+}
+
+static xkv_status drop_dict_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
+{
+    const put_dict *p = change->user;
+    xkv_dict_record record;
+    xkv_status status = xkv_txn_get_dict(txn, p->id, &record);
+    if (status == XKV_ERROR_NOT_FOUND || (status == XKV_OK && (record.id != p->record.id || record.users > 0)))
+        return XKV_OK;
+    XKV_TRY(status);
+    return xkv_dict_remove(txn, meta, p->id, &record, &change->removed);
+}
+
+xkv_status xkv_store_drop_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], uint64_t added)
+{
+    put_dict p = {.record.id = added};
+    xkv_change change = {.store = store, .body = drop_dict_body, .user = &p};
+    memcpy(p.id, id, 16);
+    return xkv_store_change(ctx, &change);
 }

@@ -68,9 +68,10 @@ typedef struct xkv_remote {
     pthread_cond_t changed;
     void *links[XKV_REMOTE_LINKS];
     uint32_t link_count;
-    uint32_t failures;   /* in a row; while there are any, nothing is asked */
-    uint64_t down_until; /* before this time */
-    bool work, stop;     /* for the thread that sends */
+    uint32_t failures;                  /* in a row; while there are any, nothing is asked */
+    uint64_t down_until;                /* before this time */
+    bool work, stop;                    /* for the thread that sends */
+    uint64_t resend_from, resend_below; /* ids of blobs that are sent whether or not they are there */
     xkv_remote_stats stats;
 
     pthread_mutex_t push_mutex; /* held while the queue is sent */

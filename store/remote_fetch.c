@@ -1,6 +1,7 @@
 /* remote_fetch.c - what the folder does not have is looked for in the remote, checked, and stored. */
 #include "remote.h"
 
+#include <stdio.h>
 #include <unistd.h>
 
 /* One lookup in the remote. */
@@ -15,6 +16,8 @@ typedef struct fetch {
     uint64_t deadline;
     xkv_pointer pointer; /* of the longest run of blocks that was found */
     uint32_t tokens;     /* in it; 0: nothing was found */
+    uint64_t room;       /* bytes that may still be fetched for it */
+    xkv_hit *here;       /* an entry of the folder that one of the fetched ones extends; NULL: none */
 } fetch;
 
 /* --- The longest prefix that it has ------------------------------------------------------------------------------- */
@@ -78,16 +81,21 @@ static xkv_status find_longest(fetch *f, uint32_t first)
 
 /* --- Blobs -------------------------------------------------------------------------------------------------------- */
 
-/* A blob that has arrived in a temporary file, as what it holds. */
+/* A blob that has arrived in a temporary file. */
 typedef struct arrived {
     xkv_blob_writer file;
-    xkv_input raw, plain, payload;
-    xkv_sealed sealed;
-    xkv_window window;
-    xkv_blob_head head;
+    xkv_blob blob;
+    xkv_blob_link link; /* if it extends another one */
+    uint8_t *link_bytes;
 } arrived;
 
-/* Fetch an object of `limit` bytes at most. End it by xkv_blob_end(), also after an error. */
+/* A dictionary that was stored for the entries that are fetched. */
+typedef struct added_dict {
+    uint8_t id[16];
+    uint64_t added;
+} added_dict;
+
+/* Fetch an object of `limit` bytes at most. End it by forget(), also after an error. */
 static xkv_status receive(const fetch *f, const char *name, uint64_t limit, arrived *a)
 {
     XKV_TRY(xkv_blob_begin(f->ctx, &f->store->folders, NULL, 0, 0, NULL, &a->file));
@@ -95,16 +103,16 @@ static xkv_status receive(const fetch *f, const char *name, uint64_t limit, arri
     XKV_TRY(xkv_remote_run(f->ctx, f->remote, &q, f->deadline));
     if (ftruncate(a->file.fd, (off_t)q.size) != 0) /* a failed attempt may have written more */
         return xkv_fail(f->ctx, XKV_ERROR_IO, "cannot shorten a temporary file");
-    return xkv_blob_file(f->ctx, &a->file.fd, &a->raw);
-}
-
-static xkv_status open_arrived(const fetch *f, arrived *a)
-{
-    XKV_TRY(xkv_blob_plain(f->ctx, f->store->key, &a->raw, &a->sealed, &a->plain));
-    XKV_TRY(xkv_blob_read_head(f->ctx, &a->plain, &a->head));
-    a->payload = xkv_input_window(&a->window, &a->plain, a->head.payload_offset, a->head.payload_size);
     return XKV_OK;
 }
+
+static void forget(const fetch *f, arrived *a)
+{
+    xkv_release(f->ctx, a->link_bytes);
+    xkv_blob_end(f->ctx, &a->file, false);
+}
+
+static const arrived nothing = {.file.fd = -1, .file.plain = -1};
 
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
 
@@ -112,46 +120,59 @@ static xkv_status open_arrived(const fetch *f, arrived *a)
 static xkv_status check_dict(const fetch *f, const arrived *a, const uint8_t id[16])
 {
     xkv_dict_info info;
-    if (a->head.kind != XKV_BLOB_DICT)
+    if (a->blob.head.kind != XKV_BLOB_DICT)
         return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it is no dictionary [SR5]");
-    XKV_TRY(xkv_dict_read_info(f->ctx, &a->payload, &info));
+    XKV_TRY(xkv_dict_read_info(f->ctx, &a->blob.payload, &info));
     return memcmp(info.id, id, 16) == 0 ? XKV_OK
                                         : xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it is another dictionary [SR5]");
 }
 
-static xkv_status take_dict(const fetch *f, const char *name, const uint8_t id[16], arrived *a)
+static xkv_status take_dict(const fetch *f, const char *name, arrived *a, added_dict *d)
 {
     XKV_TRY(receive(f, name, f->remote->o.object_bytes, a));
-    XKV_TRY(open_arrived(f, a));
-    XKV_TRY(check_dict(f, a, id));
-    return xkv_store_put_dict(f->ctx, f->store, &a->payload, NULL);
+    XKV_TRY(xkv_blob_read(f->ctx, f->store->key, &a->file.fd, &a->blob));
+    XKV_TRY(check_dict(f, a, d->id));
+    return xkv_store_add_dict(f->ctx, f->store, &a->blob.payload, d->id, &d->added);
 }
 
 /* The dictionary that the entry needs, unless it is here. */
-static xkv_status fetch_dict(const fetch *f, uint8_t id[16])
+static xkv_status fetch_dict(const fetch *f, const uint8_t id[16], added_dict *d)
 {
-    arrived a = {.file.fd = -1, .file.plain = -1};
+    arrived a = nothing;
     xkv_dict_record record;
+    d->added = 0;
     if (xkv_all_zero(id, 16))
         return XKV_OK;
     xkv_status status = xkv_index_get_dict(f->ctx, f->store->index, id, &record);
     if (status != XKV_ERROR_NOT_FOUND)
         return status;
+    memcpy(d->id, id, 16);
     xkv_remote_name name = xkv_remote_dict_name(f->remote, id);
-    status = take_dict(f, name.text, id, &a);
-    xkv_blob_end(f->ctx, &a.file, false);
+    status = take_dict(f, name.text, &a, d);
+    forget(f, &a);
     if (is_useless(status))
         note_damage(f, name.text);
     return status;
 }
 
-/* --- The entry ---------------------------------------------------------------------------------------------------- */
+/* No entry came after all: the dictionary was stored for nothing. */
+static void drop_dict(const fetch *f, const added_dict *d)
+{
+    if (d->added == 0)
+        return;
+    xkv_ctx_begin(f->ctx);
+    if (xkv_store_drop_dict(f->ctx, f->store, d->id, d->added) != XKV_OK)
+        xkv_logf(f->ctx, XKV_LOG_WARNING, "%s: a dictionary that no entry needs stays: %s", f->store->path,
+                 xkv_ctx_error(f->ctx));
+}
+
+/* --- One entry ---------------------------------------------------------------------------------------------------- */
 
 /* It must begin with the blocks that it was found by. */
 static xkv_status check_tokens(const fetch *f, const arrived *a)
 {
     uint32_t *theirs = NULL, count = f->prompt->count;
-    XKV_TRY(xkv_blob_read_body(f->ctx, &a->plain, &a->head, &count, &theirs, NULL));
+    XKV_TRY(xkv_blob_read_body(f->ctx, &a->blob.file, &a->blob.head, &count, &theirs, NULL));
     const uint32_t same = xkv_symbols_common(f->prompt->data, f->prompt->count, theirs, count);
     xkv_release(f->ctx, theirs);
     return xkv_symbols_to_tokens(f->prompt->data, same) >= f->tokens
@@ -159,56 +180,144 @@ static xkv_status check_tokens(const fetch *f, const arrived *a)
                : xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it does not begin with the tokens that it was found by [SR5]");
 }
 
-static xkv_status check_blob(const fetch *f, arrived *a)
+static xkv_status open_entry(const fetch *f, const uint8_t hash[32], arrived *a)
 {
-    uint8_t hash[32];
-    XKV_TRY(xkv_hash_input(f->ctx, &a->raw, hash));
-    if (a->raw.size != f->pointer.size || memcmp(hash, f->pointer.hash, 32) != 0)
+    xkv_input raw;
+    uint8_t own[32];
+    XKV_TRY(xkv_blob_file(f->ctx, &a->file.fd, &raw));
+    XKV_TRY(xkv_hash_input(f->ctx, &raw, own));
+    if (memcmp(own, hash, 32) != 0)
         return xkv_fail(f->ctx, XKV_ERROR_CHECKSUM, "its size or hash is not that of its name [SR5]");
-    XKV_TRY(open_arrived(f, a));
-    if (a->head.kind != XKV_BLOB_ENTRY || memcmp(a->head.space, f->ns->id, 32) != 0)
+    XKV_TRY(xkv_blob_read(f->ctx, f->store->key, &a->file.fd, &a->blob));
+    if (a->blob.head.kind != XKV_BLOB_ENTRY || memcmp(a->blob.head.space, f->ns->id, 32) != 0)
         return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it is no entry of the namespace [SR5]");
-    if (a->head.extends)
-        return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it extends another entry [SR5]");
-    return check_tokens(f, a);
+    return a->blob.head.extends ? xkv_blob_read_link(f->ctx, &a->blob.file, &a->blob.head, &a->link, &a->link_bytes)
+                                : XKV_OK;
 }
 
-static xkv_status take_blob(const fetch *f, const char *name, arrived *a)
+/* What was looked for. */
+static xkv_status check_found(const fetch *f, const arrived *a)
 {
-    xkv_status status = receive(f, name, f->pointer.size, a);
+    if (a->blob.raw.size != f->pointer.size)
+        return xkv_fail(f->ctx, XKV_ERROR_CHECKSUM, "its size or hash is not that of its name [SR5]");
+    XKV_TRY(check_tokens(f, a));
+    return xkv_is_expired(a->blob.head.expires, xkv_store_now(f->store)) ? XKV_ERROR_NOT_FOUND : XKV_OK;
+}
+
+/* Fetch the entry that the index object named, or with a `child` the one that this extends. */
+static xkv_status take_entry(fetch *f, const arrived *child, arrived *a)
+{
+    const uint8_t *hash = child != NULL ? child->link.blob : f->pointer.hash;
+    const xkv_remote_name name = xkv_remote_blob_name(hash);
+    xkv_status status = receive(f, name.text, child != NULL ? f->room : f->pointer.size, a);
     if (status == XKV_OK)
-        status = check_blob(f, a);
+        status = open_entry(f, hash, a);
+    if (status == XKV_OK && child == NULL)
+        status = check_found(f, a);
+    if (status == XKV_OK && a->blob.head.extends && child != NULL && a->link.base >= child->link.base)
+        status = xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it does not hold what another takes from it [SE2]");
     if (is_useless(status))
-        note_damage(f, name);
-    XKV_TRY(status);
-    if (xkv_is_expired(a->head.expires, xkv_store_now(f->store)))
-        return XKV_ERROR_NOT_FOUND;
-    XKV_TRY(fetch_dict(f, a->head.dict));
-    status = xkv_store_import_fetched(f->ctx, f->store, &a->plain);
-    if (xkv_is_damage(status))
-        note_damage(f, name);
+        note_damage(f, name.text);
+    if (status == XKV_OK)
+        f->room -= xkv_min64(f->room, a->blob.raw.size);
+    return status;
+}
+
+/* --- Entries that extend others ----------------------------------------------------------------------------------- */
+
+/* An entry here whose prompt begins with all tokens that the arrived one takes from another: it serves as well. */
+static xkv_status find_here(fetch *f, const arrived *a)
+{
+    uint32_t *symbols = NULL, count = a->blob.head.symbols, tokens = 0;
+    XKV_TRY(xkv_blob_read_body(f->ctx, &a->blob.file, &a->blob.head, &count, &symbols, NULL));
+    xkv_status status = xkv_store_nearest(f->ctx, f->store, f->ns, symbols, count, &tokens, &f->here);
+    xkv_release(f->ctx, symbols);
+    if (status == XKV_OK && tokens < a->link.base) {
+        xkv_hit_close(f->ctx, f->here);
+        f->here = NULL;
+    }
+    return status;
+}
+
+/* The entry that was found and those that it extends, up to one that is here. All of them must lie in the remote. */
+static xkv_status take_line(fetch *f, arrived *line, uint32_t *count)
+{
+    for (*count = 0;;) {
+        arrived *a = &line[(*count)++];
+        XKV_TRY(take_entry(f, *count > 1 ? a - 1 : NULL, a));
+        if (!a->blob.head.extends)
+            return XKV_OK;
+        XKV_TRY(find_here(f, a));
+        if (f->here != NULL)
+            return XKV_OK;
+        if (*count == XKV_LINE_MAX)
+            return xkv_fail(f->ctx, XKV_ERROR_LIMIT, "more than %d entries extend each other [SE3]", XKV_LINE_MAX);
+    }
+}
+
+/* Store them, from the first one on. */
+static xkv_status store_line(const fetch *f, const arrived *line, uint32_t count)
+{
+    xkv_import how = {.before = f->here != NULL ? xkv_hit_item(f->here, 0)->id : 0,
+                      .expires = line[0].blob.head.expires,
+                      .fetched = true};
+    while (count-- > 0) {
+        xkv_status status = xkv_store_import_entry(f->ctx, f->store, &line[count].blob.file, &how, &how.before);
+        if (xkv_is_damage(status))
+            note_damage(f, xkv_remote_blob_name(count > 0 ? line[count - 1].link.blob : f->pointer.hash).text);
+        XKV_TRY(status);
+    }
+    return XKV_OK;
+}
+
+/* With the dictionaries that they need. */
+static xkv_status store_all(const fetch *f, const arrived *line, uint32_t count)
+{
+    added_dict dicts[XKV_LINE_MAX];
+    uint32_t taken = 0;
+    xkv_status status = XKV_OK;
+    for (; status == XKV_OK && taken < count; taken++)
+        status = fetch_dict(f, line[taken].blob.head.dict, &dicts[taken]);
+    if (status == XKV_OK)
+        status = store_line(f, line, count);
+    char why[256];
+    snprintf(why, sizeof why, "%s", xkv_ctx_error(f->ctx));
+    while (status != XKV_OK && taken-- > 0)
+        drop_dict(f, &dicts[taken]);
+    return status != XKV_OK && why[0] != '\0' ? xkv_fail(f->ctx, status, "%s", why) : status;
+}
+
+static xkv_status fetch_line(fetch *f)
+{
+    arrived *line = NULL;
+    uint32_t count = 0;
+    XKV_TRY(XKV_NEW(f->ctx, XKV_LINE_MAX, &line));
+    for (uint32_t i = 0; i < XKV_LINE_MAX; i++)
+        line[i] = nothing;
+    xkv_status status = take_line(f, line, &count);
+    if (status == XKV_OK)
+        status = store_all(f, line, count);
+    for (uint32_t i = 0; i < count; i++)
+        forget(f, &line[i]);
+    xkv_release(f->ctx, line);
+    xkv_hit_close(f->ctx, f->here);
     return status;
 }
 
 /* Whether a blob of this size may come in: what would be refused at the end is not begun. */
-static bool has_room(const fetch *f)
+static bool has_room(fetch *f)
 {
     xkv_meta meta;
-    const uint64_t size = f->pointer.size;
-    return size <= f->remote->o.object_bytes && xkv_index_get_meta(f->ctx, f->store->index, &meta) == XKV_OK &&
-           (meta.byte_cap == 0 || size <= meta.byte_cap);
+    if (xkv_index_get_meta(f->ctx, f->store->index, &meta) != XKV_OK)
+        return false;
+    f->room = xkv_min64(f->remote->o.object_bytes, meta.byte_cap > 0 ? meta.byte_cap : UINT64_MAX);
+    return f->pointer.size <= f->room;
 }
 
 static xkv_status fetch_from(fetch *f, uint32_t first)
 {
-    arrived a = {.file.fd = -1, .file.plain = -1};
     XKV_TRY(find_longest(f, first));
-    if (f->tokens == 0 || !has_room(f))
-        return XKV_ERROR_NOT_FOUND;
-    xkv_remote_name name = xkv_remote_blob_name(f->pointer.hash);
-    xkv_status status = take_blob(f, name.text, &a);
-    xkv_blob_end(f->ctx, &a.file, false);
-    return status;
+    return f->tokens > 0 && has_room(f) ? fetch_line(f) : XKV_ERROR_NOT_FOUND;
 }
 
 /* What the lookup came to. */

@@ -18,35 +18,42 @@ typedef struct push {
 
 /* --- The queue ---------------------------------------------------------------------------------------------------- */
 
-/* One that extends another holds only what follows it. */
-static bool takes(const xkv_item *item)
-{
-    return item->parent == 0;
-}
-
 xkv_status xkv_remote_queue(xkv_txn *txn, const xkv_store *store, const xkv_item *item)
 {
     xkv_key key = xkv_key_id(XKV_TABLE_UNSENT, item->id);
-    return store->remote == NULL || !takes(item) ? XKV_OK : xkv_txn_put_mark(txn, &key);
+    return store->remote == NULL ? XKV_OK : xkv_txn_put_mark(txn, &key);
 }
 
 /* The first id in the queue from `after` on, and its entry. */
 typedef struct queued {
     uint64_t after, id;
-    xkv_item item;
-    bool there; /* the entry is in the store */
+    xkv_item line[XKV_LINE_MAX]; /* [count] the entry, the one that it extends, and so on */
+    uint32_t count;              /* 0: it, or one that it extends, is not there */
 } queued;
+
+/* The entry of this id, and those that it extends. */
+static xkv_status find_line(xkv_txn *txn, queued *q)
+{
+    uint64_t id = q->id;
+    uint32_t count = 0;
+    q->count = 0;
+    do {
+        XKV_TRY(xkv_txn_get_item(txn, id, &q->line[count]));
+        id = q->line[count++].parent;
+    } while (id != 0 && count < XKV_LINE_MAX);
+    q->count = id == 0 ? count : 0; /* a longer one cannot be read either [SE3] */
+    return XKV_OK;
+}
 
 static xkv_status find_queued(xkv_txn *txn, void *user)
 {
     queued *q = user;
-    xkv_key from = xkv_key_id(XKV_TABLE_UNSENT, q->after), key = {.size = 0};
-    xkv_status status = xkv_txn_seek(txn, &from, 1, &key, NULL);
-    if (status != XKV_OK && (status != XKV_ERROR_CORRUPT || key.size != from.size))
+    xkv_key at = xkv_key_id(XKV_TABLE_UNSENT, q->after), key;
+    xkv_status status = xkv_txn_next(txn, &at, 1, &key, NULL);
+    if (status != XKV_OK && !(xkv_is_damaged_record(status, &key) && key.size == 9))
         return status; /* a damaged one holds nothing but its key */
     q->id = xkv_key_u64(&key, 1);
-    status = xkv_txn_get_item(txn, q->id, &q->item);
-    q->there = status == XKV_OK;
+    status = find_line(txn, q);
     return status == XKV_ERROR_NOT_FOUND || xkv_is_damage(status) ? XKV_OK : status;
 }
 
@@ -74,6 +81,15 @@ static xkv_status put_object(push *p, const char *name, const xkv_input *from)
     return xkv_remote_run(p->ctx, p->remote, &q, p->deadline);
 }
 
+/* Whether the remote has an object of the name. */
+static xkv_status is_there(push *p, const char *name, uint64_t *size)
+{
+    xkv_request q = {.kind = XKV_REQUEST_SIZE, .name = name, .fd = -1};
+    xkv_status status = xkv_remote_run(p->ctx, p->remote, &q, p->deadline);
+    *size = status == XKV_OK ? q.size : 0;
+    return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
+}
+
 /* A blob of the store as it lies there, if it is what it should be. */
 static xkv_status put_blob(push *p, const char *name, const uint8_t hash[32], const int *fd)
 {
@@ -87,15 +103,15 @@ static xkv_status put_blob(push *p, const char *name, const uint8_t hash[32], co
 static xkv_status push_dict(push *p, const xkv_item *item)
 {
     xkv_dict_record record;
+    uint64_t size = 0;
     int fd = -1;
     if (!xkv_item_needs_dict(item))
         return XKV_OK;
     xkv_remote_name name = xkv_remote_dict_name(p->remote, item->dict);
-    xkv_request q = {.kind = XKV_REQUEST_SIZE, .name = name.text, .fd = -1};
-    xkv_status status = xkv_remote_run(p->ctx, p->remote, &q, p->deadline);
-    if (status != XKV_ERROR_NOT_FOUND)
-        return status;
-    status = xkv_index_get_dict(p->ctx, p->store->index, item->dict, &record);
+    XKV_TRY(is_there(p, name.text, &size));
+    if (size > 0)
+        return XKV_OK;
+    xkv_status status = xkv_index_get_dict(p->ctx, p->store->index, item->dict, &record);
     if (status == XKV_OK) {
         xkv_blob_name blob = xkv_blob_name_of(record.blob, record.id);
         status = xkv_blob_open(p->ctx, &p->store->folders, &blob, true, &fd);
@@ -107,7 +123,8 @@ static xkv_status push_dict(push *p, const xkv_item *item)
     return status;
 }
 
-/* Index objects, from the shortest run of blocks to the longest, so that whoever finds one finds all before it. */
+/* Index objects, from the shortest run of blocks to the longest, so that whoever finds one finds all before it. Those
+ * of the blocks that it takes from another entry are that one's. */
 static xkv_status put_pointers(push *p, const xkv_item *item, const xkv_page_key *keys, uint32_t count)
 {
     xkv_pointer pointer = {.size = item->file_size};
@@ -115,7 +132,7 @@ static xkv_status put_pointers(push *p, const xkv_item *item, const xkv_page_key
     const xkv_input object = xkv_input_from_memory(bytes, sizeof bytes);
     memcpy(pointer.hash, item->blob, 32);
     xkv_pointer_encode(&pointer, bytes);
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = item->base_tokens / p->remote->block_tokens; i < count; i++) {
         xkv_remote_name name = xkv_remote_index_name(p->remote, keys[i].key);
         XKV_TRY(put_object(p, name.text, &object));
     }
@@ -135,7 +152,27 @@ static xkv_status read_keys(push *p, const xkv_item *item, xkv_page_key *keys)
     return XKV_OK;
 }
 
-static xkv_status push_opened(push *p, const xkv_item *item, const int *fd)
+/* Blobs below an id are sent though the remote seems to have them: perhaps they are damaged there. Once, or an entry
+ * that always fails would send its blob each time. */
+static void resend_below(xkv_remote *r, uint64_t id)
+{
+    if (r == NULL)
+        return;
+    pthread_mutex_lock(&r->mutex);
+    r->resend_from = 0;
+    r->resend_below = id;
+    pthread_mutex_unlock(&r->mutex);
+}
+
+static void note_sent(xkv_remote *r, uint64_t id)
+{
+    pthread_mutex_lock(&r->mutex);
+    r->resend_from = xkv_max64(r->resend_from, id + 1);
+    pthread_mutex_unlock(&r->mutex);
+}
+
+/* All objects of an entry but its blob, which is there by the end, too. */
+static xkv_status push_opened(push *p, const xkv_item *item, const int *fd, bool have_blob)
 {
     const uint32_t count = (uint32_t)xkv_ceil_div(item->tokens, p->remote->block_tokens);
     xkv_remote_name name = xkv_remote_blob_name(item->blob);
@@ -144,32 +181,66 @@ static xkv_status push_opened(push *p, const xkv_item *item, const int *fd)
     xkv_status status = read_keys(p, item, keys);
     if (status == XKV_OK)
         status = push_dict(p, item);
-    if (status == XKV_OK)
+    if (status == XKV_OK && !have_blob)
         status = put_blob(p, name.text, item->blob, fd);
+    if (status == XKV_OK && !have_blob)
+        note_sent(p->remote, item->id);
     if (status == XKV_OK)
         status = put_pointers(p, item, keys, count);
     xkv_release(p->ctx, keys);
     return status;
 }
 
-static bool is_to_be_sent(const push *p, const queued *q)
+/* Whether the blob need not be sent: a try that failed later has sent it, or the entry was sent for one that extends
+ * it. Who sends all once more means it. */
+static xkv_status has_blob(push *p, const xkv_item *item, bool *have)
 {
-    return q->there && q->item.file_size <= p->remote->o.object_bytes &&
-           !xkv_is_expired(q->item.expires, xkv_store_now(p->store));
+    xkv_remote *r = p->remote;
+    uint64_t size = 0;
+    *have = false;
+    pthread_mutex_lock(&r->mutex);
+    bool again = item->id >= r->resend_from && item->id < r->resend_below;
+    pthread_mutex_unlock(&r->mutex);
+    if (again)
+        return XKV_OK;
+    XKV_TRY(is_there(p, xkv_remote_blob_name(item->blob).text, &size));
+    *have = size == item->file_size;
+    return XKV_OK;
 }
 
-/* NOT_FOUND: there is nothing to send any more. */
-static xkv_status push_entry(push *p, const queued *q)
+/* An entry: `extended` by the one that is sent, it lies there complete if its blob does. */
+static xkv_status push_item(push *p, const xkv_item *item, bool extended)
 {
+    bool have;
     int fd = -1;
-    if (!is_to_be_sent(p, q))
-        return XKV_ERROR_NOT_FOUND;
     p->deadline = xkv_remote_now(p->remote) + p->remote->o.send_ms;
-    xkv_blob_name name = xkv_blob_name_of(q->item.blob, q->item.id);
+    xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
+    XKV_TRY(has_blob(p, item, &have));
+    if (have && extended)
+        return XKV_OK;
     XKV_TRY(xkv_blob_open(p->ctx, &p->store->folders, &name, true, &fd));
-    xkv_status status = push_opened(p, &q->item, &fd);
+    xkv_status status = push_opened(p, item, &fd, have);
     close(fd);
     return status;
+}
+
+static bool is_to_be_sent(const push *p, const queued *q)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < q->count; i++)
+        bytes += q->line[i].file_size;
+    return q->count > 0 && bytes <= p->remote->o.object_bytes &&
+           !xkv_is_expired(q->line[0].expires, xkv_store_now(p->store));
+}
+
+/* What it extends comes first. NOT_FOUND: there is nothing to send any more. */
+static xkv_status push_entry(push *p, const queued *q)
+{
+    if (!is_to_be_sent(p, q))
+        return XKV_ERROR_NOT_FOUND;
+    for (uint32_t i = q->count; i-- > 0;)
+        XKV_TRY(push_item(p, &q->line[i], i > 0));
+    return XKV_OK;
 }
 
 /* --- All of them -------------------------------------------------------------------------------------------------- */
@@ -269,7 +340,7 @@ static xkv_status queue_some(xkv_txn *txn, void *user)
         XKV_TRY(status);
         xkv_item_decode(value, &item);
         xkv_key mark = xkv_key_id(XKV_TABLE_UNSENT, item.id);
-        if (takes(&item) && memcmp(item.space, q->ns->id, 32) == 0)
+        if (memcmp(item.space, q->ns->id, 32) == 0)
             XKV_TRY(xkv_txn_put_mark(txn, &mark));
         q->next = xkv_key_u64(&key, 1) + 1;
     }
@@ -285,6 +356,7 @@ xkv_status xkv_store_queue_all(xkv_ctx *ctx, xkv_store *store, const xkv_namespa
         XKV_TRY(xkv_check_cancel(ctx));
         q.after = q.next;
     }
+    resend_below(store->remote, q.next);
     xkv_remote_wake(store);
     return XKV_OK;
 }

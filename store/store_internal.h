@@ -263,8 +263,21 @@ XKV_MUST_CHECK xkv_status xkv_verify_records(xkv_ctx *ctx, xkv_store *store, xkv
 /* Whether the entry stands in USED or EXPIRES under this time. */
 bool xkv_item_is_listed(const xkv_item *item, uint8_t table, uint64_t time);
 
-/* xkv_store_import() of what came from the remote: it is not sent there again. */
-XKV_MUST_CHECK xkv_status xkv_store_import_fetched(xkv_ctx *ctx, xkv_store *store, const xkv_input *file);
+/* --- Importing (put.c) --- */
+
+typedef struct xkv_import {
+    uint64_t before;  /* id of the entry that it extends, or of one that extends that one; if it extends any */
+    uint64_t expires; /* it does not before this; 0: never */
+    bool fetched;     /* it came from the remote, and is not sent there again */
+} xkv_import;
+/* xkv_store_import() of one entry, a blob file that is not sealed; its *id here. */
+XKV_MUST_CHECK xkv_status xkv_store_import_entry(xkv_ctx *ctx, xkv_store *store, const xkv_input *file,
+                                                 const xkv_import *how, uint64_t *id);
+/* xkv_store_put_dict() that says whether it has *added a blob, of this id; 0: one was there. */
+XKV_MUST_CHECK xkv_status xkv_store_add_dict(xkv_ctx *ctx, xkv_store *store, const xkv_input *dictionary,
+                                             uint8_t id[16], uint64_t *added);
+/* Take such a blob out again, unless an entry needs it by now. */
+XKV_MUST_CHECK xkv_status xkv_store_drop_dict(xkv_ctx *ctx, xkv_store *store, const uint8_t id[16], uint64_t added);
 
 /* --- Remote tier (remote.c, remote_fetch.c, remote_push.c) --- */
 
