@@ -17,6 +17,7 @@ typedef struct fetch {
     xkv_pointer pointer; /* of the longest run of blocks that was found */
     uint32_t tokens;     /* in it; 0: nothing was found */
     uint64_t room;       /* bytes that may still be fetched for it */
+    bool stored;         /* an entry, be it one that another was to extend */
     xkv_hit *here;       /* an entry of the folder that one of the fetched ones extends; NULL: none */
 } fetch;
 
@@ -168,11 +169,17 @@ static void drop_dict(const fetch *f, const added_dict *d)
 
 /* --- One entry ---------------------------------------------------------------------------------------------------- */
 
+/* Symbols of an arrived entry: all, or the first *count. */
+static xkv_status read_symbols(const fetch *f, const arrived *a, uint32_t *count, uint32_t **symbols)
+{
+    return xkv_blob_read_body(f->ctx, &a->blob.file, &a->blob.head, count, symbols, NULL);
+}
+
 /* It must begin with the blocks that it was found by. */
 static xkv_status check_tokens(const fetch *f, const arrived *a)
 {
     uint32_t *theirs = NULL, count = f->prompt->count;
-    XKV_TRY(xkv_blob_read_body(f->ctx, &a->blob.file, &a->blob.head, &count, &theirs, NULL));
+    XKV_TRY(read_symbols(f, a, &count, &theirs));
     const uint32_t same = xkv_symbols_common(f->prompt->data, f->prompt->count, theirs, count);
     xkv_release(f->ctx, theirs);
     return xkv_symbols_to_tokens(f->prompt->data, same) >= f->tokens
@@ -204,6 +211,26 @@ static xkv_status check_found(const fetch *f, const arrived *a)
     return xkv_is_expired(a->blob.head.expires, xkv_store_now(f->store)) ? XKV_ERROR_NOT_FOUND : XKV_OK;
 }
 
+/* What a child takes from it must be there, and be of the same tokens. */
+static xkv_status check_parent(const fetch *f, const arrived *a, const arrived *child)
+{
+    uint32_t *own = NULL, *theirs = NULL, count = a->blob.head.symbols, child_count = child->blob.head.symbols,
+             same = 0;
+    const uint32_t base = child->link.base;
+    if (a->blob.head.tokens < base || (a->blob.head.extends && a->link.base >= base))
+        return xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it does not hold what another takes from it [SE2]");
+    xkv_status status = read_symbols(f, a, &count, &own);
+    if (status == XKV_OK)
+        status = read_symbols(f, child, &child_count, &theirs);
+    if (status == XKV_OK)
+        same = xkv_symbols_to_tokens(own, xkv_symbols_common(own, count, theirs, child_count));
+    xkv_release(f->ctx, own);
+    xkv_release(f->ctx, theirs);
+    XKV_TRY(status);
+    return same >= base ? XKV_OK
+                        : xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it has other tokens than one that extends it [SE1]");
+}
+
 /* Fetch the entry that the index object named, or with a `child` the one that this extends. */
 static xkv_status take_entry(fetch *f, const arrived *child, arrived *a)
 {
@@ -212,10 +239,8 @@ static xkv_status take_entry(fetch *f, const arrived *child, arrived *a)
     xkv_status status = receive(f, name.text, child != NULL ? f->room : f->pointer.size, a);
     if (status == XKV_OK)
         status = open_entry(f, hash, a);
-    if (status == XKV_OK && child == NULL)
-        status = check_found(f, a);
-    if (status == XKV_OK && a->blob.head.extends && child != NULL && a->link.base >= child->link.base)
-        status = xkv_fail(f->ctx, XKV_ERROR_CORRUPT, "it does not hold what another takes from it [SE2]");
+    if (status == XKV_OK)
+        status = child == NULL ? check_found(f, a) : check_parent(f, a, child);
     if (is_useless(status))
         note_damage(f, name.text);
     if (status == XKV_OK)
@@ -229,7 +254,7 @@ static xkv_status take_entry(fetch *f, const arrived *child, arrived *a)
 static xkv_status find_here(fetch *f, const arrived *a)
 {
     uint32_t *symbols = NULL, count = a->blob.head.symbols, tokens = 0;
-    XKV_TRY(xkv_blob_read_body(f->ctx, &a->blob.file, &a->blob.head, &count, &symbols, NULL));
+    XKV_TRY(read_symbols(f, a, &count, &symbols));
     xkv_status status = xkv_store_nearest(f->ctx, f->store, f->ns, symbols, count, &tokens, &f->here);
     xkv_release(f->ctx, symbols);
     if (status == XKV_OK && tokens < a->link.base) {
@@ -256,7 +281,7 @@ static xkv_status take_line(fetch *f, arrived *line, uint32_t *count)
 }
 
 /* Store them, from the first one on. */
-static xkv_status store_line(const fetch *f, const arrived *line, uint32_t count)
+static xkv_status store_line(fetch *f, const arrived *line, uint32_t count)
 {
     xkv_import how = {.before = f->here != NULL ? xkv_hit_item(f->here, 0)->id : 0,
                       .expires = line[0].blob.head.expires,
@@ -266,12 +291,13 @@ static xkv_status store_line(const fetch *f, const arrived *line, uint32_t count
         if (xkv_is_damage(status))
             note_damage(f, xkv_remote_blob_name(count > 0 ? line[count - 1].link.blob : f->pointer.hash).text);
         XKV_TRY(status);
+        f->stored = true;
     }
     return XKV_OK;
 }
 
 /* With the dictionaries that they need. */
-static xkv_status store_all(const fetch *f, const arrived *line, uint32_t count)
+static xkv_status store_all(fetch *f, const arrived *line, uint32_t count)
 {
     added_dict dicts[XKV_LINE_MAX];
     uint32_t taken = 0;
@@ -331,7 +357,7 @@ static bool conclude(const fetch *f, xkv_status status)
     else if (status != XKV_ERROR_NOT_FOUND)
         xkv_logf(f->ctx, XKV_LOG_DEBUG, "%s: nothing from the remote: %s", f->store->path, xkv_ctx_error(f->ctx));
     xkv_ctx_begin(f->ctx); /* no lookup fails because of it */
-    return status == XKV_OK;
+    return f->stored;
 }
 
 bool xkv_remote_fetch(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const xkv_symbols *prompt, uint32_t have)

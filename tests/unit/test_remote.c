@@ -13,6 +13,7 @@
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 enum { BLOCK = 8, OBJECTS = 512 };
 
@@ -39,6 +40,7 @@ typedef struct server {
     bool hang;           /* requests never end */
     uint32_t requests, connects, links;
     uint32_t puts_left; /* then the server dies; UINT32_MAX: never */
+    uint32_t blobs_put, blobs_got;
 } server;
 
 static server fake;
@@ -131,6 +133,8 @@ static xkv_status serve(xkv_ctx *ctx, xkv_request *q)
         q->final = true;
         return xkv_fail(ctx, XKV_ERROR_IO, "refused");
     }
+    fake.blobs_put += q->kind == XKV_REQUEST_PUT && q->name[0] == 'b';
+    fake.blobs_got += q->kind == XKV_REQUEST_GET && q->name[0] == 'b';
     if (q->kind == XKV_REQUEST_PUT) {
         uint8_t *bytes = malloc((size_t)q->from->size + 1);
         assert_non_null(bytes);
@@ -1000,6 +1004,326 @@ static void test_dictionary(void **state)
     assert_int_equal(match_with_dict(2), 64);
 }
 
+/* A dictionary whose entry does not come after all goes again, unless another one needs it. */
+static void test_dictionary_for_nothing(void **state)
+{
+    (void)state;
+    put_with_dict(1);
+    push(&a);
+    object *blob = first_of('b');
+    blob->bytes[blob->size - 1] ^= 1; /* of the rows; the hash is made right */
+    xkv_pointer p = pointer_to(blob);
+    char name[XKV_REMOTE_NAME + 1];
+    snprintf(name, sizeof name, "%s", xkv_remote_blob_name(p.hash).text);
+    memcpy(blob->name, name, sizeof name);
+    for (size_t i = 0; i < fake.count; i++) {
+        if (fake.objects[i].name[0] == 'i')
+            xkv_pointer_encode(&p, fake.objects[i].bytes);
+    }
+    assert_int_equal(match_with_dict(1), 0);
+    assert_int_equal(stats(&b).damaged, 1);
+    assert_nothing_stored(&b);
+}
+
+/* --- Entries that extend others --- */
+
+enum { CHUNK = 32, LINE = 4 };
+
+/* Put the first 32, 64, 96 and 128 tokens of a prompt: each extends the one before, all tokens of which it takes. */
+static void put_line(machine *m, const char *salt, uint64_t seed, uint32_t first, uint32_t last, uint64_t ttl)
+{
+    xkv_pack_options pack = xkv_pack_options_default();
+    xkv_put_options o = xkv_put_options_default();
+    pack.chunk_tokens = CHUNK;
+    o.pack = &pack;
+    for (uint32_t i = first; i <= last; i++) {
+        o.ttl = i == first ? ttl : 0;
+        put_with(m, salt, seed, CHUNK * i, &o);
+    }
+}
+
+static uint64_t entries_of(machine *m)
+{
+    xkv_store_stats s;
+    assert_ok(m->ctx, xkv_store_get_stats(m->ctx, m->s.store, &s));
+    return s.entries;
+}
+
+static void assert_sound(machine *m, uint64_t entries)
+{
+    xkv_verify_report v;
+    assert_ok(m->ctx, xkv_store_verify(m->ctx, m->s.store, 1, NULL, NULL, &v));
+    assert_int_equal(v.entries, entries);
+    assert_int_equal(v.damaged + v.missing + v.orphans + v.wrong_sums + v.bad_records, 0);
+}
+
+static void test_line(void **state)
+{
+    machine c;
+    (void)state;
+    make_machine(&c, NULL, 0);
+    put_line(&a, NULL, 1, 1, LINE, 0);
+    assert_int_equal(stats(&a).waiting, LINE);
+    assert_int_equal(push(&a).sent, LINE);
+    assert_int_equal(count_of('b'), LINE);
+    assert_int_equal(count_of('i'), 16); /* each run of blocks is one entry's */
+    assert_int_equal(fake.blobs_put, LINE);
+    assert_int_equal(look_up(&b, 1, 128, 10), 128);
+    assert_int_equal(fake.blobs_got, LINE);
+    assert_int_equal(entries_of(&b), LINE);
+    assert_int_equal(stats(&b).hits, 1);
+    assert_int_equal(stats(&b).waiting, 0);
+    assert_sound(&b, LINE);
+    const uint32_t before = fake.requests;
+    assert_int_equal(look_up(&b, 1, 70, 0), 70);
+    assert_int_equal(fake.requests, before);
+    fake.blobs_got = 0;
+    assert_int_equal(look_up(&c, 1, 60, 0), 60); /* what others extend is found without them */
+    assert_int_equal(fake.blobs_got, 2);
+    assert_int_equal(entries_of(&c), 2);
+    free_machine(&c);
+}
+
+/* Of a line only what is not here is fetched, whoever has stored what is. */
+static void test_line_goes_on(void **state)
+{
+    (void)state;
+    put_line(&a, NULL, 1, 1, LINE, 0);
+    push(&a);
+    put_with(&b, NULL, 1, 70, NULL); /* as a whole */
+    assert_int_equal(look_up(&b, 1, 128, 0), 128);
+    assert_int_equal(fake.blobs_got, 2); /* behind 64 and behind 96 tokens */
+    assert_int_equal(entries_of(&b), 3);
+    assert_sound(&b, 3);
+}
+
+static void test_sealed_line(void **state)
+{
+    static const uint8_t key[32] = {7};
+    machine c, d;
+    (void)state;
+    make_machine(&c, key, 0);
+    make_machine(&d, key, 0);
+    put_line(&c, "salt", 1, 1, LINE, 0);
+    assert_int_equal(push(&c).sent, LINE);
+    assert_int_equal(look_up_with(&d, "salt", 1, 128, 0), 128);
+    assert_sound(&d, LINE);
+    assert_int_equal(look_up_with(&b, "salt", 1, 128, 0), 0);
+    free_machine(&c);
+    free_machine(&d);
+}
+
+/* What was put before the remote was there is sent with what extends it, and once. */
+static void test_line_is_completed(void **state)
+{
+    (void)state;
+    close_machine(&a);
+    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
+    put_line(&a, NULL, 1, 1, 2, 0);
+    close_machine(&a);
+    open_machine(&a);
+    put_line(&a, NULL, 1, 3, 3, 0);
+    assert_int_equal(push(&a).sent, 1);
+    assert_int_equal(count_of('b'), 3);
+    put_line(&a, NULL, 1, 4, 4, 0);
+    assert_int_equal(push(&a).sent, 1);
+    assert_int_equal(fake.blobs_put, 4);
+    assert_int_equal(look_up(&b, 1, 128, 0), 128);
+}
+
+/* The blob at which the object of `tokens` tokens points. */
+static object *blob_of(uint64_t seed, uint32_t tokens)
+{
+    const xkv_namespace ns = ns_of(NULL);
+    int32_t list[STORE_TOKENS];
+    xkv_symbols symbols = {0};
+    xkv_page_key keys[64];
+    xkv_pointer p;
+    make_tokens(seed, 50000, list, tokens);
+    const xkv_prompt prompt = {.tokens = list, .token_count = tokens};
+    assert_ok(a.ctx, xkv_symbols_make(a.ctx, &prompt, &symbols));
+    xkv_chain_keys(&ns, &symbols, BLOCK, keys);
+    xkv_symbols_free(a.ctx, &symbols);
+    const object *i = find(xkv_remote_index_name(a.s.store->remote, keys[tokens / BLOCK - 1].key).text);
+    assert_non_null(i);
+    assert_ok(a.ctx, xkv_pointer_decode(a.ctx, i->bytes, i->size, &p));
+    return find(xkv_remote_blob_name(p.hash).text);
+}
+
+/* Whatever is wrong with one of a line: a miss, and nothing is stored. */
+static void test_line_with_gaps(void **state)
+{
+    (void)state;
+    put_line(&a, NULL, 1, 1, LINE, 0);
+    push(&a);
+    for (uint32_t i = 1; i <= LINE; i++) {
+        object *o = blob_of(1, 32 * i);
+        o->name[0] = 'z';
+        assert_int_equal(look_up(&b, 1, 128, 0), 0);
+        assert_nothing_stored(&b);
+        o->name[0] = 'b';
+        for (size_t j = 0; j < o->size; j += o->size / 7 + 1) {
+            o->bytes[j] ^= 32;
+            assert_damaged(1, 128, "size or hash");
+            o->bytes[j] ^= 32;
+        }
+        o->size--;
+        assert_damaged(1, 128, "");
+        o->size++;
+    }
+    assert_int_equal(look_up(&b, 1, 128, 0), 128);
+}
+
+/* A blob and all that points to it get the hash that it has now. */
+static void rename_blob(object *o)
+{
+    const xkv_pointer p = pointer_to(o);
+    for (size_t i = 0; i < fake.count; i++) {
+        object *x = &fake.objects[i];
+        xkv_pointer old;
+        if (x->name[0] != 'i')
+            continue;
+        assert_ok(a.ctx, xkv_pointer_decode(a.ctx, x->bytes, x->size, &old));
+        if (strcmp(xkv_remote_blob_name(old.hash).text, o->name) == 0)
+            xkv_pointer_encode(&p, x->bytes);
+    }
+    snprintf(o->name, sizeof o->name, "%s", xkv_remote_blob_name(p.hash).text);
+}
+
+static uint8_t *link_of(const object *o)
+{
+    return o->bytes + 256 + 8 * 2 + 4 * xkv_load32(o->bytes + 32) + 40 * xkv_load32(o->bytes + 36);
+}
+
+static void set_link(object *o, const uint8_t hash[32], uint32_t base)
+{
+    uint8_t *link = link_of(o);
+    memcpy(link, hash, 32);
+    xkv_store32(link + 40, base);
+    xkv_store64(link + 56, XXH3_64bits(link, 56));
+    rename_blob(o);
+}
+
+/* Links that lie: to another prompt, to a dictionary, to one that does not reach as far, to itself, round and round. */
+static void test_forged_lines(void **state)
+{
+    (void)state;
+    put_line(&a, NULL, 1, 1, 3, 0);
+    put(&a, 2, 64);
+    put_with_dict(3);
+    push(&a);
+    object *middle = blob_of(1, 64), *top = blob_of(1, 96);
+    const xkv_pointer right = pointer_to(middle), other = pointer_to(blob_of(2, 64)), self = pointer_to(top);
+    const xkv_pointer dict = pointer_to(first_of('d'));
+    set_object(xkv_remote_blob_name(dict.hash).text, first_of('d')->bytes, first_of('d')->size);
+    top = blob_of(1, 96);
+    set_link(top, dict.hash, 64);
+    assert_damaged(1, 96, "no entry of the namespace");
+    set_link(top, self.hash, 64); /* which is gone, with the name that it had */
+    assert_int_equal(look_up(&b, 1, 96, 0), 0);
+    set_link(top, right.hash, 32); /* the other one begins there itself */
+    assert_damaged(1, 96, "[SE2]");
+    set_link(top, right.hash, 95); /* the other one ends before */
+    assert_damaged(1, 96, "[SE2]");
+    set_link(top, other.hash, 64);
+    assert_damaged(1, 96, "[SE1]");
+    set_link(top, right.hash, 64);
+    top->bytes[top->size - 1] ^= 1; /* of its rows: all before it can be used */
+    rename_blob(top);
+    assert_int_equal(look_up(&b, 1, 96, 0), 64);
+    assert_int_equal(stats(&b).damaged, 5);
+    assert_sound(&b, 2);
+    top->bytes[top->size - 1] ^= 1;
+    rename_blob(top);
+    assert_int_equal(look_up(&b, 1, 96, 0), 96);
+    assert_sound(&b, 3);
+}
+
+/* A line is as long as lines may be, and no longer. */
+static void test_endless_line(void **state)
+{
+    const xkv_namespace ns = ns_of(NULL);
+    (void)state;
+    xkv_pack_options pack = xkv_pack_options_default();
+    xkv_put_options o = xkv_put_options_default();
+    pack.chunk_tokens = CHUNK;
+    o.pack = &pack;
+    for (uint32_t i = 1; i <= XKV_LINE_MAX; i++)
+        put_with(&a, NULL, 1, CHUNK * i, &o);
+    assert_int_equal(push(&a).sent, XKV_LINE_MAX);
+    assert_int_equal(look_up(&b, 1, CHUNK * XKV_LINE_MAX, 0), CHUNK * XKV_LINE_MAX);
+    assert_sound(&b, XKV_LINE_MAX);
+    assert_ok(b.ctx, xkv_store_remove_namespace(b.ctx, b.s.store, &ns, NULL));
+    put_with(&b, NULL, 1, CHUNK, &o); /* one of them is here */
+    assert_int_equal(look_up(&b, 1, CHUNK * XKV_LINE_MAX, 0), CHUNK * XKV_LINE_MAX);
+}
+
+/* Together they are no larger than an object may be. */
+static void test_sizes_of_lines(void **state)
+{
+    (void)state;
+    put_line(&a, NULL, 1, 1, LINE, 0);
+    push(&a);
+    uint64_t all = 0;
+    for (uint32_t i = 1; i <= LINE; i++)
+        all += blob_of(1, 32 * i)->size;
+    close_machine(&b);
+    b.options.object_bytes = all - 1;
+    open_machine(&b);
+    assert_int_equal(look_up(&b, 1, 128, 0), 0);
+    assert_nothing_stored(&b);
+    close_machine(&b);
+    b.options.object_bytes = all;
+    open_machine(&b);
+    assert_int_equal(look_up(&b, 1, 128, 0), 128);
+    close_machine(&a);
+    a.options.object_bytes = all - 1;
+    open_machine(&a);
+    const xkv_namespace ns = ns_of(NULL);
+    assert_ok(a.ctx, xkv_store_queue_all(a.ctx, a.s.store, &ns));
+    const xkv_push_report r = push(&a);
+    assert_int_equal(r.sent, LINE - 1);
+    assert_int_equal(r.dropped, 1);
+}
+
+/* What is extended lives as long as what extends it, whatever its blob says. */
+static void test_line_outlives(void **state)
+{
+    (void)state;
+    put_line(&a, NULL, 1, 1, 2, 60);
+    push(&a);
+    b.wall += 100;
+    assert_int_equal(look_up(&b, 1, 64, 0), 64);
+    assert_sound(&b, 2);
+}
+
+/* A try that fails late does not send the blob again; who sends all once more does. */
+static void test_blob_is_sent_once(void **state)
+{
+    const xkv_namespace ns = ns_of(NULL);
+    (void)state;
+    put(&a, 1, 40);
+    fake.puts_left = 3; /* the blob and two index objects */
+    assert_int_equal(push(&a).waiting, 1);
+    assert_int_equal(fake.blobs_put, 1);
+    close_machine(&a);
+    open_machine(&a); /* another process */
+    fake.puts_left = UINT32_MAX;
+    assert_int_equal(push(&a).sent, 1);
+    assert_int_equal(fake.blobs_put, 1);
+    object *o = first_of('b');
+    o->bytes[o->size / 2] ^= 1;
+    assert_damaged(1, 40, "size or hash");
+    assert_ok(a.ctx, xkv_store_queue_all(a.ctx, a.s.store, &ns));
+    fake.puts_left = 2;
+    assert_int_equal(push(&a).waiting, 1);
+    fake.puts_left = UINT32_MAX;
+    fake.now += 100000;
+    assert_int_equal(push(&a).sent, 1);
+    assert_int_equal(fake.blobs_put, 2);
+    assert_int_equal(look_up(&b, 1, 40, 0), 40);
+}
+
 /* --- Threads --- */
 
 enum { THREADS = 4, ROUNDS = 12 };
@@ -1209,6 +1533,17 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_two_senders, setup, teardown),
         cmocka_unit_test_setup_teardown(test_queue_all, setup, teardown),
         cmocka_unit_test_setup_teardown(test_dictionary, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_dictionary_for_nothing, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_line, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_line_goes_on, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sealed_line, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_line_is_completed, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_line_with_gaps, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_forged_lines, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_endless_line, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sizes_of_lines, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_line_outlives, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_blob_is_sent_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_threads, setup, teardown),
         cmocka_unit_test_setup_teardown(test_hanging_close, setup, teardown),
         cmocka_unit_test_setup_teardown(test_slow, setup, teardown),
