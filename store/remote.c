@@ -179,9 +179,9 @@ static xkv_status run_once(xkv_ctx *ctx, xkv_remote *r, xkv_request *q, uint32_t
     const uint64_t start = xkv_remote_now(r);
     void *link = pick_link(r);
     q->size = 0;
-    q->ours = q->final = false;
+    q->ours = q->final = q->denied = false;
     if (link == NULL)
-        XKV_TRY(r->backend->connect(ctx, r->own, r->config, ms, &link));
+        XKV_TRY(r->backend->connect(ctx, r->own, r->config, ms, &q->final, &link));
     uint64_t spent = xkv_remote_now(r) - start;
     xkv_status status = spent < ms ? r->backend->run(ctx, link, q, ms - (uint32_t)spent)
                                    : xkv_fail(ctx, XKV_ERROR_TIMEOUT, "connecting took %u ms", ms);
@@ -259,6 +259,8 @@ static void settle(xkv_ctx *ctx, xkv_remote *r, const xkv_request *q, xkv_status
     const bool failed = (status == XKV_ERROR_IO || status == XKV_ERROR_TIMEOUT) && !q->ours;
     pthread_mutex_lock(&r->mutex);
     const uint32_t before = r->failures;
+    const bool first_denied = q->denied && !r->denied;
+    r->denied = r->denied || q->denied;
     if (failed) {
         r->failures = before == UINT32_MAX ? before : before + 1;
         r->down_until =
@@ -270,6 +272,10 @@ static void settle(xkv_ctx *ctx, xkv_remote *r, const xkv_request *q, xkv_status
     r->stats.bytes_in += q->kind == XKV_REQUEST_GET && status == XKV_OK ? q->size : 0;
     r->stats.bytes_out += q->kind == XKV_REQUEST_PUT && status == XKV_OK ? q->from->size : 0;
     pthread_mutex_unlock(&r->mutex);
+    if (first_denied)
+        xkv_logf(ctx, XKV_LOG_WARNING,
+                 "the remote denies access to %s, which counts as not there: it tells only who may list the bucket",
+                 q->name);
     if (failed && before == 0)
         xkv_logf(ctx, XKV_LOG_WARNING, "the remote failed and is left alone for a while: %s", xkv_ctx_error(ctx));
     else if (is_answer(status) && before > 0)

@@ -27,6 +27,7 @@ typedef struct xkv_request {
     const xkv_input *from; /* PUT: the object, which replaces one of the same name as a whole */
     bool ours;             /* it failed on this machine: the remote is not to blame */
     bool final;            /* it failed, and would fail again */
+    bool denied;           /* NOT_FOUND is a guess: the remote does not tell */
 } xkv_request;
 
 /* For back ends: the next bytes of the object that is got. LIMIT; errors of the file. */
@@ -36,8 +37,8 @@ XKV_MUST_CHECK xkv_status xkv_request_give(xkv_ctx *ctx, xkv_request *q, uint64_
 
 /* A kind of remote. Functions may be called by several threads at once, but never on one link. */
 typedef struct xkv_backend {
-    /* Connect within `ms` milliseconds. Links are allocated by `own`. */
-    xkv_status (*connect)(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, void **link_p);
+    /* Connect within `ms` milliseconds. Links are allocated by `own`. *final: it failed, and would fail again. */
+    xkv_status (*connect)(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, bool *final, void **link_p);
     /* Do it within `ms` milliseconds. NOT_FOUND without a message, never for PUT; LIMIT: larger than the limit; IO,
      * TIMEOUT. After a failure the link is not used again. */
     xkv_status (*run)(xkv_ctx *ctx, void *link, xkv_request *q, uint32_t ms);
@@ -71,6 +72,7 @@ typedef struct xkv_remote {
     uint32_t failures;                  /* in a row; while there are any, nothing is asked */
     uint64_t down_until;                /* before this time */
     bool work, stop;                    /* for the thread that sends */
+    bool denied;                        /* a request was, and it is logged */
     uint64_t resend_from, resend_below; /* ids of blobs that are sent whether or not they are there */
     xkv_remote_stats stats;
 

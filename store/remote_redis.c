@@ -16,6 +16,8 @@ xkv_status xkv_redis_configure(xkv_ctx *ctx, xkv_ctx *own, const char *url, cons
 
 #else
 
+#include "resolve.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <hiredis/hiredis.h>
@@ -40,8 +42,8 @@ typedef struct redis_config {
 typedef struct redis_link {
     redisContext *redis;
     redisReplyObjectFunctions functions;
-    uint64_t deadline;    /* of the request at hand, in milliseconds */
-    xkv_request *request; /* NULL: the connection is being made */
+    uint64_t deadline; /* of the request at hand, in milliseconds */
+    bool *final;       /* set when the server refuses */
 } redis_link;
 
 /* --- URL ---------------------------------------------------------------------------------------------------------- */
@@ -195,8 +197,7 @@ static xkv_status run_command(xkv_ctx *ctx, redis_link *l, const command *c, red
     XKV_TRY(send_all(ctx, l));
     XKV_TRY(receive(ctx, l, &reply));
     if (reply->type == REDIS_REPLY_ERROR) {
-        if (l->request != NULL)
-            l->request->final = true;
+        *l->final = true;
         xkv_status status = xkv_fail(ctx, XKV_ERROR_IO, "redis: %s: %.100s", c->words[0], reply->str);
         freeReplyObject(reply);
         return status;
@@ -321,7 +322,7 @@ static xkv_status redis_run(xkv_ctx *ctx, void *link, xkv_request *q, uint32_t m
     char name[NAME_SIZE];
     snprintf(name, sizeof name, "xkv/%s", q->name);
     l->deadline = xkv_clock_ms() + ms;
-    l->request = q;
+    l->final = &q->final;
     if (q->kind == XKV_REQUEST_GET)
         return get_value(ctx, l, name, q);
     return q->kind == XKV_REQUEST_PUT ? set_value(ctx, l, name, q) : get_size(ctx, l, name, q);
@@ -351,17 +352,33 @@ static void stop_blocking(redisContext *redis)
     (void)fcntl(redis->fd, F_SETFL, fcntl(redis->fd, F_GETFL) | O_NONBLOCK);
 }
 
-static xkv_status redis_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, void **link_p)
+/* To one address of the host after the other. */
+static xkv_status connect_any(xkv_ctx *ctx, redis_link *l, const redis_config *c)
+{
+    xkv_addresses a;
+    XKV_TRY(xkv_resolve(ctx, c->host, l->deadline, &a));
+    for (uint32_t i = 0; i < a.count; i++) {
+        const uint64_t now = xkv_clock_ms();
+        redisFree(l->redis);
+        l->redis = NULL;
+        if (now >= l->deadline)
+            return xkv_fail(ctx, XKV_ERROR_TIMEOUT, "redis: cannot connect to %s in time", c->host);
+        l->redis = redisConnectWithTimeout(a.text[i], c->port, to_timeval(xkv_min64(l->deadline - now, CONNECT_MS)));
+        if (l->redis != NULL && l->redis->err == 0)
+            return XKV_OK;
+    }
+    return xkv_fail(ctx, XKV_ERROR_IO, "redis: cannot connect to %s:%d: %s", c->host, c->port,
+                    l->redis == NULL ? "out of memory" : l->redis->errstr);
+}
+
+static xkv_status redis_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, bool *final, void **link_p)
 {
     const redis_config *c = config;
     redis_link *l = NULL;
     XKV_TRY(XKV_NEW_ZERO(own, 1, &l));
     l->deadline = xkv_clock_ms() + ms;
-    l->redis = redisConnectWithTimeout(c->host, c->port, to_timeval(xkv_min64(ms, CONNECT_MS)));
-    xkv_status status = l->redis == NULL || l->redis->err != 0 ? XKV_ERROR_IO : XKV_OK;
-    if (status != XKV_OK)
-        xkv_fail(ctx, status, "redis: cannot connect to %s:%d: %s", c->host, c->port,
-                 l->redis == NULL ? "out of memory" : l->redis->errstr);
+    l->final = final;
+    xkv_status status = connect_any(ctx, l, c);
     if (status == XKV_OK) {
         stop_blocking(l->redis);
         l->functions = *l->redis->reader->fn;

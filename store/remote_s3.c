@@ -299,6 +299,12 @@ static void find_reason(const transfer *t, char reason[64])
     snprintf(reason, 64, "%.*s", (int)xkv_min64(n, 63), code != NULL ? code + 6 : "");
 }
 
+/* Who may not list the bucket is denied access to what is not there. An answer to HEAD has no text. */
+static bool may_be_missing(const xkv_request *q, const char *reason)
+{
+    return q->kind == XKV_REQUEST_SIZE || (q->kind == XKV_REQUEST_GET && strcmp(reason, "AccessDenied") == 0);
+}
+
 static xkv_status judge_code(const s3_link *l, transfer *t)
 {
     const long code = code_of(l->curl);
@@ -307,6 +313,10 @@ static xkv_status judge_code(const s3_link *l, transfer *t)
     find_reason(t, reason);
     if (code == 404 && t->q->kind != XKV_REQUEST_PUT && strcmp(reason, "NoSuchBucket") != 0)
         return XKV_ERROR_NOT_FOUND;
+    if (code == 403 && may_be_missing(t->q, reason)) {
+        t->q->denied = true;
+        return XKV_ERROR_NOT_FOUND;
+    }
     if (code == 200 && t->q->kind == XKV_REQUEST_SIZE) {
         curl_easy_getinfo(l->curl, CURLINFO_CONTENT_LENGTH_DOWNLOAD_T, &size);
         t->q->size = size > 0 ? (uint64_t)size : 0;
@@ -350,11 +360,12 @@ static void s3_disconnect(xkv_ctx *own, void *link)
 }
 
 /* libcurl connects with the first request. */
-static xkv_status s3_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, void **link_p)
+static xkv_status s3_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, bool *final, void **link_p)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     s3_link *l = NULL;
     (void)ms;
+    (void) final;
     pthread_once(&once, start_library);
     if (XKV_NEW_ZERO(own, 1, &l) != XKV_OK)
         return xkv_fail(ctx, XKV_ERROR_MEMORY, "s3: out of memory");

@@ -33,6 +33,7 @@ ANSWERS = {
     "http-drip": lambda: itertools.chain([HTTP + b"Content-Length: 64\r\n\r\n"], drip(b"x")),
     "http-short": lambda: [HTTP + b"Content-Length: 64\r\n\r\nxxx"],
     "http-redirect": lambda: [b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"],
+    "http-403": lambda: [HTTP.replace(b"200 OK", b"403 No") + b"Content-Length: 25\r\n\r\n<Code>AccessDenied</Code>\n"],
     "http-500": lambda: [b"HTTP/1.1 500 No\r\nContent-Length: 6\r\n\r\n<Code>"],
 }
 

@@ -84,6 +84,26 @@ check_dictionary() { # URL
     rm here there
 }
 
+# An entry that extends another brings that one along, unless it is there.
+check_line() { # URL
+    machines A B C
+    run 0 xkv-store put -q --remote "$1" A part
+    run 0 xkv-store put --remote "$1" A a
+    out_is 'a: stored as 2, 700 tokens, SIZE behind 512 tokens of 1'
+    run 0 xkv-store get -q -o back --remote "$1" B a
+    same a back
+    run 0 xkv-store stat B
+    out_has '^  entries +2$'
+    run 0 xkv-store verify -q --decode B
+    rm back
+    run 0 xkv-store put -q C part
+    run 0 xkv-store get -q -o back --remote "$1" C a
+    same a back
+    run 0 xkv-store ls C
+    out_has ' 512 of 1 *$'
+    rm back
+}
+
 check_tenants() { # URL
     machines A B
     run 0 xkv-store put -q --remote "$1" --salt-file salt A part

@@ -57,6 +57,7 @@ if built s3://bucket; then
 	http-drip      left alone for a while: s3: .*timed out
 	http-short     left alone for a while: s3: 
 	http-redirect  left alone for a while: s3: HTTP 302
+	http-403       denies access to i/[0-9a-f]{64}, which counts as not there
 	http-500       left alone for a while: s3: HTTP 500
 	END
 fi

@@ -24,6 +24,8 @@ check_large "$url"
 is 'values left over' "$(redis --scan | grep -vcE '^xkv/[ibd]/[0-9a-f]{64}$')" 0
 is 'values that expire' "$(for k in $(redis --scan); do redis ttl "$k"; done | sort -u)" -1
 check_dictionary "$url/1"
+check_line "$url/4"
+is 'objects of 600 tokens and 700 behind 512 of them' "$(redis -n 4 --scan | wc -l)" 6
 check_tenants "$url/2"
 check_encryption "$url/3"
 is 'objects of an entry of three blocks' "$(redis -n 3 --scan | wc -l)" 4
@@ -84,8 +86,10 @@ redis() { REDISCLI_AUTH=word redis-cli -p "$port" "$@"; }
 start_redis --requirepass word
 run 7 xkv-store match --remote "$url" B 1,2,3
 err_has 'redis: GETRANGE: NOAUTH'
+run 0 redis acl log reset
 REDISCLI_AUTH=wrong run 1 xkv-store push --all --remote "$url" A
 err_has 'redis: AUTH: WRONGPASS'
+is 'tries with a password that is refused' "$(redis acl log | grep -A 1 -x count | tail -n 1)" 1
 REDISCLI_AUTH=word run 0 xkv-store push --remote "$url" A
 run 2 xkv-store push --remote redis://:word@127.0.0.1 A
 err_has 'a password comes from REDISCLI_AUTH'

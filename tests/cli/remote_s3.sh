@@ -64,6 +64,9 @@ check_large s3://bucket/large
 check_dictionary s3://bucket/a/b-c_d.e
 run 0 s3 list a/b-c_d.e/
 is 'names' "$(grep -cE '^a/b-c_d\.e/[ibd]/[0-9a-f]{64}$' <<<"$out")" 5
+check_line s3://bucket/line
+run 0 s3 list line/
+is 'objects of 600 tokens and 700 behind 512 of them' "$(wc -l <<<"$out")" 6
 check_tenants s3://bucket/tenants/
 check_encryption s3://bucket/sealed
 machines B

@@ -6,7 +6,9 @@
 
 #include <arpa/inet.h>
 #include <dirent.h>
+#include <dlfcn.h>
 #include <fcntl.h>
+#include <netdb.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -97,10 +99,11 @@ static void forget_all(void)
     fake.count = 0;
 }
 
-static xkv_status fake_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, void **link_p)
+static xkv_status fake_connect(xkv_ctx *ctx, xkv_ctx *own, const void *config, uint32_t ms, bool *final, void **link_p)
 {
     uint32_t *link = NULL;
     (void)config;
+    (void) final;
     (void)ms;
     pthread_mutex_lock(&fake.mutex);
     fake.connects++;
@@ -1389,6 +1392,47 @@ static void test_hanging_close(void **state)
     close(fd);
 }
 
+static pthread_mutex_t names_mutex = PTHREAD_MUTEX_INITIALIZER; /* held: no name is found */
+
+/* In place of the C library's: a server of names that does not answer. */
+int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **list)
+{
+    int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+    *(void **)&real = dlsym(RTLD_NEXT, "getaddrinfo");
+    if (strcmp(node, "slow.test") != 0)
+        return real(node, service, hints, list);
+    if (hints != NULL && (hints->ai_flags & AI_NUMERICHOST) != 0)
+        return EAI_NONAME;
+    pthread_mutex_lock(&names_mutex);
+    pthread_mutex_unlock(&names_mutex);
+    return EAI_AGAIN;
+}
+
+/* A lookup waits no longer for a name than for anything else. */
+static void test_slow_name(void **state)
+{
+    xkv_remote_options o = xkv_remote_options_default();
+    (void)state;
+    close_machine(&b);
+    o.lookup_ms = 300;
+    o.manual = 1;
+    o.url = "redis://slow.test";
+    assert_ok(b.ctx, xkv_store_open(b.ctx, b.s.path, NULL, &b.s.store));
+    xkv_status status = xkv_store_attach_remote(b.ctx, b.s.store, &o);
+    if (status == XKV_ERROR_UNSUPPORTED)
+        return;
+    assert_ok(b.ctx, status);
+    pthread_mutex_lock(&names_mutex);
+    const uint64_t start = xkv_clock_ms();
+    assert_int_equal(look_up(&b, 1, 40, 0), 0);
+    assert_in_range(xkv_clock_ms() - start, 250, 10000);
+    assert_non_null(strstr(b.warning, "cannot resolve slow.test in time"));
+    pthread_mutex_unlock(&names_mutex);
+    usleep(1100000); /* it is left alone for a second */
+    assert_int_equal(look_up(&b, 1, 40, 0), 0);
+    assert_int_equal(stats(&b).errors, 2);
+}
+
 /* The thread that sends empties the queue beside writers and readers, also over failures. */
 static void test_threads(void **state)
 {
@@ -1546,6 +1590,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_blob_is_sent_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_threads, setup, teardown),
         cmocka_unit_test_setup_teardown(test_hanging_close, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_slow_name, setup, teardown),
         cmocka_unit_test_setup_teardown(test_slow, setup, teardown),
         cmocka_unit_test_setup_teardown(test_close, setup, teardown),
         cmocka_unit_test_setup_teardown(test_names, setup, teardown),
