@@ -40,9 +40,9 @@ typedef struct xkv_blob_head {
 
 /* Where an entry that extends another goes on, and the framing of the whole (spec/store.md, section 11). */
 typedef struct xkv_blob_link {
-    uint64_t parent; /* id of the entry that it extends */
-    uint8_t blob[32];
-    uint32_t base; /* tokens that it takes from there */
+    uint64_t parent;  /* id of the entry that it extends, when this was written: a repair may have given it another */
+    uint8_t blob[32]; /* hash of its blob, which tells for sure */
+    uint32_t base;    /* tokens that it takes from there */
     uint32_t fram_size;
     const uint8_t *fram; /* section FRAM [fram_size]; 0 bytes: no framing */
 } xkv_blob_link;

@@ -52,8 +52,7 @@ static xkv_status check_symbols(xkv_ctx *ctx, const xkv_store *store, const xkv_
 
 xkv_status xkv_line_match_link(xkv_ctx *ctx, const xkv_item *child, const xkv_blob_link *link, const xkv_item *parent)
 {
-    if (link->parent != child->parent || link->parent != parent->id || link->base != child->base_tokens ||
-        memcmp(link->blob, parent->blob, 32) != 0)
+    if (child->parent != parent->id || link->base != child->base_tokens || memcmp(link->blob, parent->blob, 32) != 0)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it does not extend what its record says [SE1]");
     return XKV_OK;
 }

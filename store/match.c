@@ -290,13 +290,15 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
     }
 }
 
-/* What the status of the search means. */
+/* What the status of the search means; what is wrong with the machine is no reason for a miss, and none is given. */
 static uint32_t reason_of(xkv_status status, const lookup *l)
 {
     if (status == XKV_ERROR_NOT_FOUND)
         return XKV_MATCH_NONE;
     if (xkv_is_damage(status))
         return XKV_MATCH_CORRUPT;
+    if (status != XKV_OK)
+        return XKV_MATCH_FOUND;
     if (xkv_is_expired(l->line[0].expires, l->now))
         return XKV_MATCH_EXPIRED;
     return l->has_dicts ? XKV_MATCH_FOUND : XKV_MATCH_NO_DICTIONARY;

@@ -117,7 +117,8 @@ typedef struct found {
     xkv_page_key *names;
     xkv_blob_link link; /* if it extends another one */
     uint8_t *link_bytes;
-    xkv_item parent; /* that one; of id 0 when it is not in the index */
+    uint64_t parent_id; /* that one, by the file that has the hash of the link */
+    xkv_item parent;    /* of id 0 when it is not in the index */
 } found;
 
 static xkv_status insert_body(xkv_txn *txn, xkv_meta *meta, xkv_change *change)
@@ -199,7 +200,7 @@ static xkv_status insert_blob(repair *r, found *f, const xkv_input *file)
     }
     XKV_TRY(settle_id(r, f));
     if (f->head.extends) {
-        f->item.parent = f->link.parent;
+        f->item.parent = f->parent_id;
         f->item.base_tokens = f->link.base;
         XKV_TRY(xkv_line_check_link(r->ctx, r->store, &f->item, f->symbols, &f->link, &f->parent));
     }
@@ -211,8 +212,9 @@ static xkv_status find_parent(xkv_txn *txn, void *user)
 {
     found *f = user;
     xkv_item up;
-    xkv_status status = xkv_txn_get_item(txn, f->link.parent, &f->parent);
-    if (status != XKV_OK) {
+    xkv_status status = xkv_txn_get_item(txn, f->parent_id, &f->parent);
+    const bool same = status == XKV_OK && memcmp(f->parent.blob, f->link.blob, 32) == 0;
+    if (!same) { /* perhaps another one has the id, and it comes later */
         f->parent.id = 0;
         return status == XKV_ERROR_NOT_FOUND ? XKV_OK : status;
     }
@@ -226,6 +228,32 @@ static xkv_status find_parent(xkv_txn *txn, void *user)
     return XKV_OK;
 }
 
+/* Whether a file has the name of a blob; else it is not ours. */
+static bool is_blob_name(const char *text, uint8_t hash[32], uint64_t *id)
+{
+    return xkv_blob_name_parse(text, hash, id) && *id != 0 && *id != UINT64_MAX;
+}
+
+static xkv_status compare_hash(void *user, const char *text)
+{
+    found *f = user;
+    xkv_known_blob k;
+    if (is_blob_name(text, k.hash, &k.id) && memcmp(k.hash, f->link.blob, 32) == 0)
+        f->parent_id = k.id;
+    return XKV_OK;
+}
+
+/* The id of the blob that it extends: the one that it had, unless a repair has given it another. */
+static xkv_status find_parent_id(repair *r, found *f)
+{
+    const xkv_folders *folders = &r->store->folders;
+    xkv_blob_name name = xkv_blob_name_of(f->link.blob, f->link.parent);
+    f->parent_id = f->link.parent;
+    if (faccessat(folders->blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
+        return XKV_OK;
+    return xkv_folder_list(r->ctx, folders->blobs, compare_hash, f);
+}
+
 /* Whether it is the turn of an entry that extends another: that one is in the index, and it is not. When no pass is
  * left there must be such an entry, unless only a newer program can read it. */
 static xkv_status is_next(repair *r, found *f, const xkv_input *file, bool *next)
@@ -237,16 +265,17 @@ static xkv_status is_next(repair *r, found *f, const xkv_input *file, bool *next
     if (k.found)
         return XKV_OK;
     XKV_TRY(xkv_blob_read_link(r->ctx, file, &f->head, &f->link, &f->link_bytes));
+    XKV_TRY(find_parent_id(r, f));
     XKV_TRY(xkv_index_read(r->ctx, r->store->index, find_parent, f));
     *next = f->parent.id != 0;
     if (*next || !r->last)
         return XKV_OK;
-    xkv_blob_name name = xkv_blob_name_of(f->link.blob, f->link.parent);
+    xkv_blob_name name = xkv_blob_name_of(f->link.blob, f->parent_id);
     if (faccessat(r->store->folders.blobs, name.text, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
         return xkv_fail(r->ctx, XKV_ERROR_VERSION, "it extends entry %llu, which is not in the index [SE1]",
-                        (unsigned long long)f->link.parent);
+                        (unsigned long long)f->parent_id);
     return xkv_fail(r->ctx, XKV_ERROR_CORRUPT, "blob: it extends entry %llu, which is not there [SE1]",
-                    (unsigned long long)f->link.parent);
+                    (unsigned long long)f->parent_id);
 }
 
 static xkv_status take_file(repair *r, found *f, const int *fd)
@@ -272,12 +301,6 @@ static void leave_newer(repair *r, const found *f, const char *name)
         return;
     xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: left alone: %s", name, xkv_ctx_error(r->ctx));
     r->report.newer++;
-}
-
-/* Whether a file has the name of a blob; else it is not ours. */
-static bool is_blob_name(const char *text, uint8_t hash[32], uint64_t *id)
-{
-    return xkv_blob_name_parse(text, hash, id) && *id != 0 && *id != UINT64_MAX;
 }
 
 static xkv_status take_blob(void *user, const char *text)

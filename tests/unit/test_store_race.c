@@ -5,6 +5,8 @@
  * program defines openat() itself. */
 #include "store_support.h"
 
+#include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <lmdb.h>
 #include <signal.h>
@@ -23,6 +25,7 @@ static xkv_namespace ns;
 static uint64_t now;           /* seconds */
 static void (*at_clock)(void); /* runs once, when the time is asked for the second time */
 static void (*at_blob)(void);  /* runs once, before a blob is opened */
+static bool no_memory;
 static int clock_calls;
 static char logged[4096]; /* all messages */
 
@@ -43,6 +46,14 @@ int openat(int at, const char *path, int flags, ...)
         moment();
     }
     return (int)syscall(SYS_openat, at, path, flags, mode);
+}
+
+/* For want of memory. */
+int mdb_get(MDB_txn *txn, MDB_dbi dbi, MDB_val *key, MDB_val *value)
+{
+    int (*real)(MDB_txn *, MDB_dbi, MDB_val *, MDB_val *);
+    *(void **)&real = dlsym(RTLD_NEXT, "mdb_get");
+    return no_memory ? ENOMEM : real(txn, dbi, key, value);
 }
 
 #pragma GCC visibility pop
@@ -249,12 +260,33 @@ static void killed_readers_hold_no_pages(void **state)
     assert_int_equal(s.map_bytes, o.map_size);
 }
 
+/* A lookup that fails is no miss: nothing is said of what is stored. */
+static void failures_of_the_machine_are_no_misses(void **state)
+{
+    int32_t tokens[SIZE];
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = SIZE};
+    xkv_match m;
+    xkv_hit *hit = NULL;
+    (void)state;
+    put(1, 0);
+    put(2, 0);
+    make_tokens(1, 50000, tokens, SIZE);
+    no_memory = true;
+    xkv_status status = xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, &hit);
+    no_memory = false;
+    assert_int_equal(status, XKV_ERROR_MEMORY);
+    assert_null(hit);
+    assert_ok(t.ctx, xkv_store_match(t.ctx, t.store, &ns, &prompt, 0, &m, NULL));
+    assert_int_equal(m.tokens, SIZE);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(a_renewed_entry_does_not_expire, setup, teardown),
         cmocka_unit_test_setup_teardown(what_goes_meanwhile_is_a_plain_miss, setup, teardown),
         cmocka_unit_test_setup_teardown(killed_readers_hold_no_pages, setup, teardown),
+        cmocka_unit_test_setup_teardown(failures_of_the_machine_are_no_misses, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
