@@ -37,6 +37,20 @@ enum {
     CLI_OPT_ROPE_STYLE,
     CLI_OPT_ROPE_SCALE,
     CLI_OPT_HEAD_DIM,
+    CLI_OPT_LOSSLESS,
+    CLI_OPT_PROFILE,
+    CLI_OPT_GROUP,
+    CLI_OPT_RANK_K,
+    CLI_OPT_RANK_V,
+    CLI_OPT_RATIO,
+    CLI_OPT_ERROR,
+    CLI_OPT_ENERGY,
+    CLI_OPT_QUALITY,
+    CLI_OPT_SINKS,
+    CLI_OPT_WINDOW,
+    CLI_OPT_ITERATIONS,
+    CLI_OPT_ZSTD_FACTORS,
+    CLI_OPT_HALF_FACTORS,
     CLI_OPT_TOOL /* first value for a tool's own */
 };
 
@@ -65,6 +79,20 @@ enum {
 #define CLI_DICT_OPTIONS                                                                                               \
     {                                                                                                                  \
         "dictionary", required_argument, NULL, 'D'                                                                     \
+    }
+/* How to pack: cli_pack_option(). */
+#define CLI_PACK_LETTERS "1::2::3::4::5::6::7::8::9::" /* -19: letter 1, value 9 */
+#define CLI_PACK_OPTIONS                                                                                               \
+    {"lossless", no_argument, NULL, CLI_OPT_LOSSLESS}, {"profile", required_argument, NULL, CLI_OPT_PROFILE},          \
+        {"group", required_argument, NULL, CLI_OPT_GROUP}, {"rank-k", required_argument, NULL, CLI_OPT_RANK_K},        \
+        {"rank-v", required_argument, NULL, CLI_OPT_RANK_V}, {"ratio", required_argument, NULL, CLI_OPT_RATIO},        \
+        {"error", required_argument, NULL, CLI_OPT_ERROR}, {"energy", required_argument, NULL, CLI_OPT_ENERGY},        \
+        {"quality", required_argument, NULL, CLI_OPT_QUALITY}, {"sinks", required_argument, NULL, CLI_OPT_SINKS},      \
+        {"window", required_argument, NULL, CLI_OPT_WINDOW},                                                           \
+        {"iterations", required_argument, NULL, CLI_OPT_ITERATIONS},                                                   \
+        {"zstd-factors", no_argument, NULL, CLI_OPT_ZSTD_FACTORS},                                                     \
+    {                                                                                                                  \
+        "half-factors", no_argument, NULL, CLI_OPT_HALF_FACTORS                                                        \
     }
 #define CLI_END_OPTIONS                                                                                                \
     {                                                                                                                  \
@@ -159,6 +187,20 @@ bool cli_parse_quality(cli *c, const char *option, const char *text, double *val
 /* Index of `text` in `names` (NULL-terminated). */
 bool cli_parse_choice(cli *c, const char *option, const char *text, const char *const *names, uint32_t *value);
 bool cli_parse_hex16(cli *c, const char *option, const char *text, uint8_t bytes[16]);
+
+/* --- How to pack (cli_pack.c) --------------------------------------------------------------------------------------
+ */
+
+/* By xkv_profile; ends with NULL. */
+extern const char *const cli_profiles[];
+/* Take an option of CLI_PACK_LETTERS and CLI_PACK_OPTIONS. */
+bool cli_pack_option(cli *c, int option, const char *value, xkv_pack_options *o);
+/* What is wrong with them together; NULL: nothing. */
+const char *cli_pack_problem(const cli *c, const xkv_pack_options *o);
+/* Whether they ask for a codec. */
+bool cli_pack_asks(const xkv_pack_options *o);
+/* Whether there has to be a dictionary. One that only the environment names must not make lossless packing lossy. */
+bool cli_pack_needs_dict(const cli *c, const xkv_pack_options *o);
 
 /* --- Inputs and outputs --------------------------------------------------------------------------------------------
  */

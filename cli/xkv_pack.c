@@ -5,50 +5,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum {
-    OPT_LOSSLESS = CLI_OPT_TOOL,
-    OPT_PROFILE,
-    OPT_GROUP,
-    OPT_RANK_K,
-    OPT_RANK_V,
-    OPT_RATIO,
-    OPT_ERROR,
-    OPT_ENERGY,
-    OPT_QUALITY,
-    OPT_SINKS,
-    OPT_WINDOW,
-    OPT_ITERATIONS,
-    OPT_ZSTD_FACTORS,
-    OPT_HALF_FACTORS,
-    OPT_APPEND,
-};
+enum { OPT_APPEND = CLI_OPT_TOOL };
 
-static const char letters[] =
-    CLI_COMMON_LETTERS CLI_OUTPUT_LETTERS CLI_DICT_LETTERS "1::2::3::4::5::6::7::8::9::"; /* -19: letter 1, value 9 */
+static const char letters[] = CLI_COMMON_LETTERS CLI_OUTPUT_LETTERS CLI_DICT_LETTERS CLI_PACK_LETTERS;
 static const struct option long_options[] = {
     CLI_COMMON_OPTIONS,
     CLI_OUTPUT_OPTIONS,
     CLI_MODEL_OPTIONS,
     CLI_DICT_OPTIONS,
+    CLI_PACK_OPTIONS,
     {"rope-base", required_argument, NULL, CLI_OPT_ROPE_BASE},
     {"rope-dim", required_argument, NULL, CLI_OPT_ROPE_DIM},
     {"rope-style", required_argument, NULL, CLI_OPT_ROPE_STYLE},
     {"rope-scale", required_argument, NULL, CLI_OPT_ROPE_SCALE},
     {"head-dim", required_argument, NULL, CLI_OPT_HEAD_DIM},
-    {"lossless", no_argument, NULL, OPT_LOSSLESS},
-    {"profile", required_argument, NULL, OPT_PROFILE},
-    {"group", required_argument, NULL, OPT_GROUP},
-    {"rank-k", required_argument, NULL, OPT_RANK_K},
-    {"rank-v", required_argument, NULL, OPT_RANK_V},
-    {"ratio", required_argument, NULL, OPT_RATIO},
-    {"error", required_argument, NULL, OPT_ERROR},
-    {"energy", required_argument, NULL, OPT_ENERGY},
-    {"quality", required_argument, NULL, OPT_QUALITY},
-    {"sinks", required_argument, NULL, OPT_SINKS},
-    {"window", required_argument, NULL, OPT_WINDOW},
-    {"iterations", required_argument, NULL, OPT_ITERATIONS},
-    {"zstd-factors", no_argument, NULL, OPT_ZSTD_FACTORS},
-    {"half-factors", no_argument, NULL, OPT_HALF_FACTORS},
     {"append", required_argument, NULL, OPT_APPEND},
     CLI_END_OPTIONS,
 };
@@ -107,9 +77,6 @@ static const char help[] =
     "Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 other model, 5 target out of reach,\n"
     "6 memory or limit, 130 interrupted. See xkv-pack(1).\n";
 
-/* By xkv_profile. */
-static const char *const profiles[] = {"auto", "lossless", "svd", "dict", "scalar", NULL};
-
 typedef struct pack_tool {
     xkv_pack_options options;
     xkv_rope_options rope;
@@ -142,21 +109,9 @@ static bool take_rope_option(cli *c, xkv_rope_options *rope, int option, const c
     }
 }
 
-static bool take_level(cli *c, xkv_pack_options *options, int digit, const char *second)
-{
-    char text[16];
-    uint32_t level;
-    snprintf(text, sizeof text, "%c%s", digit, second == NULL ? "" : second);
-    if (!cli_parse_u32(c, "level", text, 1, 19, &level))
-        return false;
-    options->zstd_level = (int32_t)level;
-    return true;
-}
-
 static bool take_option(cli *c, int option, const char *value)
 {
     pack_tool *tool = c->user;
-    xkv_pack_options *o = &tool->options;
     switch (option) {
     case CLI_OPT_ROPE_BASE:
     case CLI_OPT_ROPE_DIM:
@@ -165,42 +120,11 @@ static bool take_option(cli *c, int option, const char *value)
     case CLI_OPT_HEAD_DIM:
         tool->rope_given = true;
         return take_rope_option(c, &tool->rope, option, value);
-    case OPT_LOSSLESS:
-        o->profile = XKV_PROFILE_LOSSLESS;
-        return true;
-    case OPT_PROFILE:
-        return cli_parse_choice(c, "--profile", value, profiles, &o->profile);
-    case OPT_GROUP:
-        return cli_parse_u32(c, "--group", value, 1, XKV_MAX_LAYERS, &o->group_layers);
-    case OPT_RANK_K:
-        return cli_parse_u32(c, "--rank-k", value, 1, XKV_MAX_WIDTH, &o->rank_k);
-    case OPT_RANK_V:
-        return cli_parse_u32(c, "--rank-v", value, 1, XKV_MAX_WIDTH, &o->rank_v);
-    case OPT_RATIO:
-        return cli_parse_double(c, "--ratio", value, 1, 1e6, &o->ratio);
-    case OPT_ERROR:
-        return cli_parse_double(c, "--error", value, 0, 1, &o->error);
-    case OPT_ENERGY:
-        return cli_parse_double(c, "--energy", value, 0, 1, &o->energy);
-    case OPT_QUALITY:
-        return cli_parse_quality(c, "--quality", value, &o->quality);
-    case OPT_SINKS:
-        return cli_parse_u32(c, "--sinks", value, 0, XKV_MAX_TOKENS, &o->sinks);
-    case OPT_WINDOW:
-        return cli_parse_u32(c, "--window", value, 0, XKV_MAX_TOKENS, &o->window);
-    case OPT_ITERATIONS:
-        return cli_parse_u32(c, "--iterations", value, 1, 8, &o->iterations);
-    case OPT_ZSTD_FACTORS:
-        o->zstd_factors = 1;
-        return true;
-    case OPT_HALF_FACTORS:
-        o->half_factors = 1;
-        return true;
     case OPT_APPEND:
         tool->append = value;
         return true;
     default:
-        return take_level(c, o, option, value);
+        return cli_pack_option(c, option, value, &tool->options);
     }
 }
 
@@ -210,59 +134,25 @@ static bool asks_for_loss(const xkv_pack_options *o)
            o->energy > 0;
 }
 
-/* Whether there has to be a dictionary. One that only the environment names must not make lossless packing lossy. */
-static bool needs_dictionary(const cli *c, const xkv_pack_options *o)
-{
-    return c->dict_given || o->profile == XKV_PROFILE_DICT || o->quality > 0;
-}
-
 /* Whether one is used if it is there. */
 static bool takes_dictionary(const cli *c, const xkv_pack_options *o)
 {
-    return needs_dictionary(c, o) || (o->profile == XKV_PROFILE_AUTO && (o->ratio > 0 || o->error > 0));
-}
-
-/* What a profile, given or implied, does not go with. */
-static const char *profile_problem(const cli *c, const xkv_pack_options *o)
-{
-    bool svd_only = o->rank_k > 0 || o->energy > 0;
-    if (o->profile == XKV_PROFILE_SCALAR && (svd_only || (o->ratio <= 0 && o->error <= 0)))
-        return "--profile scalar needs --ratio or --error";
-    if (o->half_factors &&
-        (needs_dictionary(c, o) || (o->profile != XKV_PROFILE_AUTO && o->profile != XKV_PROFILE_SVD)))
-        return "--half-factors goes with --profile svd";
-    if (needs_dictionary(c, o) && o->profile != XKV_PROFILE_AUTO && o->profile != XKV_PROFILE_DICT)
-        return "-D and --quality go with --profile dict or auto";
-    if (needs_dictionary(c, o) && svd_only)
-        return "a dictionary goes with --quality, --ratio or --error, not with ranks or --energy";
-    if (needs_dictionary(c, o) && c->dict_path == NULL)
-        return "--profile dict and --quality need a dictionary: -D, or XKV_DICT_PATH";
-    return NULL;
+    return cli_pack_needs_dict(c, o) || (o->profile == XKV_PROFILE_AUTO && (o->ratio > 0 || o->error > 0));
 }
 
 static bool check_options(cli *c)
 {
     const pack_tool *tool = c->user;
-    const xkv_pack_options *o = &tool->options;
-    int targets = (o->rank_k > 0) + (o->ratio > 0) + (o->error > 0) + (o->energy > 0) + (o->quality > 0);
     const char *problem = NULL;
-    if ((o->rank_k > 0) != (o->rank_v > 0))
-        problem = "--rank-k and --rank-v go together";
-    else if (targets > 1)
-        problem = "ranks, --ratio, --error, --energy and --quality exclude each other";
-    else if (targets > 0 && o->profile == XKV_PROFILE_LOSSLESS)
-        problem = "a lossless entry has no rank, ratio, error, energy or quality";
-    else if (targets == 0 && o->profile == XKV_PROFILE_SVD)
-        problem = "--profile svd needs --rank-k and --rank-v, --ratio, --error or --energy";
-    else if (tool->append != NULL && (targets > 0 || o->profile != XKV_PROFILE_AUTO || o->half_factors))
+    if (tool->append != NULL && cli_pack_asks(&tool->options))
         problem = "--append goes on with the codec of the entry: no profile, rank, ratio, error, energy or quality";
     else if (tool->append != NULL && c->input_count > 1)
         problem = "--append takes one FILE";
-    else if (tool->rope_given && c->model_path == NULL &&
-             (tool->rope.base <= 0 || tool->rope.head_dim == 0 || tool->rope.style < 0))
-        problem = "a model without --model needs --rope-base, --rope-style and --head-dim";
     else
-        problem = profile_problem(c, o);
+        problem = cli_pack_problem(c, &tool->options);
+    if (problem == NULL && tool->rope_given && c->model_path == NULL &&
+        (tool->rope.base <= 0 || tool->rope.head_dim == 0 || tool->rope.style < 0))
+        problem = "a model without --model needs --rope-base, --rope-style and --head-dim";
     if (problem != NULL)
         cli_error(c, "%s", problem);
     return problem == NULL;
@@ -335,25 +225,25 @@ static void note_choice(cli *c, const char *name, const xkv_pack_report *r)
     char text[256];
     size_t n = 0;
     text[0] = '\0';
-    for (uint32_t i = XKV_PROFILE_LOSSLESS; profiles[i] != NULL && n < sizeof text; i++) {
+    for (uint32_t i = XKV_PROFILE_LOSSLESS; cli_profiles[i] != NULL && n < sizeof text; i++) {
         const xkv_profile_estimate *e = &r->estimates[i];
         char error[32];
         snprintf(error, sizeof error, "error %.4f", e->error);
         if (e->bytes > 0)
-            n += (size_t)snprintf(text + n, sizeof text - n, "%s%s %s", n > 0 ? ", " : "", profiles[i],
+            n += (size_t)snprintf(text + n, sizeof text - n, "%s%s %s", n > 0 ? ", " : "", cli_profiles[i],
                                   tool->options.ratio > 0 ? error : cli_size_text((uint64_t)e->bytes).text);
     }
     if (n > 0)
-        cli_note(c, "%s: profile %s is the best by a sample: %s", name, profiles[r->profile], text);
+        cli_note(c, "%s: profile %s is the best by a sample: %s", name, cli_profiles[r->profile], text);
 }
 
 static json_t *estimates_json(const xkv_pack_report *r)
 {
     json_t *object = json_object();
-    for (uint32_t i = XKV_PROFILE_LOSSLESS; profiles[i] != NULL; i++) {
+    for (uint32_t i = XKV_PROFILE_LOSSLESS; cli_profiles[i] != NULL; i++) {
         const xkv_profile_estimate *e = &r->estimates[i];
         if (e->bytes > 0)
-            json_object_set_new(object, profiles[i],
+            json_object_set_new(object, cli_profiles[i],
                                 json_pack("{s:I, s:f}", "bytes", (json_int_t)e->bytes, "error", e->error));
     }
     return object;
@@ -423,7 +313,7 @@ static void print_json(const pack_tool *tool, const cli_input *input, const cli_
         (json_int_t)r->raw_bytes, "raw16_bytes", (json_int_t)r->raw16_bytes, "entry_bytes", (json_int_t)r->entry_bytes,
         "ratio", r->ratio, "error", errors, "groups", (int)r->group_count, "lossless_groups", (int)r->lossless_groups,
         "fallback_groups", (int)r->fallback_groups, "nonfinite_planes", (int)r->nonfinite_planes, "seconds", seconds);
-    json_object_set_new(object, "profile", json_string(profiles[r->profile]));
+    json_object_set_new(object, "profile", json_string(cli_profiles[r->profile]));
     json_object_set_new(object, "estimates", estimates_json(r));
     add_coded_json(object, tool, r);
     cli_json_print(object);
@@ -572,7 +462,7 @@ static cli_exit choose_dictionary(cli *c, const cli_input *input, const xkv_mode
         return CLI_OK;
     if (model == NULL)
         model = cli_model_bare(c, &bare);
-    code = cli_dict_choose(c, input->name, model, layers, needs_dictionary(c, &tool->options));
+    code = cli_dict_choose(c, input->name, model, layers, cli_pack_needs_dict(c, &tool->options));
     tool->options.dict = c->dict;
     return code;
 }

@@ -15,10 +15,6 @@ enum {
     OPT_CAP,
     OPT_TTL,
     OPT_PIN,
-    OPT_PROFILE,
-    OPT_RATIO,
-    OPT_ERROR,
-    OPT_QUALITY,
     OPT_MIN,
     OPT_ID,
     OPT_ALL,
@@ -30,11 +26,12 @@ enum {
     OPT_WAIT,
 };
 
-static const char letters[] = CLI_COMMON_LETTERS CLI_DICT_LETTERS "o:f";
+static const char letters[] = CLI_COMMON_LETTERS CLI_DICT_LETTERS CLI_PACK_LETTERS "o:f";
 static const struct option long_options[] = {
     CLI_COMMON_OPTIONS,
     CLI_MODEL_OPTIONS,
     CLI_DICT_OPTIONS,
+    CLI_PACK_OPTIONS,
     {"output", required_argument, NULL, 'o'},
     {"force", no_argument, NULL, 'f'},
     {"settings", required_argument, NULL, OPT_SETTINGS},
@@ -46,10 +43,6 @@ static const struct option long_options[] = {
     {"ttl", required_argument, NULL, OPT_TTL},
     {"pin", no_argument, NULL, OPT_PIN},
     {"whole", no_argument, NULL, OPT_WHOLE},
-    {"profile", required_argument, NULL, OPT_PROFILE},
-    {"ratio", required_argument, NULL, OPT_RATIO},
-    {"error", required_argument, NULL, OPT_ERROR},
-    {"quality", required_argument, NULL, OPT_QUALITY},
     {"min", required_argument, NULL, OPT_MIN},
     {"id", required_argument, NULL, OPT_ID},
     {"all", no_argument, NULL, OPT_ALL},
@@ -96,9 +89,10 @@ static const char help[] =
     "      --wait SECONDS    longest that a lookup waits for it [5]\n"
     "\n"
     "Storing:\n"
-    "      --profile P       auto, lossless, svd, dict, scalar [auto: dict or svd with a target, else lossless]\n"
-    "      --ratio R, --error E, --quality Q  as of xkv-pack\n"
     "  -D, --dictionary PATH dictionary (.xkvd) to pack with; it is stored too\n"
+    "      --lossless, --profile NAME, --quality N, --ratio R, --error E, --energy E, --rank-k N,\n"
+    "      --rank-v N, --group N, --sinks N, --window N, --iterations N, --half-factors,\n"
+    "      --zstd-factors, -1 .. -19  how to pack engine files, as for xkv-pack\n"
     "      --ttl SECONDS     the entry expires\n"
     "      --pin             never evict it\n"
     "      --whole           store all tokens, also those that another entry begins with\n"
@@ -129,22 +123,6 @@ static const char help[] =
 
 /* --- Options --------------------------------------------------------------------------------------------------------
  */
-
-static bool take_pack_option(cli *c, int option, const char *value)
-{
-    static const char *const profiles[] = {"auto", "lossless", "svd", "dict", "scalar", NULL};
-    store_tool *tool = c->user;
-    switch (option) {
-    case OPT_PROFILE:
-        return cli_parse_choice(c, "--profile", value, profiles, &tool->pack.profile);
-    case OPT_RATIO:
-        return cli_parse_double(c, "--ratio", value, 1, 1e6, &tool->pack.ratio);
-    case OPT_ERROR:
-        return cli_parse_double(c, "--error", value, 0, 1, &tool->pack.error);
-    default:
-        return cli_parse_quality(c, "--quality", value, &tool->pack.quality);
-    }
-}
 
 static bool take_flag(store_tool *tool, int option)
 {
@@ -212,13 +190,15 @@ static bool take_option(cli *c, int option, const char *value)
         return take_wait(c, value);
     case OPT_ID:
         return cli_parse_u64(c, "--id", value, 1, INT64_MAX, &tool->id);
-    case OPT_PROFILE:
-    case OPT_RATIO:
-    case OPT_ERROR:
-    case OPT_QUALITY:
-        return take_pack_option(c, option, value);
-    default:
+    case OPT_PIN:
+    case OPT_WHOLE:
+    case OPT_ALL:
+    case OPT_DECODE:
+    case OPT_COMPACT:
+    case OPT_UNUSED:
         return take_flag(tool, option);
+    default:
+        return cli_pack_option(c, option, value, &tool->pack);
     }
 }
 
@@ -605,9 +585,7 @@ static const char *problem_of(const cli *c, const store_tool *tool, uint32_t cou
         return "rm takes either ids or --all";
     if (tool->command->run == run_push && tool->remote.url == NULL)
         return "push needs --remote";
-    if ((tool->pack.ratio > 0) + (tool->pack.error > 0) + (tool->pack.quality > 0) > 1)
-        return "--ratio, --error and --quality exclude each other";
-    return NULL;
+    return cli_pack_problem(c, &tool->pack);
 }
 
 static bool check_options(cli *c)

@@ -176,7 +176,7 @@ static cli_exit pack_and_put(cli *c, const cli_input *file)
     if (status != XKV_OK)
         return cli_fail(c, file->name, status);
     cli_exit code = CLI_OK;
-    if (c->dict_given)
+    if (cli_pack_needs_dict(c, &tool->pack))
         code = cli_dict_choose(c, file->name, tool->pack.model, xkv_cache_geometry(cache)->layer_count, true);
     if (code == CLI_OK)
         code = put_cache(c, file, cache);
@@ -213,8 +213,9 @@ static cli_exit send_stored(cli *c, cli_exit code)
 
 cli_exit store_put(cli *c, uint32_t count, char **arguments)
 {
+    const store_tool *tool = c->user;
     cli_exit code = CLI_OK;
-    if (c->dict_given)
+    if (cli_pack_needs_dict(c, &tool->pack))
         code = put_dictionary(c, c->dict_path);
     if (code != CLI_OK)
         return code;

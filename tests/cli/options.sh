@@ -91,7 +91,10 @@ usage 'name the output by -o' xkv-store get s x
 usage '-o goes with get and export' xkv-store ls -o x s
 usage 'get takes either a prompt or --id' xkv-store get -o x s
 usage 'rm takes either ids or --all' xkv-store rm --all s 1
-usage '--ratio, --error and --quality exclude each other' xkv-store put --ratio 2 --error 0.1 s a
+usage 'ranks, --ratio, --error, --energy and --quality exclude each other' xkv-store put --ratio 2 --error 0.1 s a
+usage '--rank-k and --rank-v go together' xkv-store put --rank-k 3 s a
+usage '--profile dict and --quality need a dictionary: -D, or XKV_DICT_PATH' xkv-store put --quality 50 s a
+usage "level: '20' is not a number from 1 to 19" xkv-store put -20 s a
 usage "--block: '0' is not a number from 1 to 65536" xkv-store init --block 0 s
 usage "--ttl: '0' is not a number from 1 to 4294967295" xkv-store put --ttl 0 s a
 for command in init put match get ls stat rm pin unpin gc verify repair export import; do

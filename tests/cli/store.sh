@@ -218,6 +218,24 @@ out_is '300 of 300 tokens, entry 7 of 300 tokens, SIZE'
 run 0 xkv-store gc -q --compact s
 run 0 xkv-store verify -q s
 
+# How to pack, as for xkv-pack: the same rows come back.
+make_ggsq tokens=300 >shape
+run 0 xkv-train -q -o shape.xkvd shape
+for how in '-1 --sinks 16' '-19' '--error 0.2 --window 8' '--rank-k 4 --rank-v 4 --group 2' '--quality 40'; do
+    rm -rf t
+    run 0 xkv-store init t
+    case $how in *quality*) export XKV_DICT_PATH=shape.xkvd ;; esac
+    # shellcheck disable=SC2086
+    run 0 xkv-store put -q $how t shape
+    # shellcheck disable=SC2086
+    run 0 xkv-pack -q -f -o shape.xkv $how shape
+    run 0 xkv-unpack -q -f -o there shape.xkv
+    run 0 xkv-store get -q -f -o here t shape
+    same there here
+done
+unset XKV_DICT_PATH
+rm -rf t shape* there here
+
 # Damaged properties, links, folders that others can write to.
 cp -r s t
 printf '\x03' | dd of=t/store bs=1 seek=10 conv=notrunc status=none
