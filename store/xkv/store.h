@@ -413,7 +413,8 @@ typedef struct xkv_remote_options {
     uint32_t retries;      /* of a request that failed, after pauses of 50 ms, 100 ms, ...; at most 16; default 2 */
     uint32_t pause_ms;     /* a remote that failed is left alone so long, twice as long after each further failure, at
                               most 64 times as long; default 1000 */
-    uint64_t object_bytes; /* larger blobs are neither fetched nor sent; default 512 MiB */
+    uint64_t object_bytes; /* larger blobs, of an entry and those it extends together, are not fetched or sent; default
+                              512 MiB */
     uint32_t manual;       /* non-zero: only xkv_store_push() sends; default 0: a background thread does */
     /* Allocator, log and memory limit of the background thread; the log is called on it. Read once. NULL: defaults */
     const xkv_ctx_options *context;
@@ -451,7 +452,8 @@ typedef struct xkv_push_report {
  * report->waiting. `report` may be NULL. Errors: ARGUMENT (no remote is attached), CANCELLED, IO, MEMORY. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_push(xkv_ctx *ctx, xkv_store *store, xkv_push_report *report);
 
-/* Note all entries of a namespace as to be sent, also those put without a remote. Errors: IO, NO_SPACE, CORRUPT,
+/* Note all entries of a namespace as to be sent, also those put without a remote, and their blobs as to be sent though
+ * the remote may have them. Errors: IO, NO_SPACE, CORRUPT,
  * MEMORY. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_queue_all(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns);
 
