@@ -18,6 +18,7 @@ struct xkv_index {
     MDB_env *env;
     MDB_dbi dbi;
     pthread_rwlock_t gate;
+    pthread_mutex_t commit; /* held during every commit, since whether it is synced is a flag of the environment */
     bool read_only, no_sync;
     size_t map_size;
     uint64_t damaged;
@@ -141,6 +142,7 @@ xkv_status xkv_index_open(xkv_ctx *ctx, const char *path, const xkv_index_option
         xkv_release(ctx, index);
         return status;
     }
+    pthread_mutex_init(&index->commit, NULL); /* which never fails here */
     int error = open_env(index);
     if (error != 0)
         status = fail_mdb(ctx, "open", path, error);
@@ -161,6 +163,7 @@ void xkv_index_close(xkv_ctx *ctx, xkv_index *index)
     if (index->env != NULL)
         mdb_env_close(index->env);
     pthread_rwlock_destroy(&index->gate);
+    pthread_mutex_destroy(&index->commit);
     xkv_release(ctx, index);
 }
 
@@ -259,17 +262,30 @@ xkv_status xkv_index_read(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void 
     }
 }
 
+/* Commit; `lazily`: do not wait until the meta page is on the disk. LMDB 0.9 has no flag for one transaction. */
+static int commit(xkv_index *index, MDB_txn *txn, bool lazily)
+{
+    pthread_mutex_lock(&index->commit);
+    if (lazily)
+        (void)mdb_env_set_flags(index->env, MDB_NOMETASYNC, 1);
+    int error = mdb_txn_commit(txn);
+    if (lazily)
+        (void)mdb_env_set_flags(index->env, MDB_NOMETASYNC, 0);
+    pthread_mutex_unlock(&index->commit);
+    return error;
+}
+
 /* One attempt; *error is that of LMDB, 0 when the failure is not its. */
-static xkv_status write_once(xkv_ctx *ctx, xkv_index *index, unsigned flags, xkv_txn_fn body, void *user, int *error)
+static xkv_status write_once(xkv_ctx *ctx, xkv_index *index, bool lazily, xkv_txn_fn body, void *user, int *error)
 {
     xkv_txn txn = {.ctx = ctx, .index = index};
     xkv_status status = XKV_OK;
-    *error = begin(index, flags, &txn.mdb);
+    *error = begin(index, 0, &txn.mdb);
     if (*error != 0)
         return status_of(*error);
     status = body(&txn, user);
     if (status == XKV_OK) {
-        *error = mdb_txn_commit(txn.mdb);
+        *error = commit(index, txn.mdb, lazily);
         status = status_of(*error);
     } else {
         mdb_txn_abort(txn.mdb);
@@ -279,13 +295,13 @@ static xkv_status write_once(xkv_ctx *ctx, xkv_index *index, unsigned flags, xkv
     return status;
 }
 
-static xkv_status write_index(xkv_ctx *ctx, xkv_index *index, unsigned flags, xkv_txn_fn body, void *user)
+static xkv_status write_index(xkv_ctx *ctx, xkv_index *index, bool lazily, xkv_txn_fn body, void *user)
 {
     if (index->read_only)
         return xkv_fail(ctx, XKV_ERROR_IO, "the store is open read-only");
     for (int attempt = 0;; attempt++) {
         int error = 0;
-        xkv_status status = write_once(ctx, index, flags, body, user, &error);
+        xkv_status status = write_once(ctx, index, lazily, body, user, &error);
         if (status == XKV_OK)
             return XKV_OK;
         if (!mend(index, error, attempt)) {
@@ -298,12 +314,12 @@ static xkv_status write_index(xkv_ctx *ctx, xkv_index *index, unsigned flags, xk
 
 xkv_status xkv_index_write(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user)
 {
-    return write_index(ctx, index, 0, body, user);
+    return write_index(ctx, index, false, body, user);
 }
 
 xkv_status xkv_index_write_lazily(xkv_ctx *ctx, xkv_index *index, xkv_txn_fn body, void *user)
 {
-    return write_index(ctx, index, MDB_NOMETASYNC, body, user);
+    return write_index(ctx, index, true, body, user);
 }
 
 xkv_ctx *xkv_txn_ctx(const xkv_txn *txn)
