@@ -1,6 +1,6 @@
 /* test_hasher.c - the hash that names a blob: values from another implementation (Python's hashlib), and the same ones
  * whatever the order of writing and however many threads hash. */
-#include "support.h"
+#include "store_support.h"
 
 #include "base.h"
 #include "hasher.h"
@@ -170,11 +170,53 @@ static void test_given_up(void **state)
     xkv_ctx_free(w.ctx);
 }
 
+/* A cache of some MiB: its blob is hashed while it is packed, or sealed, and has the hash that its bytes have. */
+static void test_large_put(void **state)
+{
+    static const uint8_t key[32] = {3};
+    const synthetic_options shape = {
+        .layers = 4, .tokens = 512, .heads = 4, .head_dim = 64, .dtype = XKV_F16, .noise = 1, .seed = 1};
+    synthetic s = make_synthetic(&shape);
+    int32_t tokens[512];
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = 512};
+    const xkv_namespace ns = make_namespace(NULL);
+    (void)state;
+    make_tokens(1, 50000, tokens, 512);
+    for (int sealed = 0; sealed < 2; sealed++) {
+        xkv_store_properties p = xkv_store_properties_default();
+        xkv_store_options o = xkv_store_options_default();
+        xkv_ctx_options c = xkv_ctx_options_default();
+        xkv_put_report report;
+        xkv_verify_report v;
+        test_store t = {.store = NULL};
+        xkv_ctx *ctx = NULL;
+        c.threads = 2;
+        assert_int_equal(xkv_ctx_create(&c, &ctx), XKV_OK);
+        make_folder(&t);
+        p.key = o.key = sealed ? key : NULL;
+        assert_ok(ctx, xkv_store_create(ctx, t.path, &p));
+        assert_ok(ctx, xkv_store_open(ctx, t.path, &o, &t.store));
+        assert_ok(ctx,
+                  xkv_store_put_planes(ctx, t.store, &ns, &prompt, &s.geometry, s.views, NULL, NULL, 0, NULL, &report));
+        assert_true(report.bytes > 6 * XKV_HASH_PIECE);
+        assert_ok(ctx, xkv_store_verify(ctx, t.store, 1, NULL, NULL, &v));
+        assert_int_equal(v.entries, 1);
+        assert_int_equal(v.damaged + v.missing + v.wrong_sums + v.bad_records, 0);
+        xkv_store_close(ctx, t.store);
+        t.store = NULL;
+        assert_int_equal(xkv_ctx_memory_used(ctx), 0);
+        xkv_ctx_free(ctx);
+        remove_folder(&t);
+    }
+    free_synthetic(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_known_values),  cmocka_unit_test(test_forwards),   cmocka_unit_test(test_backwards),
         cmocka_unit_test(test_written_again), cmocka_unit_test(test_unreadable), cmocka_unit_test(test_given_up),
+        cmocka_unit_test(test_large_put),
     };
     fill();
     return cmocka_run_group_tests(tests, NULL, NULL);
