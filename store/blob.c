@@ -99,6 +99,11 @@ static xkv_status file_read(void *user, xkv_ctx *ctx, uint64_t offset, void *dst
     return read_at(ctx, *(const int *)user, offset, dst, size);
 }
 
+static void file_prefetch(void *user, uint64_t offset, uint64_t size)
+{
+    (void)posix_fadvise(*(const int *)user, (off_t)offset, (off_t)size, POSIX_FADV_WILLNEED);
+}
+
 xkv_status xkv_blob_file(xkv_ctx *ctx, const int *fd, xkv_input *file)
 {
     struct stat st;
@@ -107,7 +112,8 @@ xkv_status xkv_blob_file(xkv_ctx *ctx, const int *fd, xkv_input *file)
     *file = (xkv_input){.user = (void *)(uintptr_t)fd, /* file_read() gives the const back */
                         .size = (uint64_t)st.st_size,
                         .read = file_read,
-                        .name = "blob"};
+                        .name = "blob",
+                        .prefetch = file_prefetch};
     return XKV_OK;
 }
 
@@ -117,10 +123,20 @@ static xkv_status window_read(void *user, xkv_ctx *ctx, uint64_t offset, void *d
     return w->input->read(w->input->user, ctx, w->offset + offset, dst, size);
 }
 
+static void window_prefetch(void *user, uint64_t offset, uint64_t size)
+{
+    const xkv_window *w = user;
+    w->input->prefetch(w->input->user, w->offset + offset, size);
+}
+
 xkv_input xkv_input_window(xkv_window *w, const xkv_input *input, uint64_t offset, uint64_t size)
 {
     *w = (xkv_window){input, offset};
-    return (xkv_input){.user = w, .size = size, .read = window_read, .name = input->name};
+    return (xkv_input){.user = w,
+                       .size = size,
+                       .read = window_read,
+                       .name = input->name,
+                       .prefetch = input->prefetch ? window_prefetch : NULL};
 }
 
 static xkv_status shifted_write(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)
