@@ -397,13 +397,13 @@ static bool is_visible(const job *j, int64_t query, int64_t row)
     return row <= query && (j->o.window == 0 || query - row < j->o.window);
 }
 
-/* Whether any query may see a row of the tile. */
-static bool any_visible(const job *j, const tile *t)
+/* Whether any query may see one of these rows. */
+static bool any_visible(const job *j, uint32_t first, uint32_t count)
 {
     if (!j->o.causal)
         return true;
-    for (uint32_t k = 0; k < t->count; k++) {
-        int64_t row = j->a->positions[t->row + k];
+    for (uint32_t k = 0; k < count; k++) {
+        int64_t row = j->a->positions[first + k];
         if (row <= j->most && (j->o.window == 0 || j->least - row < (int64_t)j->o.window))
             return true;
     }
@@ -453,7 +453,7 @@ static xkv_status add_tile(job *j, worker *w, const tile *t)
 {
     bool weigh = w->slots > 0 && !t->exact;
 
-    if (!any_visible(j, t))
+    if (!any_visible(j, t->row, t->count))
         return XKV_OK;
     XKV_TRY(make_scores(j, w, t));
     make_weights(j, w, t, weigh);
@@ -496,7 +496,7 @@ static xkv_status load_blocks(job *j, worker *w, uint32_t chunk)
     return XKV_OK;
 }
 
-/* Tokens [first, end) of a chunk: sinks, coded ones, window. */
+/* Tokens [first, end) of a chunk: sinks, coded ones, window. What no query sees is not even read. */
 static xkv_status add_chunk(job *j, worker *w, uint32_t chunk, uint32_t first, uint32_t end)
 {
     const xkv_stretch *s = w->stretch;
@@ -504,6 +504,8 @@ static xkv_status add_chunk(job *j, worker *w, uint32_t chunk, uint32_t first, u
     uint32_t cuts[] = {0, c->sinks, c->geometry.token_count - c->window, c->geometry.token_count};
 
     XKV_TRY(xkv_check_cancel(j->ctx));
+    if (!any_visible(j, s->at + (first - s->first), end - first))
+        return XKV_OK;
     XKV_TRY(load_blocks(j, w, chunk));
     for (uint32_t i = 0; i < 3; i++) {
         uint32_t a = cuts[i] > first ? cuts[i] : first, b = cuts[i + 1] < end ? cuts[i + 1] : end;

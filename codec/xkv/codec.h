@@ -411,11 +411,12 @@ static inline xkv_attend_options xkv_attend_options_default(void)
 
 /* softmax(scale * Q K^T) V of one layer: output [count][heads][head_dim of V] (MLA: [latent_dim], to be multiplied by
  * the value part of the up-projection) and lse [count][heads], the natural logarithm of the sum of exp(score), for
- * xkv_attention_merge(). A query that sees no row gets zeros and -inf. On one machine the bits do not depend on the
- * number of threads. NaN or Inf in queries or rows give NaN. `options` may be NULL. Memory, for each thread: one chunk
- * of coefficients, one tile, and count * heads * (coded components + head_dim) f32. Errors: ARGUMENT (layer, heads,
- * options, no positions), UNSUPPORTED (a layer without both K and V), LIMIT, MEMORY, CANCELLED and, unless coefficients
- * or rows are held, as xkv_entry_read(). */
+ * xkv_attention_merge(). A query that sees no row gets zeros and -inf. Arithmetic is in f32; coefficients that a cross
+ * stage adds to are rounded to 16 bits of the largest one in their chunk, which costs up to 1e-4 of the result. On one
+ * machine the bits do not depend on the number of threads. NaN or Inf in queries or rows give NaN. `options` may be
+ * NULL. Memory: for each thread one chunk of coefficients, a tile of K, and count * heads * (coded components +
+ * head_dim) f32; and up to 16 outputs. Errors: ARGUMENT (layer, heads, options, no positions), UNSUPPORTED (a layer
+ * without both K and V), LIMIT, MEMORY, CANCELLED and, unless coefficients or rows are held, as xkv_entry_read(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_attend(xkv_ctx *ctx, const xkv_attention *attention, uint32_t layer,
                                              const xkv_queries *queries, const xkv_attend_options *options,
                                              float *output, float *lse);

@@ -825,6 +825,37 @@ static void any_read_may_fail_or_be_the_last(void **state)
     }
 }
 
+/* A window over the last rows leaves most of the chunks alone. */
+static void what_is_not_seen_is_not_read(void **state)
+{
+    static const int32_t positions[] = {11 + TOKENS - 1};
+    float *q = random_queries(ELEMENTS, 1), output[ELEMENTS], lse[ROWS];
+    fixture f = make_fixture(LOSSLESS, TOKENS, 0);
+    trouble t = {.input = &f.p.input};
+    xkv_input input = {.user = &t, .size = f.p.input.size, .read = troubled_read};
+    question a = whole(1, 1, KV_HEADS, q);
+    xkv_attention *attention;
+    xkv_entry *entry;
+    long all;
+
+    (void)state;
+    a.positions = positions;
+    a.o.causal = 1;
+    assert_ok(f.ctx, xkv_entry_open(f.ctx, &input, &entry));
+    attention = open_attention(f.ctx, entry, &a, XKV_HOLD_NOTHING);
+    t.reads = 0;
+    assert_ok(f.ctx, ask(f.ctx, attention, &a, output, lse));
+    all = t.reads;
+    a.o.window = 100; /* the last 2 of 11 chunks */
+    t.reads = 0;
+    assert_ok(f.ctx, ask(f.ctx, attention, &a, output, lse));
+    assert_true(all >= 11 && t.reads * 11 == all * 2);
+    xkv_attention_close(f.ctx, attention);
+    xkv_entry_close(f.ctx, entry);
+    free_fixture(&f);
+    free(q);
+}
+
 static void a_cancelled_context_does_nothing(void **state)
 {
     float *q = random_queries(ELEMENTS, 1), output[ELEMENTS], lse[ROWS];
@@ -985,6 +1016,7 @@ int main(void)
         cmocka_unit_test(memory_does_not_follow_the_tokens),
         cmocka_unit_test(a_memory_limit_is_kept),
         cmocka_unit_test(any_read_may_fail_or_be_the_last),
+        cmocka_unit_test(what_is_not_seen_is_not_read),
         cmocka_unit_test(a_cancelled_context_does_nothing),
         cmocka_unit_test(wrong_calls_are_refused),
         cmocka_unit_test(a_dictionary_is_missed),
