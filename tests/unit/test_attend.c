@@ -95,10 +95,10 @@ static fixture make_fixture(int profile, uint32_t tokens, int mla)
     if (profile == SVDQ || profile == SCALAR)
         o.error = 0.1;
     if (profile >= DICT) {
-        f.t = train(f.ctx, profile == DICT_CROSS ? 16 : 0, mla);
+        f.t = train(f.ctx, profile == DICT_CROSS ? 40 : 0, mla);
         o.profile = XKV_PROFILE_DICT;
         o.dict = f.t.dict;
-        o.quality = 50;
+        o.quality = 86; /* at which components that are coded and others alternate */
     }
     f.p = pack_planes(f.ctx, &f.s, &o);
     return f;
