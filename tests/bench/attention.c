@@ -11,8 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { MAX_REPEATS = 99, MAX_COUNTS = 8 };
-
 /* --- Long caches -------------------------------------------------------------------------------------------------- */
 
 typedef struct long_cache {
@@ -270,17 +268,17 @@ static double time_raw(const subject *s, bool half, uint32_t n, uint32_t threads
              .scores = bench_alloc(threads * m * s->tokens, sizeof *r.scores),
              .tile = bench_alloc((size_t)threads * XKV_TILE_ROWS * s->dim, sizeof *r.tile),
              .output = bench_alloc(s->kv_heads * m * s->dim, sizeof *r.output)};
-    double times[MAX_REPEATS];
+    double best = INFINITY;
 
     for (int i = -1; i < s->plan->repeats; i++) { /* round -1 is the warm-up */
         double start = bench_now();
         bench_parallel(threads, raw_share, &r);
-        times[i < 0 ? 0 : i] = bench_now() - start;
+        best = i < 0 ? best : fmin(best, bench_now() - start);
     }
     free(r.scores);
     free(r.tile);
     free(r.output);
-    return bench_median(times, s->plan->repeats);
+    return best;
 }
 
 /* --- The library -------------------------------------------------------------------------------------------------- */
@@ -306,27 +304,27 @@ static void attend(const subject *s, xkv_ctx *ctx, const xkv_attention *a, uint3
 
 static double time_attend(const subject *s, xkv_ctx *ctx, const xkv_attention *a, uint32_t n)
 {
-    double times[MAX_REPEATS];
+    double best = INFINITY;
 
     for (int i = -1; i < s->plan->repeats; i++) {
         double start = bench_now();
         attend(s, ctx, a, n);
-        times[i < 0 ? 0 : i] = bench_now() - start;
+        best = i < 0 ? best : fmin(best, bench_now() - start);
     }
-    return bench_median(times, s->plan->repeats);
+    return best;
 }
 
 static double time_open(const subject *s, xkv_ctx *ctx, uint32_t hold)
 {
-    double times[MAX_REPEATS];
+    double best = INFINITY;
 
     for (int i = -1; i < s->plan->repeats; i++) {
         double start = bench_now();
         xkv_attention *a = open_hold(s, ctx, s->layers, hold);
-        times[i < 0 ? 0 : i] = bench_now() - start;
+        best = i < 0 ? best : fmin(best, bench_now() - start);
         xkv_attention_close(ctx, a);
     }
-    return bench_median(times, s->plan->repeats);
+    return best;
 }
 
 /* What one call of `n` queries allocates at most, opening included, and what it reads. */
@@ -405,12 +403,10 @@ static json_t *measure_threads(bench_plan *plan, subject *s, uint32_t threads)
     static const uint32_t all[] = {1, 2, 4, 8, 16, 32, 64};
     xkv_ctx *ctx = bench_context(threads);
     json_t *counts = bench_json(json_array()), *memory = bench_json(json_array());
-    double reads[MAX_REPEATS];
-    holds h = {.read = 0};
+    holds h = {.read = INFINITY};
 
-    for (int i = -1; i < plan->repeats; i++)
-        reads[i < 0 ? 0 : i] = read_group(s, ctx);
-    h.read = bench_median(reads, plan->repeats);
+    for (int i = 0; i < plan->repeats; i++)
+        h.read = fmin(h.read, read_group(s, ctx));
     for (uint32_t hold = XKV_HOLD_NOTHING; hold <= XKV_HOLD_ROWS; hold++) {
         h.open[hold] = time_open(s, ctx, hold);
         h.a[hold] = open_hold(s, ctx, s->layers, hold);
