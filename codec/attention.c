@@ -268,7 +268,7 @@ static uint64_t coefficient_bytes(const xkv_attention *a)
         const xkv_stretch *s = &a->stretches[i];
         for (uint32_t k = 0; k < s->entry->c.group_count; k++)
             if (s->groups[k].reader.g)
-                bytes += s->chunk_count * xkv_block_expected_bytes(&s->groups[k], s->entry->c.chunk_tokens);
+                bytes += s->chunk_count * xkv_block_expected_bytes(&s->groups[k]);
     }
     return bytes;
 }

@@ -218,9 +218,9 @@ static size_t expected_size(const xkv_tile_group *t, size_t tokens)
     return bytes;
 }
 
-uint64_t xkv_block_expected_bytes(const xkv_tile_group *t, uint32_t tokens)
+uint64_t xkv_block_expected_bytes(const xkv_tile_group *t)
 {
-    return expected_size(t, tokens) + t->lines * sizeof(xkv_line);
+    return expected_size(t, chunk_tokens(t)) + t->lines * sizeof(xkv_line);
 }
 
 uint64_t xkv_block_bytes(const xkv_tile_group *t, const xkv_block *b)

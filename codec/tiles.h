@@ -41,8 +41,8 @@ typedef struct xkv_tile_group {
     uint32_t row_bytes;
     uint8_t *exact; /* sinks, then window; NULL for lossless groups */
 
-    uint32_t lines;      /* of a block: `top` of the cross stage's share, then the group's own */
-    uint32_t top;        /* */
+    uint32_t lines;      /* of a block: those of the leading coefficients, then the group's own */
+    uint32_t top;        /* leading coefficients, which the cross stage adds to; 0 without one */
     uint32_t *line_of;   /* DIAGONAL: [coded] line of a coded component, or XKV_NO_LINE */
     uint32_t *component; /* DIAGONAL: [lines] */
 
@@ -112,9 +112,9 @@ XKV_MUST_CHECK xkv_status xkv_block_load(xkv_block_scratch *s, uint32_t chunk, x
 /* A copy of its own. */
 XKV_MUST_CHECK xkv_status xkv_block_keep(xkv_ctx *ctx, const xkv_tile_group *t, const xkv_block *b, xkv_block *kept);
 void xkv_block_free(xkv_ctx *ctx, xkv_block *b);
-/* What a block takes when it is kept, and about what one of so many tokens will. */
+/* What a block takes when it is kept, and about what that of a whole chunk will. */
 uint64_t xkv_block_bytes(const xkv_tile_group *t, const xkv_block *b);
-uint64_t xkv_block_expected_bytes(const xkv_tile_group *t, uint32_t tokens);
+uint64_t xkv_block_expected_bytes(const xkv_tile_group *t);
 
 /* --- Tiles -------------------------------------------------------------------------------------------------------- */
 
