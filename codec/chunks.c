@@ -279,8 +279,7 @@ xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t **rows)
 
 /* --- Chunks ------------------------------------------------------------------------------------------------------- */
 
-/* Whether the integers of the cross stage are part of the group's chunks. */
-static bool uses_cross(const xkv_group_reader *r)
+bool xkv_group_uses_cross(const xkv_group_reader *r)
 {
     return r->cross && r->cross->cross.coded > 0 && (r->transform.top > 0 || xkv_group_is_cross(r->g));
 }
@@ -293,7 +292,7 @@ static size_t tile_coefficients(const xkv_group_reader *r)
     return r->g->codec == XKV_GROUP_SVD ? (size_t)XKV_TILE_ROWS * r->g->rank : 0;
 }
 
-xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, xkv_chunk_scratch *s)
+xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_chunk_scratch *s)
 {
     const xkv_container *c = &r->entry->c;
     size_t chunk = (size_t)xkv_min64(c->chunk_tokens, c->geometry.token_count);
@@ -305,14 +304,16 @@ xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, xkv_chunk_scratch *
         xkv_shape shape = xkv_part_shape(c, r->g, part);
         raw = xkv_max64(raw, shape.coded ? 0 : xkv_shape_bytes(shape));
         packed = xkv_max64(packed, r->g->parts[part].size);
-        if (uses_cross(r))
+        if (xkv_group_uses_cross(r))
             packed = xkv_max64(packed, r->cross->g->parts[part].size);
     }
     XKV_TRY(XKV_NEW(r->ctx, (size_t)packed, &s->packed));
     XKV_TRY(XKV_NEW(r->ctx, (size_t)raw, &s->planes));
     XKV_TRY(XKV_NEW(r->ctx, (size_t)raw, &s->raw));
+    if (!integers)
+        return XKV_OK;
     XKV_TRY(XKV_NEW(r->ctx, chunk * r->side.coded, &s->q));
-    if (uses_cross(r) && !r->cross->q)
+    if (xkv_group_uses_cross(r) && !r->cross->q)
         XKV_TRY(XKV_NEW(r->ctx, chunk * r->cross->cross.coded, &s->cross_q));
     return XKV_NEW(r->ctx, tile_coefficients(r), &s->coefficients);
 }
@@ -371,7 +372,7 @@ static xkv_status load_integers(const xkv_group_reader *r, xkv_chunk_scratch *s,
         XKV_TRY(decode_integers(r, s, r->g, &r->side, chunk, tokens, s->q));
     }
     out->cross.stride = tokens;
-    return uses_cross(r) ? decode_cross(r, s, chunk, out->t0, out->t1, &out->cross.q) : XKV_OK;
+    return xkv_group_uses_cross(r) ? decode_cross(r, s, chunk, out->t0, out->t1, &out->cross.q) : XKV_OK;
 }
 
 xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)
@@ -389,6 +390,28 @@ xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint3
     if (r->g->codec == XKV_GROUP_SVD)
         return load_svd_chunk(r, s, XKV_PART_CHUNKS + chunk, out);
     return load_integers(r, s, chunk, out);
+}
+
+xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_chunk_scratch *s, bool cross, uint32_t chunk,
+                           int16_t *q, xkv_component_fn take, void *user)
+{
+    const xkv_group *g = cross ? r->cross->g : r->g;
+    const xkv_side *side = cross ? &r->cross->side : &r->side;
+    const xkv_part *part = &g->parts[XKV_PART_CHUNKS + chunk];
+    part_name where = name_part(r->entry, g, XKV_PART_CHUNKS + chunk);
+    xkv_rans_shape shape = {.components = side->coded, .tables = side->coded_tables};
+    xkv_rans_reader reader;
+    uint32_t t0, t1;
+
+    xkv_chunk_coded(&r->entry->c, chunk, &t0, &t1);
+    shape.tokens = t1 - t0;
+    XKV_TRY(xkv_container_read_part(r->ctx, &r->entry->input, &r->entry->c, part, s->packed));
+    XKV_TRY(xkv_rans_open(r->ctx, &shape, s->packed, part->size, where.text, &reader));
+    for (uint32_t i = 0; shape.tokens > 0 && i < shape.components; i++) {
+        XKV_TRY(xkv_rans_next(r->ctx, xkv_coder_cpu(), &shape, i, where.text, &reader, q));
+        XKV_TRY(take(user, i, q));
+    }
+    return xkv_rans_close(r->ctx, &shape, where.text, &reader);
 }
 
 void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0, uint32_t t1,

@@ -81,6 +81,9 @@ static inline bool xkv_group_is_coded(const xkv_group *g)
     return g->codec == XKV_GROUP_DICT || g->codec == XKV_GROUP_SCALAR || g->codec == XKV_GROUP_SVDQ;
 }
 
+/* Whether the integers of the cross stage are part of the group's chunks. */
+bool xkv_group_uses_cross(const xkv_group_reader *r);
+
 /* The exact rows of a group that is not lossless, sinks then window; allocated. */
 XKV_MUST_CHECK xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t **rows);
 
@@ -94,8 +97,9 @@ typedef struct xkv_chunk_scratch {
     float *coefficients;            /* of a tile, for xkv_chunk_rows() */
 } xkv_chunk_scratch;
 
-/* Scratch for the chunks of this group; what is there already is replaced. */
-XKV_MUST_CHECK xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, xkv_chunk_scratch *s);
+/* Scratch for the chunks of this group; what is there already is replaced. Without `integers` only what
+ * xkv_chunk_visit() and xkv_chunk_load() of groups without integers need. */
+XKV_MUST_CHECK xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_chunk_scratch *s);
 void xkv_chunk_scratch_empty(xkv_ctx *ctx, xkv_chunk_scratch *s);
 void xkv_chunk_scratch_free(xkv_ctx *ctx, xkv_chunk_scratch *s);
 
@@ -112,6 +116,12 @@ typedef struct xkv_chunk {
  * returns. */
 XKV_MUST_CHECK xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
                                          xkv_chunk *out);
+
+/* The integers of a chunk's coded components one after the other, where not all need be in memory: `take` gets those of
+ * the i-th one, [tokens], which are gone afterwards. `cross`: those of the stage, not of the group. `q` is [tokens]. */
+typedef xkv_status (*xkv_component_fn)(void *user, uint32_t i, const int16_t *q);
+XKV_MUST_CHECK xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_chunk_scratch *s, bool cross,
+                                          uint32_t chunk, int16_t *q, xkv_component_fn take, void *user);
 
 /* Rows x [t1 - t0][width] (K before RoPE) of at most XKV_TILE_ROWS tokens of a chunk that is not lossless. */
 void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0, uint32_t t1,

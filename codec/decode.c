@@ -172,7 +172,7 @@ static xkv_status size_worker(const decoder *d, worker *w, const xkv_group_reade
     if (w->g == r->g)
         return XKV_OK;
     w->g = NULL;
-    XKV_TRY(xkv_chunk_scratch_size(r, &w->scratch));
+    XKV_TRY(xkv_chunk_scratch_size(r, true, &w->scratch));
     xkv_release(d->ctx, w->rows);
     w->rows = NULL;
     XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * r->g->width, &w->rows));

@@ -208,11 +208,17 @@ static xkv_status check_tables(xkv_ctx *ctx, const xkv_rans_shape *s, const char
     return XKV_OK;
 }
 
-static xkv_status open_reader(xkv_ctx *ctx, const xkv_rans_shape *s, const uint8_t *data, uint64_t size,
-                              const char *where, xkv_rans_reader *r)
+xkv_status xkv_rans_open(xkv_ctx *ctx, const xkv_rans_shape *s, const uint8_t *data, uint64_t size, const char *where,
+                         xkv_rans_reader *r)
 {
-    uint32_t lanes = lane_count(s);
+    uint32_t lanes = coded_components(s) > 0 ? lane_count(s) : 0;
 
+    XKV_TRY(check_tables(ctx, s, where));
+    *r = (xkv_rans_reader){.next = data, .end = data + size};
+    if (lanes == 0)
+        return size == 0 ? XKV_OK
+                         : xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %llu bytes, expected none [E2]", where,
+                                    (unsigned long long)size);
     if (size < 4 * lanes || size % 2 != 0)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %llu bytes, expected %u and whole words [E2]", where,
                         (unsigned long long)size, 4 * lanes);
@@ -222,18 +228,25 @@ static xkv_status open_reader(xkv_ctx *ctx, const xkv_rans_shape *s, const uint8
             return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: lane %u starts with %u, expected at least %u [E2]", where, i,
                             r->state[i], XKV_RANS_LOW);
     }
-    r->next = data + 4 * lanes;
-    r->end = data + size;
-    r->overrun = false;
+    r->next += 4 * lanes;
     return XKV_OK;
 }
 
-static xkv_status check_end(xkv_ctx *ctx, const xkv_rans_shape *s, const char *where, const xkv_rans_reader *r)
+xkv_status xkv_rans_next(xkv_ctx *ctx, const xkv_coder *coder, const xkv_rans_shape *s, uint32_t component,
+                         const char *where, xkv_rans_reader *r, int16_t *q)
+{
+    coder->decode(r, xkv_table_get(s->tables[component]), q, s->tokens);
+    if (r->overrun)
+        return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: ends inside component %u [E3]", where, component);
+    return XKV_OK;
+}
+
+xkv_status xkv_rans_close(xkv_ctx *ctx, const xkv_rans_shape *s, const char *where, const xkv_rans_reader *r)
 {
     if (r->next != r->end)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %llu bytes left over [E3]", where,
                         (unsigned long long)(r->end - r->next));
-    for (uint32_t i = 0; i < lane_count(s); i++)
+    for (uint32_t i = 0; coded_components(s) > 0 && i < lane_count(s); i++)
         if (r->state[i] != XKV_RANS_LOW)
             return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: lane %u ends with %u, expected %u [E3]", where, i, r->state[i],
                             XKV_RANS_LOW);
@@ -245,18 +258,9 @@ xkv_status xkv_rans_decode(xkv_ctx *ctx, const xkv_coder *coder, const xkv_rans_
 {
     xkv_rans_reader r;
 
-    XKV_TRY(check_tables(ctx, s, where));
-    if (coded_components(s) == 0)
-        return size == 0 ? XKV_OK
-                         : xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %llu bytes, expected none [E2]", where,
-                                    (unsigned long long)size);
-    XKV_TRY(open_reader(ctx, s, data, size, where, &r));
-    for (uint32_t i = 0; i < s->components; i++) {
-        if (s->tables[i] == 0)
-            continue;
-        coder->decode(&r, xkv_table_get(s->tables[i]), q + i * s->stride, s->tokens);
-        if (r.overrun)
-            return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: ends inside component %u [E3]", where, i);
-    }
-    return check_end(ctx, s, where, &r);
+    XKV_TRY(xkv_rans_open(ctx, s, data, size, where, &r));
+    for (uint32_t i = 0; s->tokens > 0 && i < s->components; i++)
+        if (s->tables[i] != 0)
+            XKV_TRY(xkv_rans_next(ctx, coder, s, i, where, &r, q + i * s->stride));
+    return xkv_rans_close(ctx, s, where, &r);
 }

@@ -38,4 +38,19 @@ size_t xkv_rans_encode(const xkv_coder *coder, const xkv_rans_shape *shape, cons
 XKV_MUST_CHECK xkv_status xkv_rans_decode(xkv_ctx *ctx, const xkv_coder *coder, const xkv_rans_shape *shape,
                                           const uint8_t *data, uint64_t size, const char *where, int16_t *q);
 
+/* The same one component after the other, where the integers of all need not be in memory. */
+typedef struct xkv_rans_reader {
+    uint32_t state[XKV_RANS_LANES];
+    const uint8_t *next, *end; /* whole words */
+    bool overrun;              /* a word was wanted beyond the end */
+} xkv_rans_reader;
+
+/* Begin; then xkv_rans_next() for each component that has a table, in order; then xkv_rans_close(). */
+XKV_MUST_CHECK xkv_status xkv_rans_open(xkv_ctx *ctx, const xkv_rans_shape *shape, const uint8_t *data, uint64_t size,
+                                        const char *where, xkv_rans_reader *r);
+XKV_MUST_CHECK xkv_status xkv_rans_next(xkv_ctx *ctx, const xkv_coder *coder, const xkv_rans_shape *shape,
+                                        uint32_t component, const char *where, xkv_rans_reader *r, int16_t *q);
+XKV_MUST_CHECK xkv_status xkv_rans_close(xkv_ctx *ctx, const xkv_rans_shape *shape, const char *where,
+                                         const xkv_rans_reader *r);
+
 #endif

@@ -4,12 +4,6 @@
 
 #include "rans.h"
 
-typedef struct xkv_rans_reader {
-    uint32_t state[XKV_RANS_LANES];
-    const uint8_t *next, *end; /* whole words */
-    bool overrun;              /* a word was wanted beyond the end */
-} xkv_rans_reader;
-
 /* Goes backwards: last token first, and each word in front of the one before. */
 typedef struct xkv_rans_writer {
     uint32_t state[XKV_RANS_LANES];

@@ -80,7 +80,7 @@ const xkv_kernels *xkv_kernels_cpu_generic(void);
  * cos_sin[n_rot]. For runs of positions use the table below. */
 void xkv_rope_cos_sin(const xkv_rope *rope, int32_t position, bool inverse, float *cos_sin);
 
-/* Angles for many positions: keeps f64 tables of the low 8 bits of the position and of the last high part seen, so that
+/* Angles for many positions: keeps f64 tables of the low 5 bits of the position and of the last high part seen, so that
  * a row costs n_rot/2 complex products instead of sines; within 1e-15 of the exact values before rounding. One per
  * thread. */
 typedef struct xkv_rope_table xkv_rope_table;

@@ -3,15 +3,15 @@
 
 #include <math.h>
 
-#define LOW_COUNT 256
+#define LOW_COUNT 32
 
-/* Angles of position = high + low, low in 0 .. 255: cos and sin of the sum follow from those of its parts. */
+/* Angles of position = high + low, low in 0 .. 31: cos and sin of the sum follow from those of its parts. */
 struct xkv_rope_table {
     const xkv_rope *rope;
     bool inverse;
-    int64_t high;                /* the multiple of 256 that high_cos and high_sin stand for */
+    int64_t high;                /* the multiple of 32 that high_cos and high_sin stand for */
     double *high_cos, *high_sin; /* [pairs] */
-    double *low_cos, *low_sin;   /* [256][pairs] */
+    double *low_cos, *low_sin;   /* [32][pairs] */
 };
 
 /* The product is taken exactly, as angle + rest, for positions may be large and cosines forget nothing. */

@@ -331,6 +331,107 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_append_cache(xkv_ctx *ctx, const xkv_entry
                                                    const xkv_append_options *options, const xkv_output *output,
                                                    xkv_pack_report *report);
 
+/* --- Attention without restoring ---------------------------------------------------------------------------------- */
+
+/* Attention of a layer over the packed form, for when memory is short: README, "Attend without restoring". Keys are
+ * rebuilt tile by tile; values are weighted as coefficients and multiplied by their basis once, at the end. */
+
+/* What an attention holds in memory between calls. */
+typedef enum xkv_hold {
+    XKV_HOLD_AUTO = 0,         /* the fastest for `calls` that `memory` allows */
+    XKV_HOLD_NOTHING = 1,      /* each call reads and decodes the chunks of its layer */
+    XKV_HOLD_COEFFICIENTS = 2, /* decoded once for all layers, in 8 or 16 bits each */
+    XKV_HOLD_ROWS = 3          /* restored, in the planes' dtype, with the rounding of xkv_entry_read() */
+} xkv_hold;
+
+typedef struct xkv_attention_options {
+    size_t struct_size;
+    uint32_t first_token, token_count; /* rows [first, first+count); count 0: to the end. Default: all */
+    uint32_t first_layer, layer_count; /* layers [first, first+count); count 0: to the end. Default: all */
+    const int32_t *positions;          /* [token_count, filled in] as in xkv_read_options; copied */
+    uint32_t hold;                     /* xkv_hold; default AUTO */
+    uint32_t calls;  /* AUTO: how often xkv_attend() will be called for each layer; 0: often. Default 0 */
+    uint64_t memory; /* AUTO: bytes that may be held; 0: any number. Default 0 */
+} xkv_attention_options;
+
+static inline xkv_attention_options xkv_attention_options_default(void)
+{
+    xkv_attention_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    return o;
+}
+
+/* Rows and layers of an entry, ready to be attended to. Immutable: may be used by several threads at once, each with
+ * its own context. */
+typedef struct xkv_attention xkv_attention;
+
+/* Open. `entry`, with its dictionary, must outlive it; `options` may be NULL. Errors: ARGUMENT (range, hold),
+ * UNSUPPORTED (other positions for a K whose RoPE the entry does not know), MISMATCH (no dictionary), and as
+ * xkv_entry_read(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_attention_open(xkv_ctx *ctx, const xkv_entry *entry,
+                                                     const xkv_attention_options *options, xkv_attention **attention_p);
+XKV_API void xkv_attention_close(xkv_ctx *ctx, xkv_attention *attention);
+
+typedef struct xkv_attention_info {
+    uint32_t hold; /* xkv_hold that is in use: not AUTO */
+    uint32_t token_count, first_layer, layer_count;
+    uint64_t held_bytes; /* coefficients or rows */
+} xkv_attention_info;
+XKV_API void xkv_attention_get_info(const xkv_attention *attention, xkv_attention_info *info);
+
+/* Queries of one layer, after RoPE, as the engine has them. Element (query i, head h, dim d) is the f32 at
+ *     data + i * query_stride + h * head_stride + 4 * d         (bytes)
+ * Query head h attends to KV head h / (heads / KV heads). For MLA queries are in absorbed form: the head's query times
+ * the key part of the up-projection, [latent_dim], then its rotated part, [rope_dim]. */
+typedef struct xkv_queries {
+    const void *data;
+    uint32_t count, heads;             /* heads: a multiple of the layer's KV heads (MLA: any number) */
+    int64_t query_stride, head_stride; /* 0: contiguous, [count][heads][dim] */
+    const int32_t *positions;          /* [count]; NULL: unknown, for attention without `causal` */
+} xkv_queries;
+
+typedef struct xkv_attend_options {
+    size_t struct_size;
+    uint32_t causal;  /* non-zero: a query sees rows whose position is at most its own. Default 0: all rows */
+    uint32_t window;  /* with causal: only those fewer than so many positions before its own; 0: no limit (default) */
+    double scale;     /* > 0: of the scores; 0: 1 / sqrt(head_dim of K) (default). MLA has no default */
+    double softcap;   /* > 0: scores become softcap * tanh(score / softcap); 0: not (default) */
+    uint32_t rebuild; /* non-zero: rebuild V too, tile by tile. Default 0: when that is less arithmetic, from some 20
+                         queries on */
+} xkv_attend_options;
+
+static inline xkv_attend_options xkv_attend_options_default(void)
+{
+    xkv_attend_options o;
+    memset(&o, 0, sizeof o);
+    o.struct_size = sizeof o;
+    return o;
+}
+
+/* softmax(scale * Q K^T) V of one layer: output [count][heads][head_dim of V] (MLA: [latent_dim], to be multiplied by
+ * the value part of the up-projection) and lse [count][heads], the natural logarithm of the sum of exp(score), for
+ * xkv_attention_merge(). A query that sees no row gets zeros and -inf. Arithmetic is in f32; coefficients that a cross
+ * stage adds to are rounded to 16 bits of the largest one in their chunk, which costs up to 1e-4 of the result. On one
+ * machine the bits do not depend on the number of threads. NaN or Inf in queries or rows give NaN. `options` may be
+ * NULL. Memory: for each thread one chunk of coefficients, a tile of K, and count * heads * (coded components +
+ * head_dim) f32; and up to 16 outputs. Errors: ARGUMENT (layer, heads, options, no positions), UNSUPPORTED (a layer
+ * without both K and V), LIMIT, MEMORY, CANCELLED and, unless coefficients or rows are held, as xkv_entry_read(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_attend(xkv_ctx *ctx, const xkv_attention *attention, uint32_t layer,
+                                             const xkv_queries *queries, const xkv_attend_options *options,
+                                             float *output, float *lse);
+
+/* What attention over a part of the rows gave. */
+typedef struct xkv_attention_state {
+    const float *output; /* [rows][dim] */
+    const float *lse;    /* [rows] */
+} xkv_attention_state;
+
+/* Attention over all rows from that over parts of them: output [rows][dim] and lse [rows], either of which may be that
+ * of a state. No states, or none that saw a row: zeros and -inf. Any thread. */
+XKV_API void xkv_attention_merge(const xkv_attention_state *states, uint32_t state_count, uint64_t rows, uint32_t dim,
+                                 float *output, float *lse);
+
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
 
 /* Open a dictionary, decode its bases and fold its metric into them. `for_packing` 0 leaves out what only packing needs

@@ -249,6 +249,14 @@ static json_t *measure_file(bench_plan *plan, const char *path, const xkv_model 
     bench_try(ctx, xkv_cache_open(ctx, path, model, &cache), path);
     if (xkv_cache_geometry(cache)->plane_count == 0)
         bench_die("%s: not a cache that this version understands", path);
+    if (plan->query_heads > 0) {
+        json_decref(all);
+        all = bench_attention(plan, &(bench_attention_case){name ? name + 1 : path, xkv_cache_geometry(cache),
+                                                            xkv_cache_views(cache), dict, plan->query_heads});
+        xkv_cache_free(ctx, cache);
+        xkv_ctx_free(ctx);
+        return all;
+    }
     s = bench_subject_create(name ? name + 1 : path, xkv_cache_geometry(cache), xkv_cache_views(cache));
     k = group_width(s.geometry, XKV_PLANE_K);
     k = k ? k : group_width(s.geometry, XKV_PLANE_LATENT);
@@ -292,8 +300,8 @@ static void usage(FILE *out)
 {
     (void)fputs("usage: xkv_bench [--quick] [--only-files] [--restore] [--tokens N] [--threads N] [--repeats N]\n"
                 "                 [[--model GGUF] [--dict XKVD] FILE...]\n"
-                "Prints one JSON document: machine, ceilings, lossless and svd speed on synthetic caches, scaling\n"
-                "over 1k .. 32k tokens, and the same figures for each engine file given.\n"
+                "Prints one JSON document: machine, ceilings, lossless and svd speed and attention on synthetic\n"
+                "caches, scaling over 1k .. 32k tokens, and the same figures for each engine file given.\n"
                 "  --quick      tiny sizes, once: tells whether the benchmark works, not how fast anything is\n"
                 "  --only-files the ceilings and the engine files alone\n"
                 "  --restore    of the engine files: restoring 256 .. 32k tokens from a file, with the dictionary\n"
@@ -302,6 +310,7 @@ static void usage(FILE *out)
                 "  --repeats N  each time is the median of N (default 3)\n"
                 "  --model GGUF the model of the files that follow\n"
                 "  --dict XKVD  its dictionary: pack these files with it to 16x as well\n"
+                "  --attend N   measure attention of N query heads over these files, and nothing else\n"
                 "  --json       accepted; there is no other output\n",
                 out);
 }
@@ -326,17 +335,13 @@ typedef struct argument {
 
 static int parse(int argc, char **argv, bench_plan *plan, argument *arguments)
 {
-    static const struct option options[] = {{"quick", no_argument, NULL, 'q'},
-                                            {"only-files", no_argument, NULL, 'o'},
-                                            {"restore", no_argument, NULL, 'R'},
-                                            {"json", no_argument, NULL, 'j'},
-                                            {"tokens", required_argument, NULL, 't'},
-                                            {"threads", required_argument, NULL, 'T'},
-                                            {"repeats", required_argument, NULL, 'r'},
-                                            {"model", required_argument, NULL, 'm'},
-                                            {"dict", required_argument, NULL, 'd'},
-                                            {"help", no_argument, NULL, 'h'},
-                                            {NULL, 0, NULL, 0}};
+    static const struct option options[] = {
+        {"quick", no_argument, NULL, 'q'},         {"only-files", no_argument, NULL, 'o'},
+        {"restore", no_argument, NULL, 'R'},       {"json", no_argument, NULL, 'j'},
+        {"tokens", required_argument, NULL, 't'},  {"threads", required_argument, NULL, 'T'},
+        {"repeats", required_argument, NULL, 'r'}, {"model", required_argument, NULL, 'm'},
+        {"dict", required_argument, NULL, 'd'},    {"attend", required_argument, NULL, 'a'},
+        {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0}};
     int c, count = 0;
 
     while ((c = getopt_long(argc, argv, "-h", options, NULL)) != -1) {
@@ -350,6 +355,8 @@ static int parse(int argc, char **argv, bench_plan *plan, argument *arguments)
             plan->tokens = number(optarg, 1u << 20);
         else if (c == 'T')
             plan->threads[1] = number(optarg, 1024);
+        else if (c == 'a')
+            plan->query_heads = number(optarg, 1024);
         else if (c == 'r')
             plan->repeats = (int)number(optarg, 99);
         else if (c == 'm' || c == 'd' || c == 1)
@@ -399,14 +406,16 @@ static json_t *measure_all(bench_plan *plan, const argument *arguments, int coun
     json_t *description = machine();                                                     /* with the load before ours */
     json_t *scaling = plan->only_files ? bench_json(json_array()) : bench_scaling(plan); /* while we are small */
     json_t *ceilings = bench_ceilings(plan), *lossless = bench_json(json_array()), *svd = bench_json(json_array());
+    json_t *attention = plan->only_files ? bench_json(json_array()) : bench_attention_synthetic(plan);
     json_t *files, *destinations = bench_json(json_array());
 
     if (!plan->only_files)
         measure_cases(plan, lossless, svd, destinations);
     files = measure_files(plan, arguments, count);
-    return bench_json(json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "benchmark", "xkv", "machine",
+    return bench_json(json_pack("{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "benchmark", "xkv", "machine",
                                 description, "ceilings", ceilings, "lossless", lossless, "svd", svd, "destinations",
-                                destinations, "scaling", scaling, "files", files, "goals", plan->goals));
+                                destinations, "scaling", scaling, "attention", attention, "files", files, "goals",
+                                plan->goals));
 }
 
 int main(int argc, char **argv)

@@ -10,8 +10,9 @@
 /* What the command line asked for. */
 typedef struct bench_plan {
     bool quick, only_files, restore;
-    uint32_t tokens; /* of the synthetic caches; 0: as each case says */
-    int repeats;     /* each time is the median of so many, each ceiling the best */
+    uint32_t query_heads; /* > 0: measure attention on the files, and nothing else */
+    uint32_t tokens;      /* of the synthetic caches; 0: as each case says */
+    int repeats;          /* each time is the median of so many, each ceiling the best */
     uint32_t threads[2];
     int thread_counts; /* how many of `threads` to try: one, and all */
     json_t *goals;     /* array, grows with the measurements */
@@ -95,6 +96,21 @@ double bench_unpack_flops(xkv_ctx *ctx, const xkv_entry *entry, const xkv_dict *
 
 /* restore.c: from a file, for 256 to 32k tokens; --tokens is the most. The subject's own entry is lost. */
 json_t *bench_restore(bench_plan *plan, bench_subject *source, const xkv_dict *dict);
+
+/* --- attention.c: attention over packed caches -------------------------------------------------------------------- */
+
+typedef struct bench_attention_case {
+    const char *name;
+    const xkv_geometry *geometry;
+    const xkv_view *views;
+    const xkv_dict *dict;
+    uint32_t query_heads;
+} bench_attention_case;
+
+/* An array: 2k, 8k and 32k tokens, or as the plan says. */
+json_t *bench_attention(bench_plan *plan, const bench_attention_case *c);
+/* The same on a synthetic cache of 8 KV heads of 64, with a dictionary made for it. */
+json_t *bench_attention_synthetic(bench_plan *plan);
 
 /* --- scaling.c: time and memory over the number of tokens, from file to file -------------------------------------- */
 

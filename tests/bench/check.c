@@ -50,6 +50,21 @@ static int check_destinations(const json_t *document)
     return json_array_size(cases) == 0 ? fail("destinations") : 0;
 }
 
+static int check_attention(const json_t *document)
+{
+    const json_t *lengths = json_object_get(document, "attention");
+
+    if (json_array_size(lengths) == 0)
+        return fail("attention");
+    for (size_t i = 0; i < json_array_size(lengths); i++) {
+        const json_t *threads = json_object_get(json_array_get(lengths, i), "threads");
+        for (size_t k = 0; k < json_array_size(threads); k++)
+            if (check_rates(json_array_get(threads, k), "calls", "layer", "direct_ms") != 0)
+                return 1;
+    }
+    return 0;
+}
+
 static int check(const json_t *document)
 {
     const json_t *lossless = json_object_get(document, "lossless");
@@ -65,7 +80,7 @@ static int check(const json_t *document)
            check_rates(document, "lossless", "unpack", "percent_of_zstd") ||
            check_rates(document, "svd", "pack", "percent_of_gemm") ||
            check_rates(document, "svd", "unpack", "percent_of_gemm") || check_scaling(document) ||
-           check_destinations(document);
+           check_destinations(document) || check_attention(document);
 }
 
 int main(int argc, char **argv)

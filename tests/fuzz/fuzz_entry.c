@@ -1,6 +1,6 @@
-/* fuzz_entry.c - any bytes as an entry: opened, verified, restored whole and in part, with the dictionaries of the
- * seeds. Each input runs twice, as it is and with all checksums made right, because a changed byte is otherwise refused
- * before any table is looked at. */
+/* fuzz_entry.c - any bytes as an entry: opened, verified, restored whole and in part, attended to, with the
+ * dictionaries of the seeds. Each input runs twice, as it is and with all checksums made right, because a changed byte
+ * is otherwise refused before any table is looked at. */
 #include "seal.h"
 #include "xkv/codec.h"
 
@@ -43,6 +43,33 @@ static xkv_status restore(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens)
     status = xkv_entry_restore(ctx, entry, tokens, NULL, NULL, image, size);
     free(image);
     return status;
+}
+
+enum { MAX_HEADS = 64, MAX_DIM = 1024 };
+
+/* One query of the first plane's layer, with each way to hold what it needs: of what verifies none is damaged. */
+static void attend(xkv_ctx *ctx, const xkv_entry *entry, xkv_status verified)
+{
+    const xkv_geometry *g = xkv_entry_geometry(entry);
+    static float query[MAX_HEADS * 2 * MAX_DIM], output[MAX_HEADS * MAX_DIM], lse[MAX_HEADS];
+    xkv_attention_options o = xkv_attention_options_default();
+    xkv_attend_options how = xkv_attend_options_default();
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        if (g->planes[i].heads > MAX_HEADS || g->planes[i].head_dim > MAX_DIM)
+            return;
+    }
+    how.scale = 1;
+    for (o.hold = XKV_HOLD_AUTO; g->plane_count > 0 && o.hold <= XKV_HOLD_ROWS; o.hold++) {
+        const xkv_queries queries = {.data = query, .count = 1, .heads = g->planes[0].heads};
+        xkv_attention *attention = NULL;
+        xkv_status status = xkv_attention_open(ctx, entry, &o, &attention);
+        if (status == XKV_OK)
+            status = xkv_attend(ctx, attention, g->planes[0].layer, &queries, &how, output, lse);
+        if (verified == XKV_OK && o.hold == XKV_HOLD_NOTHING &&
+            (status == XKV_ERROR_CORRUPT || status == XKV_ERROR_CHECKSUM))
+            abort();
+        xkv_attention_close(ctx, attention);
+    }
 }
 
 /* A dictionary that the seeds with dict groups need. */
@@ -91,6 +118,7 @@ static void run(const uint8_t *data, size_t size)
             restored != XKV_ERROR_LIMIT)
             abort();
         (void)!restore(ctx, entry, 1);
+        attend(ctx, entry, verified);
         xkv_entry_close(ctx, entry);
         xkv_dict_close(ctx, dict);
     }

@@ -180,6 +180,64 @@ static int attempt(long n, int for_ever, int profile, const synthetic *s, const 
     return status == XKV_OK;
 }
 
+/* One query of the first layer, with each way to hold what it needs. */
+static xkv_status attend_run(xkv_ctx *ctx, const xkv_entry *entry)
+{
+    float query[16] = {1}, output[16], lse;
+    const xkv_queries queries = {.data = query, .count = 1, .heads = 1};
+    xkv_attention_options o = xkv_attention_options_default();
+    xkv_status status = XKV_OK;
+
+    for (o.hold = XKV_HOLD_NOTHING; status == XKV_OK && o.hold <= XKV_HOLD_ROWS; o.hold++) {
+        xkv_attention *attention = NULL;
+        status = xkv_attention_open(ctx, entry, &o, &attention);
+        if (status == XKV_OK)
+            status = xkv_attend(ctx, attention, 0, &queries, NULL, output, &lse);
+        xkv_attention_close(ctx, attention);
+    }
+    return status;
+}
+
+/* Entry and dictionary belong to a context that does not fail. */
+static int attend_attempt(long n, int for_ever, const xkv_entry *entry)
+{
+    failing f = {.fail_at = n, .for_ever = for_ever};
+    xkv_ctx *ctx = NULL;
+    xkv_status status = make_ctx(&f, &ctx);
+
+    if (status == XKV_OK)
+        status = attend_run(ctx, entry);
+    if (status != XKV_OK)
+        assert_int_equal(status, XKV_ERROR_MEMORY);
+    xkv_ctx_free(ctx);
+    assert_int_equal(f.alive, 0);
+    return status == XKV_OK;
+}
+
+static void attention_without_memory(void **state)
+{
+    synthetic s = sample();
+    steady d;
+
+    (void)state;
+    make_steady(&s, &d);
+    for (int profile = 0; profile < PROFILES; profile++) {
+        xkv_pack_options o = sample_options(profile);
+        packed p;
+        o.dict = d.dict;
+        o.chunk_tokens = 128;
+        p = pack_planes(d.ctx, &s, &o);
+        for (int for_ever = 0; for_ever < 2; for_ever++) {
+            long n = 1;
+            while (!attend_attempt(n, for_ever, p.entry))
+                n++;
+        }
+        free_packed(d.ctx, &p);
+    }
+    free_steady(&d);
+    free_synthetic(&s);
+}
+
 static void allocations_fail_one_by_one(void **state)
 {
     synthetic s = sample();
@@ -437,8 +495,11 @@ static void appending_fails_at_every_step(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(appending_fails_at_every_step),           cmocka_unit_test(allocations_fail_one_by_one),
-        cmocka_unit_test(allocations_of_training_fail_one_by_one), cmocka_unit_test(memory_limit_is_kept),
+        cmocka_unit_test(appending_fails_at_every_step),
+        cmocka_unit_test(allocations_fail_one_by_one),
+        cmocka_unit_test(allocations_of_training_fail_one_by_one),
+        cmocka_unit_test(memory_limit_is_kept),
+        cmocka_unit_test(attention_without_memory),
         cmocka_unit_test(reads_and_writes_fail_one_by_one),
     };
 
