@@ -83,16 +83,17 @@ void xkv_side_free(xkv_ctx *ctx, xkv_side *side)
 
 /* --- The integers of a chunk -------------------------------------------------------------------------------------- */
 
-/* Those of `g` for the coded tokens [t0, t1) of a chunk. */
-static xkv_status decode_integers(const xkv_group_reader *r, const xkv_chunk_scratch *s, const xkv_group *g,
-                                  const xkv_side *side, uint32_t chunk, uint32_t tokens, int16_t *q)
+xkv_status xkv_side_integers(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g, const xkv_side *side,
+                             uint32_t chunk, uint8_t *packed, int16_t *q)
 {
     const xkv_part *part = &g->parts[XKV_PART_CHUNKS + chunk];
-    xkv_rans_shape shape = {tokens, side->coded, tokens, side->coded_tables};
+    uint32_t t0, t1;
 
-    XKV_TRY(xkv_container_read_part(r->ctx, &r->entry->input, &r->entry->c, part, s->packed));
-    return xkv_rans_decode(r->ctx, xkv_coder_cpu(), &shape, s->packed, part->size,
-                           name_part(r->entry, g, XKV_PART_CHUNKS + chunk).text, q);
+    xkv_chunk_coded(&entry->c, chunk, &t0, &t1);
+    xkv_rans_shape shape = {t1 - t0, side->coded, t1 - t0, side->coded_tables};
+    XKV_TRY(xkv_container_read_part(ctx, &entry->input, &entry->c, part, packed));
+    return xkv_rans_decode(ctx, xkv_coder_cpu(), &shape, packed, part->size,
+                           name_part(entry, g, XKV_PART_CHUNKS + chunk).text, q);
 }
 
 /* --- The cross stage ---------------------------------------------------------------------------------------------- */
@@ -143,9 +144,9 @@ void xkv_cross_stage_free(xkv_ctx *ctx, xkv_cross_stage *stage)
     *stage = (xkv_cross_stage){0};
 }
 
-/* Integers of the stage in a chunk that has coded tokens [t0, t1). */
+/* Integers of the stage in a chunk whose coded tokens begin at t0. */
 static xkv_status decode_cross(const xkv_group_reader *r, const xkv_chunk_scratch *s, uint32_t chunk, uint32_t t0,
-                               uint32_t t1, const int16_t **q_p)
+                               const int16_t **q_p)
 {
     xkv_cross_stage *stage = r->cross;
     uint8_t *known = stage->known ? &stage->known[chunk - stage->first] : NULL;
@@ -155,7 +156,7 @@ static xkv_status decode_cross(const xkv_group_reader *r, const xkv_chunk_scratc
     *q_p = q;
     if (known && *known)
         return XKV_OK;
-    XKV_TRY(decode_integers(r, s, stage->g, &stage->side, chunk, t1 - t0, q));
+    XKV_TRY(xkv_side_integers(r->ctx, r->entry, stage->g, &stage->side, chunk, s->packed, q));
     if (known)
         *known = 1;
     return XKV_OK;
@@ -369,10 +370,10 @@ static xkv_status load_integers(const xkv_group_reader *r, xkv_chunk_scratch *s,
 
     if (xkv_group_is_coded(r->g)) {
         out->own = (xkv_integers){s->q, tokens};
-        XKV_TRY(decode_integers(r, s, r->g, &r->side, chunk, tokens, s->q));
+        XKV_TRY(xkv_side_integers(r->ctx, r->entry, r->g, &r->side, chunk, s->packed, s->q));
     }
     out->cross.stride = tokens;
-    return xkv_group_uses_cross(r) ? decode_cross(r, s, chunk, out->t0, out->t1, &out->cross.q) : XKV_OK;
+    return xkv_group_uses_cross(r) ? decode_cross(r, s, chunk, out->t0, &out->cross.q) : XKV_OK;
 }
 
 xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)

@@ -24,6 +24,11 @@ typedef struct xkv_side {
 XKV_MUST_CHECK xkv_status xkv_side_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g, xkv_side *side);
 void xkv_side_free(xkv_ctx *ctx, xkv_side *side);
 
+/* The integers of a chunk's coded tokens, q [coded][tokens]. `packed` holds the chunk's part. Errors: CHECKSUM, CORRUPT
+ * [E2, E3], and what the input returns. */
+XKV_MUST_CHECK xkv_status xkv_side_integers(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g,
+                                            const xkv_side *side, uint32_t chunk, uint8_t *packed, int16_t *q);
+
 /* --- The cross stage ---------------------------------------------------------------------------------------------- */
 
 /* The cross stage of an entry, which its groups of codec dict are decoded with. */

@@ -438,18 +438,3 @@ xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_o
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "no views to restore into");
     return xkv_entry_decode(ctx, entry, options, views);
 }
-
-xkv_status xkv_entry_read_coding(xkv_ctx *ctx, const xkv_entry *entry, uint32_t group, xkv_group_coding *coding)
-{
-    const xkv_group *g = &entry->c.groups[group];
-    xkv_side side = {0};
-    xkv_status status = XKV_OK;
-
-    xkv_ctx_begin(ctx);
-    if (g->codec != XKV_GROUP_LOSSLESS && g->codec != XKV_GROUP_SVD)
-        XKV_TRY_GOTO(xkv_side_read(ctx, entry, g, &side), out);
-    *coding = (xkv_group_coding){.step = (double)side.step, .coded = side.coded};
-out:
-    xkv_side_free(ctx, &side);
-    return status;
-}

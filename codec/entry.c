@@ -101,56 +101,6 @@ void xkv_entry_get_info(const xkv_entry *entry, xkv_entry_info *info)
         memcpy(info->dictionary_id, xkv_entry_dictionary_id(entry), 16);
 }
 
-void xkv_entry_get_group(const xkv_entry *entry, uint32_t group, xkv_group_info *info)
-{
-    const xkv_container *c = &entry->c;
-    const xkv_group *g = &c->groups[group];
-
-    memset(info, 0, sizeof *info);
-    info->codec = g->codec;
-    info->reason = g->reason;
-    info->plane_count = g->plane_count;
-    info->planes = g->planes;
-    info->errors = g->plane_errors;
-    info->rank = g->rank;
-    info->width = g->width;
-    info->raw_bytes = xkv_group_row_bytes(&c->geometry, g, c->geometry.token_count);
-    for (uint32_t i = 0; i < g->part_count; i++)
-        info->packed_bytes += g->parts[i].size;
-    info->energy = g->energy;
-    info->error = g->error;
-}
-
-uint32_t xkv_entry_value_count(const xkv_entry *entry)
-{
-    return entry->c.value_count;
-}
-
-void xkv_entry_get_value(const xkv_entry *entry, uint32_t index, xkv_value *value)
-{
-    const xkv_meta_value *v = &entry->c.values[index];
-
-    memset(value, 0, sizeof *value);
-    value->key = v->key;
-    value->type = v->type;
-    value->size = v->size;
-    value->bytes = v->bytes;
-    if (v->type == XKV_VALUE_U64)
-        value->u64 = xkv_load64(v->bytes);
-    if (v->type == XKV_VALUE_F64)
-        value->f64 = xkv_loadf64(v->bytes);
-}
-
-int xkv_entry_find_value(const xkv_entry *entry, const char *key, xkv_value *value)
-{
-    for (uint32_t i = 0; i < entry->c.value_count; i++)
-        if (strcmp(entry->c.values[i].key, key) == 0) {
-            xkv_entry_get_value(entry, i, value);
-            return 1;
-        }
-    return 0;
-}
-
 /* --- Dictionary ------------------------------------------------------------------------------------------------------
  */
 

@@ -210,6 +210,24 @@ typedef struct xkv_group_coding {
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read_coding(xkv_ctx *ctx, const xkv_entry *entry, uint32_t group,
                                                         xkv_group_coding *coding);
 
+/* Bytes of part `part` of a group: 0 the side part, 1 the exact rows, 2 + c chunk c (spec/codec.md, section 1, and
+ * spec/dictionary.md, section 1). `group` < group_count, `part` < chunk_count + 2. */
+XKV_API uint64_t xkv_entry_part_size(const xkv_entry *entry, uint32_t group, uint32_t part);
+
+/* One component of a group of codec dict, cross, scalar or svdq over all coded tokens. */
+typedef struct xkv_component {
+    double bits;      /* exact code length of its integers (spec/codec.md, section 7); 0 where it is not coded */
+    double deviation; /* root mean square of its coefficients as decoded; 0 likewise */
+    uint32_t table;   /* 0: not coded */
+} xkv_component;
+/* Decode the integers of a group, for which the dictionary is not needed, and describe components[rank], in the order
+ * of the group: that of the dictionary, by falling singular value (svdq), or that of the row's elements (scalar).
+ * Coefficients that the cross stage codes in a group's stead are in the stage's own group. Memory: one chunk.
+ * `group` < group_count. Errors: ARGUMENT (another codec), CHECKSUM, CORRUPT, MEMORY, CANCELLED, and what the input
+ * returns; `components` is of no use then. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read_components(xkv_ctx *ctx, const xkv_entry *entry, uint32_t group,
+                                                            xkv_component *components);
+
 typedef enum xkv_value_type {
     XKV_VALUE_STRING = 1,
     XKV_VALUE_U64 = 2,
@@ -458,6 +476,15 @@ XKV_API void xkv_dict_get_info(const xkv_dict *dict, xkv_dict_info *info);
 /* The same from the tables of a dictionary, without decoding its bases: to choose among many.
  * Errors: as xkv_entry_open(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_dict_read_info(xkv_ctx *ctx, const xkv_input *input, xkv_dict_info *info);
+
+/* Planes of a dictionary, without tokens, and its groups: in xkv_group_info `planes` index that geometry, codec is that
+ * of the entries' groups (dict or cross), and bytes of rows, energy and errors are 0. `group` < group_count. All lives
+ * as long as the dictionary. */
+XKV_API const xkv_geometry *xkv_dict_geometry(const xkv_dict *dict);
+XKV_API void xkv_dict_get_group(const xkv_dict *dict, uint32_t group, xkv_group_info *info);
+/* Its metadata, as of an entry. `index` < the count. */
+XKV_API uint32_t xkv_dict_value_count(const xkv_dict *dict);
+XKV_API void xkv_dict_get_value(const xkv_dict *dict, uint32_t index, xkv_value *value);
 
 /* Standard deviations of the coefficients of a group in training, by falling size: sigma[*count]. */
 XKV_API const float *xkv_dict_sigma(const xkv_dict *dict, uint32_t group, uint32_t *count);

@@ -1235,6 +1235,88 @@ static void every_damaged_byte_is_found(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* --- Description -------------------------------------------------------------------------------------------------- */
+
+/* Code length of q[n] by the formula of spec/codec.md, section 7. */
+static double code_length(uint32_t table, const int16_t *q, uint32_t n)
+{
+    xkv_table t = xkv_table_get(table);
+    double bits = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        int u = (int)floor((q[i] + floor(ldexp(0.5, (int)t.shift))) / ldexp(1, (int)t.shift));
+        bool escaped = (uint32_t)abs(u) > t.base->reach;
+        double f = escaped ? t.base->escape_frequency : t.base->frequency[abs(u)];
+        bits += escaped ? 28 - log2(f) : 12 - log2(f) + t.shift;
+    }
+    return bits;
+}
+
+static void assert_components(xkv_ctx *ctx, const packed *p, uint32_t group)
+{
+    const xkv_container *c = &p->entry->c;
+    uint32_t rank = c->groups[group].rank, tokens = c->geometry.token_count, coded = tokens - c->sinks - c->window;
+    xkv_component *components = malloc(rank * sizeof *components);
+    xkv_group_coding coding;
+    double step, bits = 0;
+    uint64_t bytes = 0;
+    int16_t *q = read_integers(ctx, p, group, &step);
+
+    assert_ok(ctx, xkv_entry_read_coding(ctx, p->entry, group, &coding));
+    assert_ok(ctx, xkv_entry_read_components(ctx, p->entry, group, components));
+    for (uint32_t j = 0; j < rank; j++) {
+        double squares = 0;
+        for (uint32_t i = 0; i < tokens; i++)
+            squares += (double)q[j * tokens + i] * q[j * tokens + i];
+        assert_true(fabs(components[j].deviation - step * sqrt(squares / coded)) < 1e-12 * step);
+        coding.coded -= components[j].table != 0;
+        if (components[j].table)
+            assert_true(fabs(components[j].bits - code_length(components[j].table, q + j * tokens + c->sinks, coded)) <
+                        1e-4 * coded);
+        else
+            assert_true(components[j].bits == 0 && squares == 0);
+        bits += components[j].bits;
+    }
+    assert_int_equal(coding.coded, 0);
+    for (uint32_t i = 0; i < c->chunk_count; i++)
+        bytes += xkv_entry_part_size(p->entry, group, 2 + i);
+    assert_in_range(bytes, (uint64_t)(bits / 8), (uint64_t)(bits / 8) + 128 * c->chunk_count);
+    free(components);
+    free(q);
+}
+
+/* What the report shows: exact code lengths, which add up to the bytes of the chunks. */
+static void components_are_described(void **state)
+{
+    xkv_ctx *ctx = new_ctx(1);
+    synthetic training = sample(600, XKV_F32, 1), s = sample(150, XKV_F16, 2);
+    trained t = train(ctx, &training, NULL);
+    xkv_group_info info;
+    xkv_component component;
+
+    (void)state;
+    for (uint32_t k = 0; k < 2; k++) {
+        xkv_pack_options o = k ? scalar_options(0.1) : dict_options(t.dict);
+        o.chunk_tokens = 64;
+        o.window = 3;
+        packed p = pack_planes(ctx, &s, &o);
+        for (uint32_t i = 0; i < p.entry->c.group_count; i++)
+            assert_components(ctx, &p, i);
+        free_packed(ctx, &p);
+    }
+    packed p = pack_planes(ctx, &s, NULL);
+    assert_int_equal(xkv_entry_read_components(ctx, p.entry, 0, &component), XKV_ERROR_ARGUMENT);
+    free_packed(ctx, &p);
+
+    xkv_dict_get_group(t.dict, 1, &info);
+    assert_true(info.codec == XKV_CODEC_DICT && info.plane_count == 2 && info.width == info.rank);
+    assert_int_equal(xkv_dict_geometry(t.dict)->planes[info.planes[0]].layer, 2);
+    free_trained(ctx, &t);
+    free_synthetic(&s);
+    free_synthetic(&training);
+    xkv_ctx_free(ctx);
+}
+
 #define BOTH_WAYS(f)                                                                                                   \
     {#f, f, set_up, NULL, &without},                                                                                   \
     {                                                                                                                  \
@@ -1267,6 +1349,7 @@ int main(void)
         BOTH_WAYS(reading_needs_half),
         BOTH_WAYS(unknown_layers_are_exact),
         BOTH_WAYS(every_damaged_byte_is_found),
+        BOTH_WAYS(components_are_described),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
