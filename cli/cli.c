@@ -497,6 +497,11 @@ static cli_exit process_files(cli *c, int count, char **paths)
         if (code == CLI_OK)
             code = file_code;
     }
+    if (!interrupted && c->tool->finish != NULL) {
+        cli_exit last = c->tool->finish(c);
+        if (code == CLI_OK)
+            code = last;
+    }
     return interrupted ? CLI_INTERRUPTED : code;
 }
 

@@ -144,6 +144,8 @@ struct cli_tool {
     cli_exit (*process)(cli *c, const char *path);
     /* In place of `process`: all inputs together. */
     cli_exit (*process_all)(cli *c, uint32_t count, char **paths);
+    /* After all inputs, unless interrupted: what comes of them together. May be NULL. */
+    cli_exit (*finish)(cli *c);
 };
 
 int cli_main(const cli_tool *tool, void *user, int argc, char **argv);

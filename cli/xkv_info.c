@@ -1,18 +1,22 @@
 /* xkv_info.c - what entries hold. */
-#include "cli.h"
+#include "info.h"
+#include "report.h"
 
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { OPT_VERIFY = CLI_OPT_TOOL };
+enum { OPT_VERIFY = CLI_OPT_TOOL, OPT_REPORT, OPT_FIDELITY };
 
-static const char letters[] = CLI_COMMON_LETTERS CLI_DICT_LETTERS;
+static const char letters[] = CLI_COMMON_LETTERS CLI_DICT_LETTERS "f";
 static const struct option long_options[] = {
     CLI_COMMON_OPTIONS,
     CLI_DICT_OPTIONS,
     {"verify", no_argument, NULL, OPT_VERIFY},
+    {"report", required_argument, NULL, OPT_REPORT},
+    {"fidelity", required_argument, NULL, OPT_FIDELITY},
+    {"force", no_argument, NULL, 'f'},
     CLI_END_OPTIONS,
 };
 
@@ -21,8 +25,11 @@ static const char help[] =
     "describe .xkvd dictionaries.\n"
     "\n"
     "      --verify          check every checksum and rule, and decode everything\n"
+    "      --report FILE     write a page about all files, with charts; no table\n"
+    "      --fidelity FILE   with --report: also draw these results (JSON of tests/engine)\n"
+    "  -f, --force           with --report: overwrite FILE\n"
     "  -D, --dictionary PATH dictionary of the entries (.xkvd), or a folder that has it; for --verify\n"
-    "                        [$XKV_DICT_PATH]\n"
+    "                        and --report [$XKV_DICT_PATH]\n"
     "  -T, --threads N       worker threads, 0 for all cores [0]\n"
     "  -M, --memory N        memory limit in bytes; suffixes K, M, G [none]\n"
     "      --json            one JSON object per file on standard output, with everything\n"
@@ -41,130 +48,51 @@ static const char help[] =
 typedef struct info_tool {
     bool verify;
     bool header_shown;
+    const char *report_path, *fidelity_path;
+    report *report; /* NULL: none is asked for */
+    report page;
 } info_tool;
 
 static bool take_option(cli *c, int option, const char *value)
 {
     info_tool *tool = c->user;
-    (void)option;
-    (void)value;
-    tool->verify = true;
-    return true;
-}
-
-/* --- Facts ----------------------------------------------------------------------------------------------------------
- */
-
-static const char *group_kind(const xkv_geometry *g, const xkv_group_info *group)
-{
-    if (group->plane_count == 0)
-        return "-";
-    uint32_t kind = g->planes[group->planes[0]].kind;
-    for (uint32_t i = 1; i < group->plane_count; i++) {
-        if (g->planes[group->planes[i]].kind != kind)
-            return "mixed";
+    switch (option) {
+    case OPT_REPORT:
+        tool->report = &tool->page;
+        tool->report_path = value;
+        return true;
+    case OPT_FIDELITY:
+        tool->fidelity_path = value;
+        return true;
+    default:
+        tool->verify = true;
+        return true;
     }
-    return xkv_plane_kind_name(kind);
 }
 
-static const char *codec_name(const xkv_group_info *group)
+static bool check_options(cli *c)
 {
-    static const char *const names[] = {"lossless", "svd", "dict", "scalar", "svdq", "unknown", "cross"};
-    return group->codec < sizeof names / sizeof *names ? names[group->codec] : "unknown";
-}
-
-/* That of the first group with planes that is coded with loss. */
-static const char *entry_codec(const xkv_entry *entry, const xkv_entry_info *info)
-{
-    xkv_group_info group;
-    for (uint32_t i = 0; i < info->group_count; i++) {
-        xkv_entry_get_group(entry, i, &group);
-        if (group.codec != XKV_CODEC_LOSSLESS && group.plane_count > 0)
-            return codec_name(&group);
-    }
-    return "lossless";
-}
-
-static bool is_coded(const xkv_group_info *group)
-{
-    return group->codec == XKV_CODEC_DICT || group->codec == XKV_CODEC_CROSS || group->codec == XKV_CODEC_SCALAR ||
-           group->codec == XKV_CODEC_SVDQ;
-}
-
-/* Why a group is lossless; NULL when that was asked for. */
-static const char *lossless_reason(const xkv_group_info *group)
-{
-    static const char *const reasons[] = {NULL, "no gain", "NaN or Inf", "exact kind", "no tokens", "not trained"};
-    return group->codec == XKV_CODEC_LOSSLESS && group->reason <= XKV_REASON_NOT_TRAINED ? reasons[group->reason]
-                                                                                         : NULL;
-}
-
-/* Mean square of the relative errors of a group's planes of `kind`; -1 without such planes. Of a group that holds no
- * other kind the exact value is on record. */
-static double group_square(const xkv_geometry *g, const xkv_group_info *group, uint32_t kind)
-{
-    double squares = 0;
-    uint32_t count = 0;
-    for (uint32_t i = 0; i < group->plane_count; i++) {
-        if (g->planes[group->planes[i]].kind != kind)
-            continue;
-        squares += group->errors[i] * group->errors[i];
-        count++;
-    }
-    if (count == 0)
-        return -1;
-    return count == group->plane_count ? group->error * group->error : squares / count;
-}
-
-/* The relative error over all groups that hold planes of `kind`, weighted by their energy; -1 without such planes.
- * Lossless groups have no energy on record, and no error. */
-static double kind_error(const xkv_entry *entry, uint32_t group_count, uint32_t kind)
-{
-    const xkv_geometry *g = xkv_entry_geometry(entry);
-    double squares = 0, energy = 0;
-    bool found = false;
-    for (uint32_t i = 0; i < group_count; i++) {
-        xkv_group_info group;
-        xkv_entry_get_group(entry, i, &group);
-        double square = group_square(g, &group, kind);
-        if (square < 0)
-            continue;
-        found = true;
-        squares += square * group.energy;
-        energy += group.energy;
-    }
-    return found ? (energy > 0 ? sqrt(squares / energy) : 0) : -1;
-}
-
-static const char *engine_name(const xkv_entry *entry)
-{
-    const xkv_framing *framing = xkv_entry_framing(entry);
-    return framing == NULL ? "none" : xkv_engine_name(framing->engine);
-}
-
-static double ratio_of(const xkv_entry_info *info)
-{
-    return (double)info->raw16_bytes / (double)info->file_size;
+    const info_tool *tool = c->user;
+    const char *problem = NULL;
+    if (tool->report == NULL && (tool->fidelity_path != NULL || c->force))
+        problem = "--fidelity and -f go with --report";
+    else if (tool->report != NULL && c->json && strcmp(tool->report_path, "-") == 0)
+        problem = "--json and --report - both write to standard output";
+    if (problem != NULL)
+        cli_error(c, "%s", problem);
+    return problem == NULL;
 }
 
 /* --- Tables ---------------------------------------------------------------------------------------------------------
  */
 
-static cli_text error_text(double error)
-{
-    cli_text t = {"-"};
-    if (error >= 0)
-        snprintf(t.text, sizeof t.text, error > 0 ? "%.4f" : "%.0f", error);
-    return t;
-}
-
 static void print_row(cli *c, const char *name, const xkv_entry *entry, const xkv_entry_info *info, const char *check)
 {
     info_tool *tool = c->user;
     const xkv_geometry *g = xkv_entry_geometry(entry);
-    double error_k =
-        fmax(kind_error(entry, info->group_count, XKV_PLANE_K), kind_error(entry, info->group_count, XKV_PLANE_LATENT));
-    double error_v = kind_error(entry, info->group_count, XKV_PLANE_V);
+    double error_k = fmax(info_kind_error(entry, info->group_count, XKV_PLANE_K),
+                          info_kind_error(entry, info->group_count, XKV_PLANE_LATENT));
+    double error_v = info_kind_error(entry, info->group_count, XKV_PLANE_V);
     char visible[1024];
     cli_printable(visible, sizeof visible, name);
     if (!tool->header_shown)
@@ -173,33 +101,29 @@ static void print_row(cli *c, const char *name, const xkv_entry *entry, const xk
     tool->header_shown = c->verbosity < 2; /* again after the details of a file */
     char ratio[32] = "-";
     if (info->raw16_bytes > 0)
-        snprintf(ratio, sizeof ratio, "%.2f", ratio_of(info));
+        snprintf(ratio, sizeof ratio, "%.2f", info_ratio(info));
     printf("%10u %6u %6u %11s %11s %7s %7s %7s %-8s %s%-18s %s\n", g->token_count, g->layer_count, info->group_count,
-           cli_size_text(info->raw_bytes).text, cli_size_text(info->file_size).text, ratio, error_text(error_k).text,
-           error_text(error_v).text, entry_codec(entry, info), check, engine_name(entry), visible);
+           cli_size_text(info->raw_bytes).text, cli_size_text(info->file_size).text, ratio,
+           info_error_text(error_k).text, info_error_text(error_v).text, info_entry_codec(entry, info), check,
+           info_engine_name(entry), visible);
 }
 
 static void print_group(const xkv_geometry *g, uint32_t index, const xkv_group_info *group,
                         const xkv_group_coding *coding)
 {
-    const char *reason = lossless_reason(group);
-    char layers[32] = "-", rank[32] = "-", step[16] = "-";
-    if (group->plane_count > 0) {
-        uint32_t first = g->planes[group->planes[0]].layer;
-        uint32_t last = g->planes[group->planes[group->plane_count - 1]].layer;
-        snprintf(layers, sizeof layers, first == last ? "%u" : "%u-%u", first, last);
-    }
+    const char *reason = info_lossless_reason(group);
+    char rank[32] = "-", step[16] = "-";
     if (group->codec == XKV_CODEC_SVD)
         snprintf(rank, sizeof rank, "%u", group->rank);
-    if (is_coded(group)) {
+    if (info_is_coded(group)) {
         snprintf(rank, sizeof rank, "%u/%u", coding->coded, group->rank);
         snprintf(step, sizeof step, "%.4g", coding->step);
     }
-    printf("  %5u %-6s %9s %6u %11s %9s %7u %11s %11s %7.2f %7s  %s%s%s%s\n", index, group_kind(g, group), layers,
-           group->plane_count, rank, step, group->width, cli_size_text(group->raw_bytes).text,
-           cli_size_text(group->packed_bytes).text,
+    printf("  %5u %-6s %9s %6u %11s %9s %7u %11s %11s %7.2f %7s  %s%s%s%s\n", index, info_group_kind(g, group),
+           info_group_layers(g, group).text, group->plane_count, rank, step, group->width,
+           cli_size_text(group->raw_bytes).text, cli_size_text(group->packed_bytes).text,
            group->packed_bytes > 0 ? (double)group->raw_bytes / (double)group->packed_bytes : 0,
-           error_text(group->error).text, codec_name(group), reason ? " (" : "", reason ? reason : "",
+           info_error_text(group->error).text, info_codec_name(group), reason ? " (" : "", reason ? reason : "",
            reason ? ")" : "");
 }
 
@@ -217,20 +141,7 @@ static void print_groups(const xkv_entry *entry, const xkv_entry_info *info, con
 static void print_value(const xkv_value *v)
 {
     char visible[256];
-    switch (v->type) {
-    case XKV_VALUE_U64:
-        snprintf(visible, sizeof visible, "%" PRIu64, v->u64);
-        break;
-    case XKV_VALUE_F64:
-        snprintf(visible, sizeof visible, "%.9g", v->f64);
-        break;
-    case XKV_VALUE_STRING:
-        cli_printable(visible, sizeof visible, (const char *)v->bytes);
-        break;
-    default:
-        snprintf(visible, sizeof visible, "%s%s", cli_hex_text(v->bytes, v->size).text, v->size > 31 ? "..." : "");
-        break;
-    }
+    info_value_text(visible, sizeof visible, v);
     printf("  %-24s %s\n", v->key, visible);
 }
 
@@ -297,11 +208,11 @@ static json_t *groups_json(const xkv_entry *entry, const xkv_entry_info *info, c
                                                     xkv_plane_kind_name(plane->kind), "dtype",
                                                     xkv_dtype_name(plane->dtype), "error", group.errors[j]));
         }
-        json_t *object = json_pack("{s:s, s:s?, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", codec_name(&group),
-                                   "reason", lossless_reason(&group), "planes", planes, "rank", (int)group.rank,
+        json_t *object = json_pack("{s:s, s:s?, s:o, s:i, s:i, s:I, s:I, s:f, s:f}", "codec", info_codec_name(&group),
+                                   "reason", info_lossless_reason(&group), "planes", planes, "rank", (int)group.rank,
                                    "width", (int)group.width, "raw_bytes", (json_int_t)group.raw_bytes, "packed_bytes",
                                    (json_int_t)group.packed_bytes, "energy", group.energy, "error", group.error);
-        if (is_coded(&group)) {
+        if (info_is_coded(&group)) {
             json_object_set_new(object, "step", json_real(codings[i].step));
             json_object_set_new(object, "coded", json_integer(codings[i].coded));
         }
@@ -332,7 +243,7 @@ static void print_json(const cli *c, const char *name, const xkv_entry *entry, c
     const xkv_geometry *g = xkv_entry_geometry(entry);
     json_t *errors = json_object();
     for (uint32_t kind = 0; kind <= XKV_PLANE_K_ROPE; kind++) {
-        double error = kind_error(entry, info->group_count, kind);
+        double error = info_kind_error(entry, info->group_count, kind);
         if (error >= 0)
             json_object_set_new(errors, xkv_plane_kind_name(kind), json_real(error));
     }
@@ -340,11 +251,11 @@ static void print_json(const cli *c, const char *name, const xkv_entry *entry, c
         "{s:o, s:b, s:i, s:i, s:I, s:I, s:I, s:f, s:o, s:s, s:i, s:i, s:i, s:i}", "file", cli_json_string(name), "ok",
         1, "tokens", (int)g->token_count, "layers", (int)g->layer_count, "raw_bytes", (json_int_t)info->raw_bytes,
         "raw16_bytes", (json_int_t)info->raw16_bytes, "entry_bytes", (json_int_t)info->file_size, "ratio",
-        ratio_of(info), "error", errors, "engine", engine_name(entry), "write_version", (int)info->write_version,
+        info_ratio(info), "error", errors, "engine", info_engine_name(entry), "write_version", (int)info->write_version,
         "read_version", (int)info->read_version, "sinks", (int)info->sinks, "window", (int)info->window);
     json_object_set_new(object, "verified", json_boolean(tool->verify));
     json_object_set_new(object, "lossless", json_boolean(info->lossless != 0));
-    json_object_set_new(object, "codec", json_string(entry_codec(entry, info)));
+    json_object_set_new(object, "codec", json_string(info_entry_codec(entry, info)));
     json_object_set_new(object, "dictionary_id", info->needs_dict ? json_hex(info->dictionary_id, 16) : json_null());
     json_object_set_new(object, "chunk_tokens", json_integer(info->chunk_tokens));
     json_object_set_new(object, "token_ids", json_integer(g->token_id_count));
@@ -360,12 +271,16 @@ static void print_json(const cli *c, const char *name, const xkv_entry *entry, c
 
 static cli_exit verify(cli *c, const cli_input *input, xkv_entry *entry)
 {
-    cli_exit code = cli_dict_attach(c, input->name, entry, false);
-    if (code != CLI_OK)
-        return code;
     xkv_status status = xkv_entry_verify(c->ctx, entry, cli_progress, c);
     cli_progress_end(c);
     return status == XKV_OK ? CLI_OK : cli_fail(c, input->name, status);
+}
+
+/* Report, and return true, when the report would replace the input. */
+static bool overwritten(cli *c, const cli_input *input)
+{
+    const info_tool *tool = c->user;
+    return tool->report != NULL && !cli_distinct(c, input, tool->report_path);
 }
 
 /* How each group is quantized, for those that want to know. */
@@ -388,6 +303,8 @@ static void print_entry(cli *c, const cli_input *input, const xkv_entry *entry, 
         print_json(c, input->name, entry, info, codings);
         return;
     }
+    if (tool->report != NULL)
+        return;
     if (c->verbosity >= 1)
         print_row(c, input->name, entry, info, tool->verify ? "OK    " : "");
     if (c->verbosity >= 3)
@@ -401,7 +318,15 @@ static cli_exit process_entry(cli *c, const cli_input *input, xkv_entry *entry)
     const info_tool *tool = c->user;
     xkv_entry_info info;
     xkv_entry_get_info(entry, &info);
-    cli_exit code = tool->verify ? verify(c, input, entry) : CLI_OK;
+    cli_exit code = overwritten(c, input) ? CLI_USAGE : CLI_OK;
+    if (code != CLI_OK)
+        return code;
+    if (tool->verify || (tool->report != NULL && c->dict_path != NULL))
+        code = cli_dict_attach(c, input->name, entry, false);
+    if (code == CLI_OK && tool->verify)
+        code = verify(c, input, entry);
+    if (code == CLI_OK && tool->report != NULL)
+        code = report_add_entry(c, tool->report, input->name, entry, tool->verify);
     if (code != CLI_OK)
         return code;
     xkv_group_coding *codings = calloc(info.group_count + 1u, sizeof *codings);
@@ -456,22 +381,55 @@ static cli_exit describe_dictionary(cli *c, const cli_input *file, const xkv_inp
     const info_tool *tool = c->user;
     xkv_dict_info info;
     xkv_dict *dict = NULL;
+    if (overwritten(c, file))
+        return CLI_USAGE;
     xkv_status status = xkv_dict_read_info(c->ctx, dictionary, &info);
-    if (status == XKV_OK && tool->verify)
+    if (status == XKV_OK && (tool->verify || tool->report != NULL))
         status = xkv_dict_open(c->ctx, dictionary, 0, &dict);
+    if (status == XKV_OK && tool->report != NULL)
+        report_add_dictionary(tool->report, file->name, dict);
     xkv_dict_close(c->ctx, dict);
     if (status != XKV_OK)
         return cli_fail(c, file->name, status);
     if (c->json)
         print_dictionary_json(c, file->name, &info);
-    else if (c->verbosity >= 1)
+    else if (c->verbosity >= 1 && tool->report == NULL)
         print_dictionary(c, file->name, &info);
     return CLI_OK;
 }
 
+/* --- The report -----------------------------------------------------------------------------------------------------
+ */
+
+static cli_exit begin(cli *c)
+{
+    info_tool *tool = c->user;
+    if (tool->report == NULL)
+        return CLI_OK;
+    c->output = tool->report_path;
+    return report_begin(c, tool->report, tool->fidelity_path);
+}
+
+static cli_exit finish(cli *c)
+{
+    const info_tool *tool = c->user;
+    return tool->report != NULL ? report_finish(c, tool->report) : CLI_OK;
+}
+
+static void end(cli *c)
+{
+    info_tool *tool = c->user;
+    if (tool->report != NULL)
+        report_free(c, tool->report);
+}
+
 static cli_exit process(cli *c, const char *path)
 {
-    return cli_process_entry(c, path, process_entry, describe_dictionary);
+    const info_tool *tool = c->user;
+    cli_exit code = cli_process_entry(c, path, process_entry, describe_dictionary);
+    if (code != CLI_OK && tool->report != NULL)
+        report_add_failure(tool->report, strcmp(path, "-") == 0 ? "stdin" : path, c->last_error);
+    return code;
 }
 
 int main(int argc, char **argv)
@@ -483,7 +441,11 @@ int main(int argc, char **argv)
         .letters = letters,
         .options = long_options,
         .option = take_option,
+        .check = check_options,
+        .begin = begin,
+        .end = end,
         .process = process,
+        .finish = finish,
     };
     info_tool state = {0};
     return cli_main(&tool, &state, argc, argv);
