@@ -1,5 +1,6 @@
 #!/bin/bash
-# install-packages.sh build|test - install what .ci/packages.txt lists for building (and testing), if it is missing.
+# install-packages.sh build|test|browser|package - install what .ci/packages.txt lists for building, and for testing, for
+# looking at reports in a browser or for Debian packages, if it is missing.
 set -euo pipefail
 list=$(dirname "$0")/../.ci/packages.txt
 mapfile -t packages < <(awk -v purpose="${1:-build}" '$1 == "build" || $1 == purpose && $1 != "#" {print $2}' "$list")

@@ -20,6 +20,8 @@ _xkv() {
     --metric) _xkv_files "$current" .safetensors; return ;;
     -D | --dictionary) _xkv_files "$current" .xkvd; return ;;
     --append) _xkv_files "$current" .xkv; return ;;
+    --report) _xkv_files "$current" .html; return ;;
+    --fidelity) _xkv_files "$current" .json; return ;;
     -o | --output | --validate | --salt-file | --key-file) _xkv_files "$current"; return ;;
     -T | -M | --threads | --memory | --fingerprint | --group | --cross | --rank-[kv] | --ratio | --error | --energy | --sinks | \
         --window | --iterations | --quality | --max-quality | --rope-base | --rope-dim | --rope-scale | --head-dim | --first | --settings | \
