@@ -1,0 +1,21 @@
+# Run by cpack for the files of all packages, before these are made.
+function(xkv_add_documents component package)
+    set(folder ${CPACK_TEMPORARY_DIRECTORY}/${component}${CPACK_PACKAGING_INSTALL_PREFIX}/share/doc/${package})
+    if(NOT IS_DIRECTORY ${CPACK_TEMPORARY_DIRECTORY}/${component})
+        return()
+    endif()
+    file(COPY ${CPACK_XKV_DOCUMENTS}/copyright ${CPACK_XKV_DOCUMENTS}/changelog DESTINATION ${folder}
+        FILE_PERMISSIONS OWNER_READ OWNER_WRITE GROUP_READ WORLD_READ)
+    file(RENAME ${folder}/changelog ${folder}/changelog.Debian)
+    file(GLOB pages ${CPACK_TEMPORARY_DIRECTORY}/${component}${CPACK_PACKAGING_INSTALL_PREFIX}/share/man/*/*.1)
+    execute_process(COMMAND gzip -9nf ${folder}/changelog.Debian ${pages} COMMAND_ERROR_IS_FATAL ANY)
+endfunction()
+
+list(LENGTH CPACK_XKV_PACKAGES count)
+math(EXPR last "${count} - 1")
+foreach(i RANGE 0 ${last} 2)
+    math(EXPR next "${i} + 1")
+    list(GET CPACK_XKV_PACKAGES ${i} component)
+    list(GET CPACK_XKV_PACKAGES ${next} package)
+    xkv_add_documents(${component} ${package})
+endforeach()
