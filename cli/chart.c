@@ -36,7 +36,7 @@ static int tick_count(const chart_axis *a)
 
 chart_axis chart_linear(double high, double start, double length)
 {
-    chart_axis a = {0, high > 0 ? high : 1, start, length, false};
+    chart_axis a = {0, high > 0 ? fmin(high, 1e300) : 1, start, length, false};
     double distance = tick_distance(a.high, tick_count(&a));
     a.high = distance * ceil(a.high / distance - 1e-9);
     return a;

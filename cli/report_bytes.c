@@ -169,50 +169,51 @@ void report_bytes(report *r, const xkv_entry *entry, const xkv_entry_info *info,
 
 enum { KINDS = XKV_PLANE_K_ROPE + 1 };
 
-/* [layers][KINDS] errors of the planes; NaN where there is none. */
+/* Errors of the planes of one kind, by layer; NaN where there is none. */
+static const double *errors_of(const double *errors, uint32_t layers, uint32_t kind)
+{
+    return errors + (size_t)kind * layers;
+}
+
+/* [KINDS][layers] of them, and behind them the numbers of the layers. NULL: no memory. */
 static double *errors_by_layer(const xkv_geometry *g, const report_group *groups, uint32_t count)
 {
-    size_t n = (size_t)g->layer_count * KINDS;
-    double *errors = malloc((n + 1) * sizeof *errors);
-    for (size_t i = 0; errors != NULL && i < n; i++)
-        errors[i] = NAN;
-    for (uint32_t i = 0; errors != NULL && i < count; i++) {
+    size_t layers = g->layer_count, n = layers * KINDS;
+    double *errors = malloc((n + layers) * sizeof *errors);
+    if (errors == NULL)
+        return NULL;
+    for (size_t i = 0; i < n + layers; i++)
+        errors[i] = i < n ? NAN : (double)(i - n);
+    for (uint32_t i = 0; i < count; i++) {
         for (uint32_t j = 0; j < groups[i].info.plane_count; j++) {
             const xkv_plane *p = &g->planes[groups[i].info.planes[j]];
-            if (p->kind < KINDS && p->layer < g->layer_count)
-                errors[(size_t)p->layer * KINDS + p->kind] = groups[i].info.errors[j];
+            if (p->kind < KINDS && p->layer < layers)
+                errors[p->kind * layers + p->layer] = groups[i].info.errors[j];
         }
     }
     return errors;
 }
 
+static bool has_kind(const double *errors, uint32_t layers, uint32_t kind)
+{
+    for (uint32_t i = 0; i < layers; i++)
+        if (isfinite(errors_of(errors, layers, kind)[i]))
+            return true;
+    return false;
+}
+
 static void draw_kind(const chart *c, const double *errors, uint32_t layers, uint32_t kind)
 {
-    double *x = malloc((layers + 1) * sizeof *x), *y = malloc((layers + 1) * sizeof *y);
+    const double *y = errors_of(errors, layers, kind), *x = errors_of(errors, layers, KINDS);
     char class[16], what[96];
     snprintf(class, sizeof class, "k%u", kind);
-    for (uint32_t i = 0; x != NULL && y != NULL && i < layers; i++) {
-        x[i] = i;
-        y[i] = errors[(size_t)i * KINDS + kind];
-    }
-    if (x != NULL && y != NULL)
-        chart_line(c, class, x, y, layers);
-    for (uint32_t i = 0; x != NULL && y != NULL && i < layers; i++) {
+    chart_line(c, class, x, y, layers);
+    for (uint32_t i = 0; i < layers; i++) {
         snprintf(what, sizeof what, "layer %u, %s: %s", i, xkv_plane_kind_name(kind), info_error_text(y[i]).text);
         if (isfinite(y[i]))
             chart_point(c, class, kind % 2 == 1, i, y[i], what);
     }
     fputs("\n", c->f);
-    free(x);
-    free(y);
-}
-
-static bool has_kind(const double *errors, uint32_t layers, uint32_t kind)
-{
-    for (uint32_t i = 0; i < layers; i++)
-        if (isfinite(errors[(size_t)i * KINDS + kind]))
-            return true;
-    return false;
 }
 
 static void draw_errors(report *r, const double *errors, uint32_t layers)
@@ -251,7 +252,7 @@ static void list_errors(FILE *f, const double *errors, uint32_t layers)
         html_row_begin(f, html_count(i).text);
         for (uint32_t kind = 0; kind < KINDS; kind++)
             if (has_kind(errors, layers, kind))
-                html_cell(f, info_error_text(errors[(size_t)i * KINDS + kind]).text);
+                html_cell(f, info_error_text(errors_of(errors, layers, kind)[i]).text);
         html_row_end(f);
     }
     html_table_end(f);

@@ -56,7 +56,8 @@ static void read_rows(const json_t *rows, sweep *s)
         const char *text = json_string_value(json_object_get(row, "method"));
         double ratio = number_of(row, "ratio"), kl = number_of(row, "kl");
         char name[40];
-        if (text == NULL || !(ratio > 0) || !(kl > 0) || number_of(row, "tokens") != tokens || ratio > 1e4)
+        bool sane = ratio > 0 && ratio < 1e4 && kl > 1e-30 && kl < 1e30;
+        if (text == NULL || !sane || number_of(row, "tokens") != tokens)
             continue;
         method_name(text, name, sizeof name);
         method *m = find_method(s, name);

@@ -4,6 +4,7 @@
 #include "seal.h"
 #include "xkv/codec.h"
 
+#include <stdbool.h>
 #include <stdlib.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -29,6 +30,23 @@ static void look(const xkv_entry *entry)
         if (!xkv_entry_find_value(entry, value.key, &found))
             abort();
     }
+}
+
+/* The components of all groups; false when some cannot be read. */
+static bool count_components(xkv_ctx *ctx, const xkv_entry *entry)
+{
+    xkv_entry_info info;
+    bool all = true;
+    xkv_entry_get_info(entry, &info);
+    for (uint32_t i = 0; i < info.group_count; i++) {
+        xkv_group_info group;
+        xkv_entry_get_group(entry, i, &group);
+        xkv_component *components = malloc((group.rank + 1) * sizeof *components);
+        bool coded = group.codec != XKV_CODEC_LOSSLESS && group.codec != XKV_CODEC_SVD;
+        all &= components != NULL && (!coded || xkv_entry_read_components(ctx, entry, i, components) == XKV_OK);
+        free(components);
+    }
+    return all;
 }
 
 static xkv_status restore(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens)
@@ -112,6 +130,8 @@ static void run(const uint8_t *data, size_t size)
         look(entry);
         xkv_dict *dict = attach(ctx, entry);
         xkv_status verified = xkv_entry_verify(ctx, entry, NULL, NULL);
+        if (!count_components(ctx, entry) && verified == XKV_OK)
+            abort();
         xkv_status restored = restore(ctx, entry, 0);
         /* What verifies can be restored, unless it holds no engine file or is too big here. */
         if (verified == XKV_OK && restored != XKV_OK && restored != XKV_ERROR_UNSUPPORTED &&
