@@ -104,6 +104,20 @@ double info_ratio(const xkv_entry_info *info)
     return (double)info->raw16_bytes / (double)info->file_size;
 }
 
+cli_text info_element_types(const xkv_geometry *g)
+{
+    bool seen[256] = {false};
+    cli_text t = {""};
+    for (uint32_t i = 0; i < g->plane_count; i++) {
+        uint32_t dtype = g->planes[i].dtype & 255u;
+        size_t n = strlen(t.text);
+        if (!seen[dtype])
+            snprintf(t.text + n, sizeof t.text - n, "%s%s", n > 0 ? ", " : "", xkv_dtype_name(dtype));
+        seen[dtype] = true;
+    }
+    return t;
+}
+
 void info_value_text(char *dst, size_t size, const xkv_value *v)
 {
     switch (v->type) {

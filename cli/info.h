@@ -23,6 +23,8 @@ const char *info_engine_name(const xkv_entry *entry);
 /* Raw 16-bit bytes / all bytes of the entry. */
 double info_ratio(const xkv_entry_info *info);
 
+/* "f16, q8_0": the types that planes have, each once. */
+cli_text info_element_types(const xkv_geometry *g);
 /* A metadata value as text, cut to fit. */
 void info_value_text(char *dst, size_t size, const xkv_value *v);
 /* "0.1234"; "0" when lossless, "-" when negative: no such planes. */

@@ -213,6 +213,7 @@ static void add_facts(report *r, const subject *s, bool verified)
     add_quantizer(r, s);
     add_dictionary_fact(r, s);
     html_fact(f, "Engine", "%s", info_engine_name(s->entry));
+    html_fact(f, "Element types", "%s", s->g->plane_count > 0 ? info_element_types(s->g).text : "-");
     html_fact(f, "Exact tokens", "%u sinks, %u window", i->sinks, i->window);
     html_fact(f, "Chunks", "%u of %u tokens", i->chunk_count, i->chunk_tokens);
     if (s->g->token_count > 0)

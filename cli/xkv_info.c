@@ -145,22 +145,6 @@ static void print_value(const xkv_value *v)
     printf("  %-24s %s\n", v->key, visible);
 }
 
-/* The types that planes have, each once. */
-static void print_dtypes(const xkv_geometry *g)
-{
-    bool seen[256] = {false};
-    const char *separator = "";
-    printf("  %-24s ", "element types");
-    for (uint32_t i = 0; i < g->plane_count; i++) {
-        uint32_t dtype = g->planes[i].dtype & 255u;
-        if (!seen[dtype])
-            printf("%s%s", separator, xkv_dtype_name(dtype));
-        separator = ", ";
-        seen[dtype] = true;
-    }
-    printf("\n");
-}
-
 static void print_details(const xkv_entry *entry, const xkv_entry_info *info)
 {
     const xkv_geometry *g = xkv_entry_geometry(entry);
@@ -182,7 +166,7 @@ static void print_details(const xkv_entry *entry, const xkv_entry_info *info)
         printf("  %-24s %d to %d\n", "positions", (int)g->positions[0], (int)g->positions[g->token_count - 1]);
     printf("  %-24s %u\n", "token ids", g->token_id_count);
     if (g->plane_count > 0)
-        print_dtypes(g);
+        printf("  %-24s %s\n", "element types", info_element_types(g).text);
     printf("  %-24s %u\n", "rotary embeddings", g->rope_count);
 }
 
