@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "softmax.h"
 
+#include <float.h>
 #include <math.h>
 
 /* Rows of a task at least, and tasks at most, whose outputs are in memory together. */
@@ -138,8 +139,8 @@ static xkv_status check_options(job *j)
     if (!(o->scale > 0) || !isfinite(o->scale))
         return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "scale is %g, expected finite and positive%s", o->scale,
                         j->value == VALUE ? "" : "; MLA has no default");
-    if (!(o->softcap >= 0) || !isfinite(o->softcap))
-        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "softcap is %g, expected finite and not negative", o->softcap);
+    if (o->softcap != 0 && !(o->softcap >= (double)FLT_MIN && o->softcap <= (double)FLT_MAX))
+        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "softcap is %g, expected 0 or a positive f32", o->softcap);
     if (o->window > 0 && !o->causal)
         return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "a window without causal");
     if (o->causal && !j->queries->positions && j->queries->count > 0)

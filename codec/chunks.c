@@ -282,7 +282,9 @@ xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t **rows)
 
 bool xkv_group_uses_cross(const xkv_group_reader *r)
 {
-    return r->cross && r->cross->cross.coded > 0 && (r->transform.top > 0 || xkv_group_is_cross(r->g));
+    if (r->cross && xkv_group_is_cross(r->g)) /* the stage's own chunks are read even when nothing is coded */
+        return true;
+    return r->cross && r->cross->cross.coded > 0 && r->transform.top > 0;
 }
 
 /* f32 of a tile's coefficients. */

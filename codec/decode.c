@@ -205,6 +205,12 @@ static xkv_status restore_exact_rows(const decoder *d, worker *w, const xkv_grou
     return status;
 }
 
+/* The stage, for groups that are decoded with it; to check a group's own integers nobody needs it. */
+static xkv_cross_stage *stage_for(decoder *d, const xkv_group *g)
+{
+    return d->target.views || xkv_group_is_cross(g) ? &d->cross : NULL;
+}
+
 static xkv_status open_group(decoder *d, worker *w, uint32_t m)
 {
     xkv_group_reader *r = reader_of(d, m);
@@ -212,8 +218,9 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
     XKV_TRY(wait_for(d, w, has_place, m));
     if (m + 1 < d->count)
         prefetch(d, m + 1);
-    XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, d->members[m].g, &d->cross, r));
-    XKV_TRY(xkv_group_reader_for_rows(r));
+    XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, d->members[m].g, stage_for(d, d->members[m].g), r));
+    if (d->target.views)
+        XKV_TRY(xkv_group_reader_for_rows(r));
     XKV_TRY(size_worker(d, w, r));
     XKV_TRY(restore_exact_rows(d, w, r));
     set_flag(d, &d->members[m].open);
@@ -246,7 +253,9 @@ static xkv_status restore_chunk(decoder *d, worker *w, uint32_t m, uint32_t inde
     XKV_TRY(xkv_chunk_load(r, &w->scratch, d->first_chunk + index, &chunk));
     if (r->g->codec == XKV_GROUP_LOSSLESS)
         return xkv_scatter_exact(&d->target, &w->scatterer, r->g, chunk.matrix, chunk.t0, chunk.t1, w->rows);
-    for (t1 = chunk.t0; !xkv_group_is_cross(r->g) && next_tile(&d->target, chunk.t1, &t0, &t1);) {
+    if (!d->target.views || xkv_group_is_cross(r->g))
+        return XKV_OK;
+    for (t1 = chunk.t0; next_tile(&d->target, chunk.t1, &t0, &t1);) {
         xkv_chunk_rows(r, &w->scratch, &chunk, t0, t1, w->rows);
         XKV_TRY(xkv_scatter_rows(&d->target, &w->scatterer, r->g, w->rows, t0, t1));
     }
@@ -302,7 +311,8 @@ static xkv_status list_members(decoder *d)
         crossed |= groups[i].codec == XKV_GROUP_DICT || xkv_group_is_cross(&groups[i]);
     if (crossed) {
         XKV_TRY(xkv_cross_stage_open(d->ctx, d->entry, &d->cross));
-        XKV_TRY(xkv_cross_stage_keep(d->ctx, d->entry, d->first_chunk, d->first_chunk + d->chunks - 1, &d->cross));
+        if (d->target.views)
+            XKV_TRY(xkv_cross_stage_keep(d->ctx, d->entry, d->first_chunk, d->first_chunk + d->chunks - 1, &d->cross));
     }
     if (d->cross.g && first > 0)
         add_member(d, 0, false);

@@ -146,7 +146,7 @@ static void add_known(xkv_encoder *e, xkv_group *g, const double *energies)
 static xkv_status too_large(const xkv_encoder *e)
 {
     return xkv_fail(e->ctx, XKV_ERROR_UNSUPPORTED,
-                    "a coefficient is beyond 32767 steps of the entry to append to: pack the whole cache");
+                    "a coefficient is beyond what the entry to append to can hold: pack the whole cache");
 }
 
 /* --- Groups ------------------------------------------------------------------------------------------------------- */
@@ -159,6 +159,7 @@ static xkv_status append_svd(xkv_encoder *e, xkv_group *g, const xkv_group_reade
     xkv_factors f = {.rank = g->rank};
     uint8_t *stored = NULL;
     double *energies = NULL, metric;
+    bool fit;
     xkv_status status = XKV_OK;
 
     (void)r; /* has checked what is stored */
@@ -171,7 +172,12 @@ static xkv_status append_svd(xkv_encoder *e, xkv_group *g, const xkv_group_reade
     for (uint32_t i = 0; i < g->rank; i++)
         f.scales[i] = xkv_loadf32(stored + 2 * n + 4ull * i);
     XKV_TRY_GOTO(weigh_known(e, g, NULL, &energies, &metric), out);
-    XKV_TRY_GOTO(xkv_project(e->ctx, e->pool, e->rotators, g, e->views, span.t0, span.t1, span.measured, &f), out);
+    XKV_TRY_GOTO(xkv_project(e->ctx, e->pool, e->rotators, g, e->views, span.t0, span.t1, span.measured, &f, &fit),
+                 out);
+    if (!fit) {
+        status = too_large(e);
+        goto out;
+    }
     add_known(e, g, energies);
     XKV_TRY_GOTO(xkv_encoder_write_group(e, g, &f, NULL, NULL), out);
 out:

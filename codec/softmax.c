@@ -33,10 +33,11 @@ static inline float clamp(float x, float least, float most)
     return x > most ? most : x; /* a NaN stays */
 }
 
+/* By tanh itself: a form by exp loses scores that are small beside the cap. */
 void xkv_softcap(float *scores, size_t n, float cap)
 {
     for (size_t i = 0; i < n; i++)
-        scores[i] = cap - 2 * cap / (1 + exp_inside(clamp(2 * scores[i] / cap, -80, 80)));
+        scores[i] = cap * tanhf(scores[i] / cap);
 }
 
 float xkv_softmax_add(xkv_softmax *row, float *scores, size_t n, float *added)
@@ -86,9 +87,11 @@ static float merge_lse(const xkv_attention_state *states, uint32_t count, uint64
     float largest = -INFINITY;
     double sum = 0;
 
-    for (uint32_t i = 0; i < count; i++)
-        if (!(states[i].lse[row] <= largest)) /* a NaN stays */
-            largest = states[i].lse[row];
+    for (uint32_t i = 0; i < count; i++) {
+        if (isnan(states[i].lse[row]))
+            return states[i].lse[row];
+        largest = fmaxf(largest, states[i].lse[row]);
+    }
     for (uint32_t i = 0; i < count; i++)
         sum += share(&states[i], row, largest);
     return sum == 0 ? -INFINITY : largest + (float)log(sum);

@@ -4,6 +4,8 @@
 
 /* Sum of squares beyond which products of the decomposition could overflow f32: such rows are no activations. */
 #define MAX_ENERGY 0x1p118
+/* The largest f16. */
+#define MAX_HALF 65504.0f
 
 /* The group in f32 with what is measured on it. Work is split into tiles of XKV_TILE_ROWS rows; sums are kept per tile
  * and added in order, so that figures do not depend on the number of threads. */
@@ -98,16 +100,21 @@ static void find_scales(const job *j, const float *a)
             scales[i] = fmaxf(scales[i], fabsf(a[t * rank + i]));
 }
 
-static void round_coefficients(const job *j, float *a)
+/* False when one is beyond what an f16 holds, in units of its scale, or not a number. */
+static bool round_coefficients(const job *j, float *a)
 {
     uint32_t rank = j->f->rank;
     const float *scales = j->f->scales;
+    bool fit = true;
 
     for (size_t t = 0; t < j->rows; t++) {
-        for (uint32_t i = 0; i < rank; i++)
+        for (uint32_t i = 0; i < rank; i++) {
             a[t * rank + i] = scales[i] > 0 ? a[t * rank + i] / scales[i] : 0;
+            fit &= fabsf(a[t * rank + i]) <= MAX_HALF;
+        }
         j->kernels->from_f32(XKV_F16, a + t * rank, j->f->coefficients + t * rank, rank);
     }
+    return fit;
 }
 
 /* Components as a decoder sees them, into [rank][width] f32. */
@@ -133,8 +140,8 @@ static xkv_status round_factors(job *j, xkv_svd_result *svd)
     XKV_TRY(XKV_NEW(j->ctx, f->rank, &f->scales));
     round_components(j, svd);
     find_scales(j, svd->coefficients);
-    round_coefficients(j, svd->coefficients);
-    dequantize_components(j, svd->components); /* which are no longer needed, and make room */
+    (void)round_coefficients(j, svd->coefficients); /* at most 1, by their scales */
+    dequantize_components(j, svd->components);      /* which are no longer needed, and make room */
     return XKV_OK;
 }
 
@@ -275,7 +282,7 @@ static xkv_status project_tile(void *user, uint32_t worker, uint64_t tile)
     return XKV_OK;
 }
 
-static xkv_status project(job *j, float *components)
+static xkv_status project(job *j, float *components, bool *fit)
 {
     xkv_factors *f = j->f;
     float *coefficients = NULL;
@@ -288,16 +295,17 @@ static xkv_status project(job *j, float *components)
     XKV_TRY_GOTO(xkv_pool_run(j->ctx, j->pool, j->tiles, project_tile, j), out);
     f->first = j->first;
     XKV_TRY_GOTO(XKV_NEW(j->ctx, (size_t)j->rows * f->rank, &f->coefficients), out);
-    round_coefficients(j, coefficients);
+    *fit = round_coefficients(j, coefficients);
     dequantize_components(j, components);
-    XKV_TRY_GOTO(measure(j), out);
+    if (*fit)
+        XKV_TRY_GOTO(measure(j), out);
 out:
     xkv_release(j->ctx, coefficients);
     return status;
 }
 
 xkv_status xkv_project(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
-                       uint32_t t0, uint32_t t1, uint32_t measured, xkv_factors *f)
+                       uint32_t t0, uint32_t t1, uint32_t measured, xkv_factors *f, bool *fit)
 {
     job j = {.ctx = ctx,
              .pool = pool,
@@ -317,7 +325,9 @@ xkv_status xkv_project(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)j.tiles * g->plane_count, &j.sums), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)f->rank * g->width, &components), out);
     XKV_TRY_GOTO(gather(&j), out);
-    XKV_TRY_GOTO(project(&j, components), out);
+    *fit = g->energy <= MAX_ENERGY;
+    if (*fit)
+        XKV_TRY_GOTO(project(&j, components, fit), out);
 out:
     xkv_release(ctx, j.x);
     xkv_release(ctx, j.sums);

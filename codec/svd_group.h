@@ -26,10 +26,11 @@ XKV_MUST_CHECK xkv_status xkv_factorize(xkv_ctx *ctx, xkv_pool *pool, xkv_rotato
                                         const xkv_view *views, uint32_t t0, uint32_t t1, const xkv_svd_target *target,
                                         xkv_factors *f, bool *reached);
 /* Coefficients of tokens [t0, t1) of g on the components and in the scales that f holds. Sets g's energy, error, plane
- * errors and energies, of the tokens from `measured` on. */
+ * errors and energies, of the tokens from `measured` on. *fit is false, and nothing is set, when a coefficient is
+ * beyond the f16 of its scale. */
 XKV_MUST_CHECK xkv_status xkv_project(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g,
                                       const xkv_view *views, uint32_t t0, uint32_t t1, uint32_t measured,
-                                      xkv_factors *f);
+                                      xkv_factors *f, bool *fit);
 void xkv_factors_free(xkv_ctx *ctx, xkv_factors *f);
 
 #endif

@@ -187,6 +187,16 @@ static command command_of(const char *verb, const char *name)
     return c;
 }
 
+/* Whether a server that refuses now may do it later: while it loads, runs a script, or moves to another one. */
+static bool passes_by_itself(const char *error)
+{
+    static const char *const words[] = {"LOADING ", "BUSY ", "TRYAGAIN ", "MASTERDOWN ", "CLUSTERDOWN "};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (strncmp(error, words[i], strlen(words[i])) == 0)
+            return true;
+    return false;
+}
+
 static xkv_status run_command(xkv_ctx *ctx, redis_link *l, const command *c, redisReply **reply_p)
 {
     redisReply *reply = NULL;
@@ -197,7 +207,7 @@ static xkv_status run_command(xkv_ctx *ctx, redis_link *l, const command *c, red
     XKV_TRY(send_all(ctx, l));
     XKV_TRY(receive(ctx, l, &reply));
     if (reply->type == REDIS_REPLY_ERROR) {
-        *l->final = true;
+        *l->final = !passes_by_itself(reply->str);
         xkv_status status = xkv_fail(ctx, XKV_ERROR_IO, "redis: %s: %.100s", c->words[0], reply->str);
         freeReplyObject(reply);
         return status;

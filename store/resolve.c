@@ -143,5 +143,5 @@ xkv_status xkv_resolve(xkv_ctx *ctx, const char *host, uint64_t deadline, xkv_ad
         return resolve_name(ctx, q, host, deadline, addresses);
     atomic_fetch_sub(&threads, 1);
     free_query(q);
-    return xkv_fail(ctx, XKV_ERROR_LIMIT, "%d names are still being resolved", MOST_LEFT);
+    return xkv_fail(ctx, XKV_ERROR_TIMEOUT, "%d names are still being resolved", MOST_LEFT);
 }

@@ -56,10 +56,10 @@ typedef struct xkv_pack_options {
                                 share by layers, rounded down, at least 1 */
     double ratio;            /* > 1: raw 16-bit bytes / all bytes of the entry */
     double error;  /* 0 < error < 1: relative error of all coded planes together, guaranteed by measurement, and at most
-                      4  times that in any one group. Squared errors are taken in units of a plane's standard deviation,
-                      of  keys times 1.4^2, and are relative to the same sum over what the rows are without their mean;
-                      with  dict, and with auto when there is a dictionary, in the dictionary's metric. Groups that no
-                      step  brings to it, and groups with a coefficient beyond 32767 steps, fall back to lossless */
+                      4 times that in any one group. Squared errors are taken in units of a plane's standard deviation,
+                      of keys times 1.4^2, and are relative to the same sum over what the rows are without their mean;
+                      with dict, and with auto when there is a dictionary, in the dictionary's metric. Groups that no
+                      step brings to it, and groups with a coefficient beyond 32767 steps, fall back to lossless */
     double energy; /* 0 < energy < 1: svd, each group at 16 bits: share of its sum of squares to keep */
 
     uint32_t iterations;   /* power iterations, 1 .. 8; default 2 */
@@ -333,12 +333,12 @@ static inline xkv_append_options xkv_append_options_default(void)
  * tables and full chunks of `base` stay as they are, and the tokens behind its last full chunk are coded with them. Its
  * codecs, chunk size, sinks and window stay too. Arguments are those of xkv_pack(), all of the whole cache. Errors of
  * the new tokens are measured and joined with those that `base` tells, for which the energy of all rows is taken from
- * the views; svd projects new rows on components that were made for others, so that their error may be larger. Rows
- * that lossless groups hold must be those of the views if there is a framing.
- * A base of codec dict needs its dictionary attached, opened for packing. report->error_metric is that of codec dict.
- * Errors: ARGUMENT (fewer tokens than `base`), MISMATCH (other planes, RoPE, positions, token ids or rows), UNSUPPORTED
- * (a base that extends another entry; a NaN, or a value too large for the step, in a group that is not lossless: pack
- * the whole cache), as xkv_entry_read() of `base`, and as xkv_pack(). */
+ * the views; svd projects new rows on components that were made for others, so that their error may be larger. If
+ * `base` is all lossless, and there is a framing, its rows must be those of the views. A base of codec dict needs its
+ * dictionary attached, opened for packing. report->error_metric is that of codec dict. Errors: ARGUMENT (fewer tokens
+ * than `base`), MISMATCH (other planes, RoPE, positions, token ids or rows), UNSUPPORTED (a base that extends another
+ * entry; a NaN, or a value too large for its step or scale, in a group that is not lossless: pack the whole cache), as
+ * xkv_entry_read() of `base`, and as xkv_pack(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_append(xkv_ctx *ctx, const xkv_entry *base, const xkv_geometry *geometry,
                                              const xkv_view *views, const xkv_framing *framing, const void *source,
                                              uint64_t source_size, const xkv_append_options *options,
@@ -431,10 +431,12 @@ static inline xkv_attend_options xkv_attend_options_default(void)
  * the value part of the up-projection) and lse [count][heads], the natural logarithm of the sum of exp(score), for
  * xkv_attention_merge(). A query that sees no row gets zeros and -inf. Arithmetic is in f32; coefficients that a cross
  * stage adds to are rounded to 16 bits of the largest one in their chunk, which costs up to 1e-4 of the result. On one
- * machine the bits do not depend on the number of threads. NaN or Inf in queries or rows give NaN. `options` may be
- * NULL. Memory: for each thread one chunk of coefficients, a tile of K, and count * heads * (coded components +
- * head_dim) f32; and up to 16 outputs. Errors: ARGUMENT (layer, heads, options, no positions), UNSUPPORTED (a layer
- * without both K and V), LIMIT, MEMORY, CANCELLED and, unless coefficients or rows are held, as xkv_entry_read(). */
+ * machine the bits do not depend on the number of threads. Queries and rows should be finite: a NaN or Inf makes
+ * results NaN, also of queries that the row is hidden from, or hides a row. `options` may be NULL. Memory: for each
+ * thread one chunk of coefficients, a tile of K, and count * heads * (coded components + head_dim + 64) f32; and an
+ * output for each task, of which there are about 16, and one for each entry that others extend. Errors: ARGUMENT
+ * (layer, heads, options, no positions), UNSUPPORTED (a layer without both K and V), LIMIT, MEMORY, CANCELLED and,
+ * unless coefficients or rows are held, as xkv_entry_read(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_attend(xkv_ctx *ctx, const xkv_attention *attention, uint32_t layer,
                                              const xkv_queries *queries, const xkv_attend_options *options,
                                              float *output, float *lse);

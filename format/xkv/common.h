@@ -145,7 +145,8 @@ XKV_API void xkv_ctx_free(xkv_ctx *ctx);
 XKV_API const char *xkv_ctx_error(const xkv_ctx *ctx);
 
 /* Ask the call running on `ctx`, from another thread or a signal handler, to stop: it returns XKV_ERROR_CANCELLED
- * within one group of work. The flag stays set until xkv_ctx_reset(). Async-signal-safe. */
+ * within one group of work. The flag stays set until xkv_ctx_reset(), which must not be called before that
+ * call has returned. Cancelling is async-signal-safe. */
 XKV_API void xkv_ctx_cancel(xkv_ctx *ctx);
 XKV_API void xkv_ctx_reset(xkv_ctx *ctx);
 

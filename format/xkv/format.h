@@ -134,17 +134,30 @@ typedef struct xkv_view {
 
 #define XKV_MAX_BLOCK_TOKENS 256u
 
+/* clang-format off */
 /* One tensor of an engine's paged cache, which holds some kinds of planes of some layers. `axes` names its axes from
- * the slowest to the fastest, one letter each, every letter at most once: L  layers, layer_count of them        N slots
- * of a block, block_tokens       D  dims of a head K  kinds, kind_count                  H  heads X  the fastest
- * dim_split dims of a head, B  blocks, block_count                                                           where D
- * counts groups of them C  the dims of all kinds one behind the other, in the order of `kinds`: instead of K and D L,
- * K, N and H may be left out where there is one of it, or for H and D where a head has all dims. Examples: vLLM up to
- * 0.25        FlashAttention "KBNHD" (HND: "KBHND"), FlashInfer "BKNHD", MLA "BNC" of latent and K-rope, split keys
- * "BHDNX" beside values "BHDN" vLLM from 0.26 on      "BNHC" (NHD) or "BHNC" (HND), C being K then V SGLang a K and a V
- * buffer a layer "BNHD" or "BHD" with blocks of one token; host pages layer_first "KLBNHD", page_first "KBNLHD",
- * page_first_direct "KBLNHD", page_head "KBHNLD" llama.cpp              a tensor a layer, blocks of one cell: K and V
- * "BHD", transposed V "HDB" A layout is never guessed: engines change theirs. */
+ * the slowest to the fastest, one letter each, every letter at most once:
+ *
+ *   L  layers, layer_count of them
+ *   K  kinds, kind_count of them
+ *   B  blocks, block_count of them
+ *   N  slots of a block, block_tokens of them
+ *   H  heads
+ *   D  dims of a head
+ *   X  the fastest dim_split dims of a head, where D counts groups of them
+ *   C  the dims of all kinds one behind the other, in the order of `kinds`: instead of K and D
+ *
+ * L, K, N and H may be left out where there is one of it, or for H and D where a head has all dims. Examples:
+ *
+ *   vLLM up to 0.25   FlashAttention "KBNHD" (HND: "KBHND"), FlashInfer "BKNHD", MLA "BNC" of latent and K-rope,
+ *                     split keys "BHDNX" beside values "BHDN"
+ *   vLLM from 0.26    "BNHC" (NHD) or "BHNC" (HND), C being K then V
+ *   SGLang            a K and a V buffer a layer: "BNHD", or "BHD" with blocks of one token; host pages layer_first
+ *                     "KLBNHD", page_first "KBNLHD", page_first_direct "KBLNHD", page_head "KBHNLD"
+ *   llama.cpp         a tensor a layer, blocks of one cell: K and V "BHD", transposed V "HDB"
+ *
+ * A layout is never guessed: engines change theirs. */
+/* clang-format on */
 typedef struct xkv_pages {
     void *data;
     uint64_t size; /* bytes at `data`: nothing beyond is touched */
@@ -164,11 +177,11 @@ typedef struct xkv_pages {
 
 /* Views of tokens [first_token, first_token + token_count) of a sequence: a view for each plane of `geometry`, whose
  * heads and dims the tensors have; token_count 0: geometry->token_count. Row i of the views is token first_token + i.
- * Every plane lies in exactly one of the `count` tensors; layers and kinds that the geometry does not have are left
- * alone. *views_p: [plane_count] views and their rows in one allocation, for xkv_views_free(); `pages` is not kept, its
- * memory must stay. Row numbers have 32 bits: with rows of r bytes a pool may span r * 2^32 of them.
- * Errors: ARGUMENT (axes, strides or sizes that contradict each other or the geometry, a block outside of the pool, a
- * table too short), LIMIT (a pool too large for its row numbers), MEMORY. */
+ * Every plane lies in exactly one of the `count` tensors; layers that the geometry does not have are left alone, kinds
+ * that it does not have are an error. *views_p: [plane_count] views and their rows in one allocation, for
+ * xkv_views_free(); `pages` is not kept, its memory must stay. Row numbers have 32 bits: with rows of r bytes a pool
+ * may span r * 2^32 of them. Errors: ARGUMENT (axes, strides or sizes that contradict each other or the geometry, a
+ * block outside of the pool, a table too short), LIMIT (a pool too large for its row numbers), MEMORY. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_views_from_pages(xkv_ctx *ctx, const xkv_geometry *geometry,
                                                        const xkv_pages *pages, uint32_t count, uint32_t first_token,
                                                        uint32_t token_count, xkv_view **views_p);

@@ -400,6 +400,8 @@ static void masks_and_soft_caps(void **state)
         a.o.softcap = 0.7;
         a.o.scale = 0.5;
         check_holds(&f, "soft cap", &a);
+        a.o.softcap = 1e6; /* as good as none */
+        check_holds(&f, "large soft cap", &a);
         free_fixture(&f);
     }
     free(q);
@@ -576,10 +578,14 @@ static void merging_by_hand(void **state)
         xkv_attention_merge(states, count, 1, 2, output, &lse);
         assert_true(output[0] == 0 && output[1] == 0 && lse == -INFINITY);
     }
-    lse = NAN;
-    states[0] = (xkv_attention_state){zero, &lse};
-    xkv_attention_merge(states, 2, 1, 2, output, &lse);
-    assert_true(isnan(output[0]) && isnan(lse));
+    for (int order = 0; order < 3; order++) { /* before, behind, and before what has seen nothing */
+        const xkv_attention_state bad = {zero, &(const float){NAN}}, unseen = {zero, &none};
+        const xkv_attention_state pair[2] = {order == 1 ? states[1] : bad, order == 0   ? states[1]
+                                                                           : order == 1 ? bad
+                                                                                        : unseen};
+        xkv_attention_merge(pair, 2, 1, 2, output, &lse);
+        assert_true(isnan(output[0]) && isnan(lse));
+    }
 }
 
 static void one_visible_row_is_the_answer(void **state)
