@@ -96,9 +96,9 @@ class Packed:
 
 
 def pack_options(options: Dict[str, Any], callbacks: Callbacks, model: Optional[Model]) -> Tuple[Any, List[object]]:
-    """xkv_pack_options *, and what must live as long."""
+    """xkv_pack_options *, and what must live as long as it is used, itself included."""
     o = ffi.new("xkv_pack_options *", lib.xkv_pack_options_default())
-    keep: List[object] = []
+    keep: List[object] = [o]
     rest = dict(options)
     o.profile = index_of(PROFILES, rest.pop("profile", "auto"), "profile")
     dictionary = rest.pop("dictionary", None)
