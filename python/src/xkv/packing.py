@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    class PackOptions(TypedDict, total=False):
+    class PackSettings(TypedDict, total=False):
         """How to pack, and what it may cost: at most one of ranks, ratio, error, energy, quality."""
 
         profile: str          # "auto" (default), "lossless", "svd", "dict", "scalar"
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         energy: float         # svd: share of each group's sum of squares to keep
         rank_k: int           # svd: components of a full group's K ...
         rank_v: int           # ... and V
-        dictionary: Dictionary  # opened for packing
         model: Model          # for the metadata; by default the cache's
         group_layers: int     # layers per group; 4
         sinks: int            # exact tokens at the start; 4
@@ -39,6 +38,11 @@ if TYPE_CHECKING:
         half_factors: bool    # svd: factors at 16 bits, as published
         chunk_tokens: int     # 256
         writer: str           # program name and version for the metadata
+
+    class PackOptions(PackSettings, total=False):
+        """The same with a dictionary."""
+
+        dictionary: Dictionary  # opened for packing
 
 PROFILES = ("auto", "lossless", "svd", "dict", "scalar")
 _NUMBERS = ("ratio", "error", "quality", "energy", "rank_k", "rank_v", "group_layers", "sinks", "window", "iterations",
