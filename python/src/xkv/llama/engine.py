@@ -51,6 +51,14 @@ class Model:
         count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, len(tokens), True, False)
         return list(tokens[:count])
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """The inverse."""
+        out = b""
+        for token in tokens:
+            piece = ctypes.create_string_buffer(256)
+            out += piece.raw[:max(llama_cpp.llama_token_to_piece(self.vocab, token, piece, len(piece), 0, True), 0)]
+        return out.decode(errors="replace")
+
 
 class Context:
     """One sequence. Raises ValueError when the engine does not take this kind of cache."""
