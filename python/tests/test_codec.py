@@ -152,6 +152,21 @@ def test_wrong_dictionary(cache, dictionary):
     assert other.info.id.hex() in str(caught.value) and caught.value.status == 40
 
 
+def test_append(cache, lossless, dictionary, raw, tmp_path):
+    """The first 100 tokens packed, then the rest behind them: as if packed at once, and the first chunk as it was."""
+    first = xkv.Cache.open(xkv.open(lossless).restore(100), cache.model)
+    grown = xkv.append(xkv.open(xkv.pack(first, profile="lossless", chunk_tokens=32)), cache)
+    assert bytes(xkv.open(grown).restore()) == ENGINE_FILE.read_bytes()
+    base = xkv.open(xkv.pack(first, profile="dict", dictionary=dictionary, quality=45, chunk_tokens=32), dictionary)
+    longer = xkv.append(base, cache)
+    assert longer.report.profile == "dict" and longer.report.raw_bytes == 30 * 2 * 192 * 2 * 160
+    both = xkv.open(longer, dictionary).read(tokens=96), base.read(tokens=96)
+    assert all(np.array_equal(a, b) for a, b in zip(*both))
+    with pytest.raises(xkv.errors.MismatchError):
+        zeros = np.zeros((160, 3, 64), np.float16)
+        xkv.append(base, xkv.Planes.of_layers([(zeros, zeros)] * 30, model=cache.model, token_ids=range(160)))
+
+
 def test_metric(cache, tmp_path):
     blocks = np.tile(np.eye(64, dtype=np.float32), (30, 3, 1, 1))
     metric = xkv.Metric(blocks, 4 * blocks)

@@ -10,6 +10,7 @@ Functions of the library run without the GIL; Ctrl-C stops them. Exceptions are 
 from . import errors
 from ._call import set_memory_limit, set_threads, text
 from ._native import lib as _lib
+from .append import append
 from .cache import Cache, Planes
 from .dictionary import Dictionary, DictionaryInfo, train, train_file
 from .entry import Entry, EntryInfo, GroupCoding, GroupInfo, unpack_file
@@ -30,7 +31,7 @@ __all__ = [
     "Cache", "CollectReport", "Dictionary", "DictionaryInfo", "Entry", "EntryInfo", "Geometry", "GroupCoding", "GroupInfo",
     "Hook", "HookCounters", "HookMatch", "Match", "Media", "Metric", "Model", "ModelLayer", "Namespace", "PackReport",
     "Packed", "PageKey", "Plane", "Planes", "ProfileEstimate", "Prompt", "PushReport", "PutReport", "RemoteStats",
-    "RepairReport", "Rope", "Saved", "Store", "StoreItem", "StoreStats", "VerifyReport", "XkvError", "errors",
+    "RepairReport", "Rope", "Saved", "Store", "StoreItem", "StoreStats", "VerifyReport", "XkvError", "append", "errors",
     "native_chain", "open", "pack", "pack_file", "set_memory_limit", "set_threads", "sglang_chain", "train", "train_file",
     "unpack_file", "vllm_chain", "backends",
 ]
