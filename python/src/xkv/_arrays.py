@@ -25,9 +25,10 @@ def as_array(data: Any) -> Tuple[Array, str]:
     name = data.dtype.name
     if name == "bfloat16":  # ml_dtypes
         data = data.view(np.uint16)
-    if data.dtype not in NUMPY_TYPES or not data.dtype.isnative:
-        raise TypeError(f"elements of type {name}; expected float32, float16 or bfloat16 (or its bits as uint16)")
-    return data, DTYPES[NUMPY_TYPES.index(data.dtype)]
+    for dtype, numpy_type in NUMPY_TYPES.items():
+        if data.dtype == numpy_type:
+            return data, dtype
+    raise TypeError(f"elements of type {name}; expected float32, float16 or bfloat16 (or its bits as uint16)")
 
 
 def _refuse_device(data: Any) -> None:
@@ -105,6 +106,6 @@ class Views:
 
 
 def empty_planes(geometry: Geometry, wanted: Sequence[bool], tokens: int, dtype: Optional[str]) -> List[Optional[Array]]:
-    """New arrays [tokens, heads, head_dim] for the wanted planes, in their own type or in `dtype`."""
-    return [np.empty((tokens, plane.heads, plane.head_dim), NUMPY_TYPES[DTYPES.index(dtype or plane.dtype)])
+    """New arrays [tokens, heads, head_dim] for the wanted planes, in their own type (blocks: in f32) or in `dtype`."""
+    return [np.empty((tokens, plane.heads, plane.head_dim), NUMPY_TYPES.get(dtype or plane.dtype, np.dtype(np.float32)))
             if want else None for plane, want in zip(geometry.planes, wanted)]

@@ -9,7 +9,7 @@ from ._arrays import Array, Views, as_array
 from ._call import Handle, Owner, text
 from ._files import Path, Readable, encoded
 from ._native import ffi, lib
-from .geometry import DTYPES, NUMPY_TYPES, Geometry, Plane, Rope, Tokens, int32_array
+from .geometry import NUMPY_TYPES, Geometry, Plane, Rope, Tokens, int32_array
 from .model import Model
 
 
@@ -58,11 +58,13 @@ class Cache(Owner):
         """A copy of a plane: [tokens, heads, head_dim], rows in order of position; bf16 as uint16."""
         plane, view = self.geometry.planes[index], lib.xkv_cache_views(self.pointer)[index]
         tokens = self.geometry.tokens
+        if plane.dtype not in NUMPY_TYPES:
+            raise ValueError(f"{plane.kind} of layer {plane.layer} is in blocks of {plane.dtype}: pack and read it")
         rows = np.frombuffer(ffi.buffer(view.rows, 4 * tokens), np.uint32) if view.rows and tokens else np.arange(tokens)
         start = lib.xkv_cache_data(self.pointer, ffi.new("uint64_t *"))
         offset = int(ffi.cast("uintptr_t", view.data)) - int(ffi.cast("uintptr_t", start))
         in_file = np.ndarray((int(rows.max(initial=-1)) + 1, plane.heads, plane.head_dim),
-                             NUMPY_TYPES[DTYPES.index(plane.dtype)], self.data, offset,
+                             NUMPY_TYPES[plane.dtype], self.data, offset,
                              (view.token_stride, view.head_stride, view.dim_stride))
         return in_file[rows]
 

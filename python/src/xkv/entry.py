@@ -10,7 +10,7 @@ from ._files import Input, Path, Source, Span, span, to_mapped_file
 from ._native import ffi, lib
 from ._structs import record
 from .dictionary import Dictionary
-from .geometry import DTYPES, Geometry, Tokens, index_of, int32_array, pointer_to
+from .geometry import NUMPY_TYPES, Geometry, Tokens, index_of, int32_array, pointer_to
 from .model import Model
 from .packing import Packed
 
@@ -134,7 +134,8 @@ class EntryReader:
         out: arrays to fill instead of new ones (None for planes that are not asked for): numpy, torch, anything with
             DLPack or the buffer protocol, of any strides and of float32, float16, bfloat16.
         rows: [tokens] where to put them in `out`, for paged caches.
-        dtype: of new arrays: "f32", "f16", "bf16" (bits as uint16); by default the plane's own.
+        dtype: of new arrays: "f32", "f16", "bf16" (bits as uint16); by default the plane's own, f32 for
+            planes in blocks.
         positions: [tokens] that K is rotated for; by default those it was computed at.
         on_group(group): called when all asked tokens of a group are in place, in order; an exception stops the call.
         On any error the contents of `out` are undefined."""
@@ -144,7 +145,7 @@ class EntryReader:
         asked = {i for info in infos[first_group:first_group + group_count] for i in info.planes}
         wanted = [i in asked for i in range(len(self.geometry.planes))]
         if dtype is not None:
-            index_of(DTYPES, dtype, "dtype")
+            index_of(tuple(NUMPY_TYPES), dtype, "dtype")
         arrays = empty_planes(self.geometry, wanted, count, dtype) if out is None else _chosen(out, wanted)
         views = Views(self.geometry, arrays, count, rows, writable=True)
         o = ffi.new("xkv_read_options *", lib.xkv_read_options_default())

@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from ._native import ffi, lib
 
-DTYPES = ("f32", "f16", "bf16")        # by xkv_dtype
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")  # by xkv_dtype; the last two are blocks of ggml, in engine files only
 KINDS = ("K", "V", "latent", "K-rope")  # by xkv_plane_kind
 STYLES = ("interleaved", "half-split")  # by xkv_rope_style
-# bf16 has no numpy type: its bits travel as uint16.
-NUMPY_TYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
+# Of arrays. bf16 has no numpy type: its bits travel as uint16.
+NUMPY_TYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
 
 Tokens = Union[Sequence[int], npt.NDArray[np.integer[Any]]]
 
@@ -69,6 +69,11 @@ def index_of(names: Sequence[str], name: str, what: str) -> int:
     return names.index(name)
 
 
+def name_of(names: Sequence[str], index: int) -> str:
+    """What a newer library knows is a number."""
+    return names[index] if index < len(names) else str(index)
+
+
 @dataclass(frozen=True)
 class Plane:
     """One per-token row stream of one layer: `heads` * `head_dim` elements a token."""
@@ -77,7 +82,7 @@ class Plane:
     kind: str                   # "K", "V", "latent", "K-rope"
     heads: int                  # KV heads
     head_dim: int
-    dtype: str = "f16"          # "f32", "f16", "bf16"
+    dtype: str = "f16"          # "f32", "f16", "bf16"; in engine files also "q8_0", "q4_0"
     rope: Optional[int] = None  # index into Geometry.ropes; None: not rotated, or unknown how
 
 
@@ -112,7 +117,7 @@ class Geometry:
         for i in range(g.plane_count):
             p = g.planes[i]
             rope = None if p.rope == lib.XKV_NO_ROPE else p.rope
-            planes.append(Plane(p.layer, KINDS[p.kind], p.heads, p.head_dim, DTYPES[p.dtype], rope))
+            planes.append(Plane(p.layer, name_of(KINDS, p.kind), p.heads, p.head_dim, name_of(DTYPES, p.dtype), rope))
         return cls(tuple(planes), tuple(Rope.from_c(g.ropes[i]) for i in range(g.rope_count)),
                    _copied(g.positions, g.token_count), _copied(g.token_ids, g.token_id_count))
 
