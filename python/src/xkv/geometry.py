@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,8 @@ DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")  # by xkv_dtype; the last two ar
 KINDS = ("K", "V", "latent", "K-rope")  # by xkv_plane_kind
 STYLES = ("interleaved", "half-split")  # by xkv_rope_style
 # Of arrays. bf16 has no numpy type: its bits travel as uint16.
-NUMPY_TYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
+NUMPY_TYPES: Dict[str, "np.dtype[Any]"] = {
+    "f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
 
 Tokens = Union[Sequence[int], npt.NDArray[np.integer[Any]]]
 
