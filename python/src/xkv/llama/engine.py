@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .._files import Path, encoded
 from .state import EngineError, load_sequence, memory_offset, save_sequence
 
-F32, F16, BF16 = 0, 1, 30  # ggml types
+F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml types
 BATCH = 256
 
 Watch = Callable[[str, npt.NDArray[np.float32]], None]
