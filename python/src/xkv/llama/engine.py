@@ -56,7 +56,8 @@ class Model:
         out = b""
         for token in tokens:
             piece = ctypes.create_string_buffer(256)
-            out += piece.raw[:max(llama_cpp.llama_token_to_piece(self.vocab, token, piece, len(piece), 0, True), 0)]
+            size = llama_cpp.llama_token_to_piece(self.vocab, token, piece, len(piece), 0, True)
+            out += piece.raw[:max(size, 0)]
         return out.decode(errors="replace")
 
 
