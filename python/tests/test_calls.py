@@ -11,7 +11,6 @@ import xkv
 from xkv import _call
 from xkv._native import ffi, lib
 
-
 # --- Errors ---
 
 def test_every_status_has_a_class():

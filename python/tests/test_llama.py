@@ -143,6 +143,13 @@ def test_llama_cache(store, tokens, background):
     assert cache.failures == 1, "what cannot be stored does not stop the engine"
 
 
+def test_short_prompts_that_miss_the_target_are_stored(store, tokens):
+    llama = fake_llama_cpp.Llama(GGUF, bytes(xkv.open(xkv.pack(xkv.Cache.open(ENGINE_FILE))).restore(20))[12 + 80:])
+    put = xkv.llama.Prefixes(llama, store, ratio=500).put(
+        state.sequence_header(tokens.tolist()[:20]) + llama.ctx.state, tokens.tolist()[:20])
+    assert put.tokens == 20 and put.pack is not None and put.pack.profile == "lossless"
+
+
 def test_dictionaries_are_put_into_the_store(store, tokens, tmp_path, dictionary_bytes):
     (tmp_path / "d.xkvd").write_bytes(dictionary_bytes)
     put = xkv.llama.Prefixes(holding(tokens), store, dictionary=tmp_path / "d.xkvd", quality=40).save()

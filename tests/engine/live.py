@@ -13,7 +13,7 @@ import numpy as np
 
 import models
 import xkv
-from live_checks import fallbacks
+from live_checks import fallbacks, readme
 from texts import default_texts, facts_text, training_texts
 from xkv.fidelity import compare
 from xkv.llama import engine
@@ -23,11 +23,12 @@ PROMPT = 2048  # at most, of the text with facts
 PROMPTS, PROMPT_TOKENS, FOLLOWING = 8, 512, 64
 ANSWER = 24
 RATIO = 16
-PARTS = ("processes", "agreement", "questions", "fallbacks")
+PARTS = ("processes", "agreement", "questions", "fallbacks", "readme")
 CHECKS = {
     "processes": lambda r: {"the first token comes 5 times sooner": r["speedup"] >= 5},
     "agreement": lambda r: {"top-1 agreement of 0.93": r["top1"] >= 0.93, "lossless: identical": r["lossless_identical"]},
     "questions": lambda r: {"at most one answer differs": r["different"] <= 1},
+    "readme": lambda r: {"the snippet runs and reuses": r["hits"] >= 1 and r["entries"] >= 1 and all(r["answers"])},
     "fallbacks": lambda r: {"bad caches are never used": all(row["fell_back"] for row in r)},
 }
 
@@ -163,6 +164,8 @@ def main():
             other = next(name for name in models.SOURCES if name != args.model)
             results["fallbacks"] = fallbacks(answer, model_file, models.joined_model(other, args.cache),
                                              models.f32_model(args.model, args.cache), work)
+        if "readme" in args.parts:
+            results["readme"] = readme(model_file, dictionary, work)
     results["checks"] = {part: CHECKS[part](results[part]) for part in args.parts}
     text = json.dumps(results, indent=1)
     print(text)

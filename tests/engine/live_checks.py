@@ -1,5 +1,11 @@
 """Stores that do not fit or are damaged: the command computes the prompt, says why, and answers as without a store."""
+import pathlib
+import re
 import shutil
+import subprocess
+import sys
+
+import xkv
 
 TEXT = "The harbour of Ostrava lies on the river Ebbe. In winter the ferries stop, and letters come by sledge. " * 4
 LENGTH = 8
@@ -51,3 +57,20 @@ def fallbacks(answer, model_file, other_model, same_model_f32, work):
         fell_back = report["reused_tokens"] == 0 and report["answer"] == alone["answer"] and report["reason"] != "found"
         rows.append(dict(case=case, reason=report["reason"], fell_back=fell_back))
     return rows
+
+
+def readme(model_file, dictionary, work):
+    """The snippet of README.md for llama.cpp, as written; twice, so that the second one finds what the first one stored."""
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "llama_cpp" in block]
+    folder = work / "readme"
+    folder.mkdir()
+    (folder / "model.gguf").symlink_to(model_file)
+    (folder / "model.xkvd").symlink_to(dictionary)
+    (folder / "handbook.txt").write_text(TEXT)
+    xkv.Store.init(folder / "prefixes").close()
+    answers = [subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True).stdout
+               for _ in range(2)]
+    with xkv.Store.open(folder / "prefixes") as store:
+        stats = store.stat()
+    return dict(answers=answers, entries=stats.entries, hits=stats.hits)

@@ -22,8 +22,7 @@ from .model import Metric, Model, ModelLayer
 from .packing import Packed, PackReport, ProfileEstimate, pack, pack_file
 from .prompt import Media, Namespace, PageKey, Prompt, native_chain, sglang_chain, vllm_chain
 from .store import Match, Store
-from .store_types import (CollectReport, PushReport, PutReport, RemoteStats, RepairReport, StoreItem, StoreStats,
-                          VerifyReport)
+from .store_types import CollectReport, PushReport, PutReport, RemoteStats, RepairReport, StoreItem, StoreStats, VerifyReport
 
 __version__ = text(_lib.xkv_version())
 

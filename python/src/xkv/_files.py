@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from typing import Any, Callable, Tuple, Union
 
-from ._call import call, call_with, Context
+from ._call import Context, call, call_with
 from ._native import ffi, lib
 
 Path = Union[str, "os.PathLike[str]"]

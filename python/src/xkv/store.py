@@ -16,8 +16,17 @@ from .errors import DataError
 from .geometry import Geometry
 from .packing import Packed, PackReport, pack_options
 from .prompt import Namespace, PageKey, PromptLike, page_keys, prompt_of
-from .store_types import (MATCH_REASONS, CollectReport, PushReport, PutReport, RemoteStats, RepairReport, StoreItem,
-                          StoreStats, VerifyReport)
+from .store_types import (
+    MATCH_REASONS,
+    CollectReport,
+    PushReport,
+    PutReport,
+    RemoteStats,
+    RepairReport,
+    StoreItem,
+    StoreStats,
+    VerifyReport,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

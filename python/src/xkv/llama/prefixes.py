@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Union
 from .._call import logger
 from ..cache import Cache
 from ..dictionary import Dictionary
-from ..errors import XkvError
+from ..errors import TargetError, XkvError
 from ..store import Match, Store
 from ..store_types import PutReport
 from .identity import Identity
@@ -124,7 +124,7 @@ class Prefixes:
 
     def put(self, image: Union[bytes, bytearray], tokens: Sequence[int],
             prefill_seconds: Optional[float] = None) -> PutReport:
-        """Store a sequence file of this engine in memory."""
+        """Store a sequence file of this engine in memory. A target that so short a prompt cannot reach is left out."""
         options: Dict[str, Any] = dict(self.options)
         dictionary = self._opened_dictionary()
         if dictionary is not None:
@@ -132,7 +132,13 @@ class Prefixes:
         took = f"; prefill {prefill_seconds:.3f} s for {len(tokens)} tokens" if prefill_seconds else ""
         options.setdefault("writer", f"xkv.llama{took}")
         with Cache.open(image, self.identity.model, name="the engine's state") as cache:
-            return self.store.put_cache(self.namespace, cache, tokens, **options)
+            try:
+                return self.store.put_cache(self.namespace, cache, tokens, **options)
+            except TargetError as error:  # a prompt of a few tokens, whose sinks alone are more than that
+                logger.info("%d tokens are packed without the target: %s", len(tokens), error)
+                for target in ("ratio", "error", "energy"):
+                    options.pop(target, None)
+                return self.store.put_cache(self.namespace, cache, tokens, **options)
 
     def _opened_dictionary(self) -> Optional[Dictionary]:
         if self._dictionary is None or isinstance(self._dictionary, Dictionary):
