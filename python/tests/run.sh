@@ -20,6 +20,6 @@ pip=("$work/venv/bin/python" -m pip --quiet --disable-pip-version-check --retrie
     { tail -n 3 "$work/pip.log"; skip 'what the package and its tests need cannot be installed from PyPI'; }
 
 # From here on every failure is one of the package. Python code is taken from the installed copy, not from the tree.
-"${pip[@]}" install --no-build-isolation --no-deps --force-reinstall -C "build-dir=$work/build" "$package"
+"${pip[@]}" install --no-build-isolation --no-deps --force-reinstall --config-settings "build-dir=$work/build" "$package"
 cd "$work"
 PYTHONDONTWRITEBYTECODE=1 exec "$work/venv/bin/python" -m pytest -q -p no:cacheprovider "$@" "$package/tests"
