@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         energy: float         # svd: share of each group's sum of squares to keep
         rank_k: int           # svd: components of a full group's K ...
         rank_v: int           # ... and V
-        model: Model          # for the metadata; by default the cache's
         group_layers: int     # layers per group; 4
         sinks: int            # exact tokens at the start; 4
         window: int           # exact tokens at the end; 0
@@ -40,9 +39,10 @@ if TYPE_CHECKING:
         writer: str           # program name and version for the metadata
 
     class PackOptions(PackSettings, total=False):
-        """The same with a dictionary."""
+        """The same, and whose cache it is."""
 
         dictionary: Dictionary  # opened for packing
+        model: Model            # for the metadata; by default the cache's
 
 PROFILES = ("auto", "lossless", "svd", "dict", "scalar")
 _NUMBERS = ("ratio", "error", "quality", "energy", "rank_k", "rank_v", "group_layers", "sinks", "window", "iterations",
