@@ -61,6 +61,14 @@ def test_save_and_restore(store, tokens):
     assert llama.ctx.state == bytes(expected[12 + 400:])
 
 
+def test_what_the_engine_holds_stays(store, tokens):
+    llama = holding(tokens)
+    prefixes = xkv.llama.Prefixes(llama, store)
+    prefixes.save()
+    restored = prefixes.restore(tokens.tolist())
+    assert not restored and "holds as much" in restored.reason and llama.n_tokens == 160 and llama.ctx.state == MEMORY
+
+
 def test_one_token_is_left_to_compute(store, tokens):
     xkv.llama.Prefixes(holding(tokens), store).save()
     assert xkv.llama.Prefixes(fake_llama_cpp.Llama(GGUF), store).restore(tokens.tolist()).tokens == 159

@@ -139,7 +139,7 @@ class Callbacks:
     def __init__(self, progress: Optional[Progress] = None, ready: Optional[Callable[..., object]] = None) -> None:
         self._progress, self._ready = progress, ready
         self._raised: Optional[BaseException] = None
-        self.user = ffi.new_handle(self)
+        self.user = ffi.new_handle(self) if progress or ready else ffi.NULL  # a cycle until __exit__()
         self.progress = lib.xkv_py_progress if progress else ffi.NULL
         self.group_ready = lib.xkv_py_group_ready if ready else ffi.NULL
         self.layers_ready = lib.xkv_py_layers_ready if ready else ffi.NULL
@@ -149,6 +149,7 @@ class Callbacks:
         return self
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
+        self.user = ffi.NULL
         if self._raised is not None:
             raise self._raised from None
 

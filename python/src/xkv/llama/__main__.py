@@ -13,6 +13,7 @@ import llama_cpp
 
 from ..errors import XkvError
 from ..store import Store
+from .engine import silence
 from .prefixes import Prefixes, Restored
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
@@ -76,7 +77,8 @@ class Run:
         """None: the store cannot be used; the prompt is computed without it."""
         args = self.args
         try:
-            store = Store.open(args.store) if (args.store / "store").exists() else Store.init(args.store, cap=args.cap)
+            made = (args.store / "store").exists()
+            store = Store.open(args.store, access="auto") if made else Store.init(args.store, cap=args.cap)
             options: Dict[str, Any] = {name: getattr(args, name) for name in ("ratio", "error", "quality")
                                        if getattr(args, name) is not None}
             if args.dictionary and not options:
@@ -162,6 +164,7 @@ def prompt_tokens(llama: Any, text: str, question: Optional[str]) -> List[int]:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
+    silence()
     run = Run(parse_arguments(arguments))
     run.load_model()
     prefixes = run.open_store()

@@ -48,7 +48,11 @@ class LlamaCache(BaseLlamaCache):  # type: ignore[misc]
         return self.prefixes.store.stat().bytes
 
     def __contains__(self, key: Sequence[int]) -> bool:
-        return self.prefixes.store.peek(self.prefixes.namespace, key, min_tokens=self.min_tokens).reason == "found"
+        try:
+            return self.prefixes.store.peek(self.prefixes.namespace, key, min_tokens=self.min_tokens).reason == "found"
+        except XkvError as error:
+            logger.warning("the store cannot be searched: %s", error)
+            return False
 
     def __getitem__(self, key: Sequence[int]) -> Any:
         """llama_cpp.LlamaState of the longest stored prefix. KeyError: none; `last_miss` says why."""

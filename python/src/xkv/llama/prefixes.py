@@ -1,6 +1,7 @@
 """Stored prefixes of a llama_cpp.Llama: restore into its context, save from it."""
 from __future__ import annotations
 
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -56,11 +57,13 @@ class Prefixes:
     def restore(self, tokens: Sequence[int], min_tokens: int = 16) -> Restored:
         """Put the longest stored prefix of `tokens` into the engine, at least one token short of all.
 
-        Whatever fails is a miss: then the engine has no tokens, and computes them all."""
+        Whatever fails is a miss: then the engine keeps what it has, or has nothing, and computes the rest."""
         start = time.perf_counter()
         with self.find(tokens, min_tokens) as found:
-            if found.reason != "found" or found.match is None:
+            if found.match is None:
                 return Restored(reason=found.reason)
+            if self._held(tokens) >= found.tokens:
+                return Restored(reason="the engine holds as much already")
             image, reason = self._image(found.match, found.tokens)
             if image is None:
                 return Restored(reason=reason)
@@ -75,6 +78,10 @@ class Prefixes:
         self.llama.n_tokens = found.tokens
         return Restored(found.tokens, "found", *sizes, time.perf_counter() - start, replaced)
 
+    def _held(self, tokens: Sequence[int]) -> int:
+        """Leading tokens that the engine has."""
+        return len(os.path.commonprefix([self.llama.input_ids[:self.llama.n_tokens].tolist(), list(tokens)]))
+
     def find(self, tokens: Sequence[int], min_tokens: int = 16) -> Found:
         """The entry behind restore()."""
         try:
@@ -85,7 +92,10 @@ class Prefixes:
         if match and usable >= min_tokens:
             return Found(match, usable, "found")
         match.close()
-        return Found(None, 0, self._why(match, tokens))
+        try:
+            return Found(None, 0, self._why(match, tokens))
+        except XkvError as error:
+            return Found(None, 0, f"{match.reason}; the store cannot be searched further: {error}")
 
     def _why(self, match: Match, tokens: Sequence[int]) -> str:
         """A reason that helps: a miss for other settings is one for want of entries, too."""
