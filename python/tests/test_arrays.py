@@ -102,6 +102,43 @@ def test_pages(rng):
             entry.read(out=back, rows=wrong)
 
 
+@pytest.mark.parametrize("axes", ["KBNHD", "BKNHD", "KBHND", "LKBNHD", "BNLHC"])
+def test_paged_tensors(rng, axes):
+    """Two layers in blocks of 4 tokens, placed by numpy; read from there and put back elsewhere."""
+    sizes, table = dict(L=2, K=2, B=16, N=4, H=2, D=8, C=16), rng.permutation(16)[:6]
+    source, per_layer = layers(rng, 2, 22, 2, 8), "L" not in axes
+
+    def tensors():
+        return [np.zeros([sizes[axis] for axis in axes], np.float16) for _ in range(2 if per_layer else 1)]
+
+    def place(pool, layer, kind, token):
+        """[heads, dims] of a token: a view into the pool."""
+        at = dict(L=layer, K=kind, B=table[token // 4], N=token % 4, C=slice(8 * kind, 8 * kind + 8))
+        return pool[layer if per_layer else 0][tuple(at.get(axis, slice(None)) for axis in axes)]
+
+    def pages(pool):
+        return [xkv.Pages(tensor, axes, table, first_layer=i) for i, tensor in enumerate(pool)]
+    pool = tensors()
+    for layer in range(2):
+        for kind in range(2):
+            for token in range(22):
+                place(pool, layer, kind, token)[...] = source[layer][kind][token]
+    plain = xkv.Planes.of_layers(source).geometry
+    entry = lossless(xkv.Planes(plain, pages(pool)))
+    assert all(np.array_equal(a, source[i // 2][i % 2]) for i, a in enumerate(entry.read()))
+    back = tensors()
+    entry.read(tokens=slice(6, 22), out=pages(back))
+    for token in range(22):
+        expected = source[1][1][token] if token >= 6 else np.zeros((2, 8))
+        assert np.array_equal(place(back, 1, 1, token), expected)
+    with pytest.raises(ValueError):
+        entry.read(out=[xkv.Pages(tensor, axes, table[:5], first_layer=i) for i, tensor in enumerate(back)])
+    with pytest.raises(ValueError, match="axes"):
+        entry.read(out=[xkv.Pages(back[0], axes[1:], table)])
+    with pytest.raises(ValueError):  # a block outside of the pool
+        entry.read(out=[xkv.Pages(tensor, axes, table + 16, first_layer=i) for i, tensor in enumerate(back)])
+
+
 @pytest.mark.parametrize("shape", [(9, 2, 8), (10, 3, 8), (10, 2, 7), (10, 15), (10,), (10, 2, 8, 1)])
 def test_destinations_that_do_not_fit(rng, shape):
     entry = lossless(xkv.Planes.of_layers(layers(rng, 1, 10, 2, 8)))

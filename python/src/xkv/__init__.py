@@ -20,6 +20,7 @@ from .geometry import Geometry, Plane, Rope
 from .hook import Hook, HookCounters, HookMatch, Saved
 from .model import Metric, Model, ModelLayer
 from .packing import Packed, PackReport, ProfileEstimate, pack, pack_file
+from .pages import Pages
 from .prompt import Media, Namespace, PageKey, Prompt, native_chain, sglang_chain, vllm_chain
 from .store import Match, Store
 from .store_types import CollectReport, PushReport, PutReport, RemoteStats, RepairReport, StoreItem, StoreStats, VerifyReport
@@ -29,7 +30,7 @@ __version__ = text(_lib.xkv_version())
 __all__ = [
     "Cache", "CollectReport", "Dictionary", "DictionaryInfo", "Entry", "EntryInfo", "Geometry", "GroupCoding", "GroupInfo",
     "Hook", "HookCounters", "HookMatch", "Match", "Media", "Metric", "Model", "ModelLayer", "Namespace", "PackReport",
-    "Packed", "PageKey", "Plane", "Planes", "ProfileEstimate", "Prompt", "PushReport", "PutReport", "RemoteStats",
+    "Packed", "PageKey", "Pages", "Plane", "Planes", "ProfileEstimate", "Prompt", "PushReport", "PutReport", "RemoteStats",
     "RepairReport", "Rope", "Saved", "Store", "StoreItem", "StoreStats", "VerifyReport", "XkvError", "append", "errors",
     "native_chain", "open", "pack", "pack_file", "set_memory_limit", "set_threads", "sglang_chain", "train", "train_file",
     "unpack_file", "vllm_chain", "backends",

@@ -11,6 +11,7 @@ from ._files import Path, Readable, encoded
 from ._native import ffi, lib
 from .geometry import NUMPY_TYPES, Geometry, Plane, Rope, Tokens, int32_array
 from .model import Model
+from .pages import Pages, PageViews
 
 
 class Cache(Owner):
@@ -74,9 +75,13 @@ class Planes:
 
     def __init__(self, geometry: Geometry, arrays: Sequence[Any], rows: Optional[Any] = None) -> None:
         """arrays[i]: plane i, [tokens, heads, head_dim] or [tokens, width], of any strides; read where they lie.
-        rows: [tokens] where the tokens are in each array, for paged caches."""
+        rows: [tokens] where the tokens are in each array. Or arrays are Pages: the tensors of a paged cache."""
         self.geometry = geometry
-        self.views = Views(geometry, arrays, geometry.tokens, rows)
+        self.views: Union[Views, PageViews]
+        if arrays and all(isinstance(pages, Pages) for pages in arrays):
+            self.views = PageViews(geometry, arrays, 0, geometry.tokens)
+        else:
+            self.views = Views(geometry, arrays, geometry.tokens, rows)
 
     @classmethod
     def of_layers(cls, layers: Sequence[Tuple[Any, Any]], *, model: Optional[Model] = None,

@@ -13,6 +13,7 @@ from .dictionary import Dictionary
 from .geometry import NUMPY_TYPES, Geometry, Tokens, index_of, int32_array, pointer_to
 from .model import Model
 from .packing import Packed
+from .pages import Pages, PageViews
 
 CODECS = {0: "lossless", 1: "svd", 2: "dict", 3: "scalar", 4: "svdq", 6: "cross"}
 REASONS = ("asked", "no gain", "not finite", "exact kind", "no tokens", "not trained")
@@ -132,7 +133,8 @@ class EntryReader:
 
         tokens, groups: None for all, a number of leading ones, a slice or a range.
         out: arrays to fill instead of new ones (None for planes that are not asked for): numpy, torch, anything with
-            DLPack or the buffer protocol, of any strides and of float32, float16, bfloat16.
+            DLPack or the buffer protocol, of any strides and of float32, float16, bfloat16. Or Pages, which get the tokens
+            where the sequence has them.
         rows: [tokens] where to put them in `out`, for paged caches.
         dtype: of new arrays: "f32", "f16", "bf16" (bits as uint16); by default the plane's own, f32 for
             planes in blocks.
@@ -146,8 +148,13 @@ class EntryReader:
         wanted = [i in asked for i in range(len(self.geometry.planes))]
         if dtype is not None:
             index_of(tuple(NUMPY_TYPES), dtype, "dtype")
-        arrays = empty_planes(self.geometry, wanted, count, dtype) if out is None else _chosen(out, wanted)
-        views = Views(self.geometry, arrays, count, rows, writable=True)
+        arrays: Sequence[Any]
+        views: Union[Views, PageViews]
+        if out and all(isinstance(pages, Pages) for pages in out):
+            arrays, views = out, PageViews(self.geometry, out, first, count, writable=True)
+        else:
+            arrays = empty_planes(self.geometry, wanted, count, dtype) if out is None else _chosen(out, wanted)
+            views = Views(self.geometry, arrays, count, rows, writable=True)
         o = ffi.new("xkv_read_options *", lib.xkv_read_options_default())
         o.first_token, o.token_count, o.first_group, o.group_count = first, count, first_group, group_count
         at = int32_array(positions, "positions") if positions is not None else None

@@ -3,15 +3,17 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Union
 
 from ._arrays import Views
 from ._call import Callbacks, Handle, Owner, _Settings, borrowed, call, call_with, context_options
 from ._files import Span, span
 from ._native import ffi, lib
 from ._structs import record
+from .cache import Planes
 from .geometry import Geometry, Tokens, int32_array, pointer_to
 from .packing import pack_options
+from .pages import Pages, PageViews
 from .prompt import Namespace, PageKey, PromptLike, page_keys, prompt_of
 from .store import Store
 from .store_types import MATCH_REASONS
@@ -113,7 +115,7 @@ class HookMatch:
 
     def load(self, geometry: Geometry, arrays: Sequence[Any], tokens: Span = None, *, rows: Optional[Any] = None,
              positions: Optional[Tokens] = None, on_group: Optional[Callable[[int, int], object]] = None) -> None:
-        """Restore tokens (None: all that can be reused) into arrays[i] of plane i: [tokens, heads, head_dim].
+        """Restore tokens (None: all that can be reused) into arrays[i] of plane i: [tokens, heads, head_dim]; or into Pages.
 
         geometry: the engine's, whose layers and RoPE must be those of the entry. rows: [tokens] where to put them in each
         array. positions: [tokens] that K is rotated for. on_group(group, layers): layers 0 .. layers-1 are complete now.
@@ -122,7 +124,9 @@ class HookMatch:
         if self._handle is None:
             raise ValueError(f"nothing was found: {self.reason}")
         first, count = span(tokens, self.tokens, "tokens")
-        views = Views(geometry, arrays, count, rows, writable=True)
+        paged = arrays and all(isinstance(pages, Pages) for pages in arrays)
+        views: Union[Views, PageViews] = (PageViews(geometry, arrays, first, count, writable=True) if paged
+                                          else Views(geometry, arrays, count, rows, writable=True))
         g, kept = geometry.to_c()
         o = ffi.new("xkv_hook_load_options *", lib.xkv_hook_load_options_default())
         o.first_token, o.token_count = first, count
@@ -193,9 +197,9 @@ class Hook(Owner):
         """Copy the rows of a prompt; they are packed and stored in the background.
 
         geometry may have more tokens than the prompt. arrays[i] of plane i: [tokens, heads, head_dim], in the plane's
-        type. rows: [geometry.tokens] where the tokens are in each array."""
+        type; or Pages. rows: [geometry.tokens] where the tokens are in each array."""
         prompt, saved = prompt_of(tokens), ffi.new("xkv_hook_saved *")
-        views = Views(geometry, arrays, geometry.tokens, rows)
+        views = Planes(geometry, arrays, rows).views
         g, kept = geometry.to_c()
         o = ffi.new("xkv_hook_save_options *", lib.xkv_hook_save_options_default())
         names, o.key_count = page_keys(keys)
