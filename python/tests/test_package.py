@@ -52,14 +52,15 @@ def snippets():
 
 
 def test_readme(tmp_path, monkeypatch):
-    """All snippets of the section, one after the other, as written. Those with llama_cpp: tests/engine/live.py."""
+    """The snippets of the section, one after the other, as written. tests/engine/live.py has those with llama_cpp,
+    test_transformers.py those with transformers."""
     shutil.copy(ENGINE_FILE, tmp_path / "chat.ggsq")
     (tmp_path / "caches").mkdir()
     shutil.copy(ENGINE_FILE, tmp_path / "caches")
     shutil.copy(GGUF, tmp_path / "model.gguf")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    run = [code for code in snippets() if "llama_cpp" not in code]
+    run = [code for code in snippets() if "llama_cpp" not in code and "transformers" not in code]
     assert len(run) >= 3
     for code in run:
         exec(compile(code, "README.md", "exec"), names)

@@ -1,6 +1,7 @@
 """xkv.transformers on tiny random models. Opt-in: runs where torch and transformers are installed."""
 import numpy as np
 import pytest
+from test_package import snippets
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -49,7 +50,20 @@ def test_round_trip(name):
         assert torch.equal(a, c) and torch.equal(b, d)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gemma3"])
+def test_static_caches():
+    """Padded to a fixed length: the first tokens are taken."""
+    model, ids = made("llama"), prompt()
+    static = transformers.StaticCache(config=model.config, max_cache_len=128)
+    with torch.no_grad():
+        model(ids, past_key_values=static, use_cache=True)
+    a = xt.planes_of(static, ids[0].tolist(), xt.rope_of(model))
+    entry = xkv.open(xkv.pack(a, profile="lossless"))
+    for got, (keys, values) in zip(xt.layers_of(xt.cache_of(entry)), xt.layers_of(filled(model, ids))):
+        assert torch.allclose(got[0], keys, atol=1e-5) and torch.allclose(got[1], values, atol=1e-5)
+    assert xt.layers_of(static)[0][0].shape[-2] == 128
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_rope_is_what_the_model_does(name):
     """The same tokens from position 0 and from position 37: keys of the first layer differ by the rotation alone."""
     model, ids = made(name), prompt(20)
@@ -105,6 +119,15 @@ def test_a_window_that_has_slid_is_not_stored(store):
     ids = prompt()
     assert cache.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= 63
     assert cache.last.stored is None and store.stat().entries == 0
+
+
+def test_readme(store):
+    """The snippet, as written."""
+    (code,) = [code for code in snippets() if "transformers" in code]
+    names = dict(model=made("llama"), store=store, input_ids=prompt())
+    for reused in (0, 59):
+        exec(code, names)
+        assert names["cache"].last.tokens == reused and names["output"].shape[1] > 60
 
 
 def test_one_sequence_only(store):
