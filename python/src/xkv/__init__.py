@@ -11,6 +11,7 @@ from . import errors
 from ._call import set_memory_limit, set_threads, text
 from ._native import lib as _lib
 from .append import append
+from .attention import Attention, AttentionInfo, merge
 from .cache import Cache, Planes
 from .dictionary import Dictionary, DictionaryInfo, train, train_file
 from .entry import Entry, EntryInfo, GroupCoding, GroupInfo, unpack_file
@@ -28,12 +29,13 @@ from .store_types import CollectReport, PushReport, PutReport, RemoteStats, Repa
 __version__ = text(_lib.xkv_version())
 
 __all__ = [
-    "Cache", "CollectReport", "Dictionary", "DictionaryInfo", "Entry", "EntryInfo", "Geometry", "GroupCoding", "GroupInfo",
-    "Hook", "HookCounters", "HookMatch", "Match", "Media", "Metric", "Model", "ModelLayer", "Namespace", "PackReport",
-    "Packed", "PageKey", "Pages", "Plane", "Planes", "ProfileEstimate", "Prompt", "PushReport", "PutReport", "RemoteStats",
-    "RepairReport", "Rope", "Saved", "Store", "StoreItem", "StoreStats", "VerifyReport", "XkvError", "append", "errors",
-    "native_chain", "open", "pack", "pack_file", "set_memory_limit", "set_threads", "sglang_chain", "train", "train_file",
-    "unpack_file", "vllm_chain", "backends",
+    "Attention", "AttentionInfo", "Cache", "CollectReport", "Dictionary", "DictionaryInfo", "Entry", "EntryInfo",
+    "Geometry", "GroupCoding", "GroupInfo", "Hook", "HookCounters", "HookMatch", "Match", "Media", "Metric",
+    "Model", "ModelLayer", "Namespace", "PackReport", "Packed", "PageKey", "Pages", "Plane", "Planes",
+    "ProfileEstimate", "Prompt", "PushReport", "PutReport", "RemoteStats", "RepairReport", "Rope", "Saved", "Store",
+    "StoreItem", "StoreStats", "VerifyReport", "XkvError", "append", "backends", "errors", "merge", "native_chain",
+    "open", "pack", "pack_file", "set_memory_limit", "set_threads", "sglang_chain", "train", "train_file",
+    "unpack_file", "vllm_chain",
 ]
 
 
