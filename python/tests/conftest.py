@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 from typing import Any, Iterator
 
@@ -16,6 +17,15 @@ ENGINE_FILE = DATA / "smollm2-135m-jargon.ggsq"
 GGUF = DATA / "smollm2-135m.gguf"
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "engine"))  # a reader of engine files that is independent of the library
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt, here and in children, also where the tests were started with SIGINT ignored (by a
+    shell's `&`, by nohup)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

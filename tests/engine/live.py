@@ -75,8 +75,9 @@ def two_processes(model_file, dictionary, work, cache):
 class Judge:
     """Caches restored from entries against the raw one, in one engine."""
 
-    def __init__(self, model_file, dictionary):
-        self.engine, self.model = engine.Model(model_file), xkv.Model.from_gguf(model_file)
+    def __init__(self, weights, model_file, dictionary):
+        """weights: the GGUF file that is run: model_file, or the same with other weights."""
+        self.engine, self.model = engine.Model(weights), xkv.Model.from_gguf(model_file)
         self.dictionary = xkv.Dictionary.open(dictionary)
         self.context = engine.Context(self.engine, PROMPT + 512)
 
@@ -102,7 +103,8 @@ class Judge:
 
 
 def agreement(judge, cache):
-    """Over 8 prompts of three plays, 64 tokens teacher forced."""
+    """Over 8 prompts of three plays, 64 tokens teacher forced; with f32 weights, since quantized ones add noise of their own
+    (models.py)."""
     texts = list(default_texts(cache).values())
     kl, same, identical = [], [], True
     for i in range(PROMPTS):
@@ -155,11 +157,11 @@ def main():
         work = pathlib.Path(work)
         if "processes" in args.parts:
             results["processes"] = two_processes(model_file, dictionary, work, args.cache)
-        judge = Judge(model_file, dictionary) if {"agreement", "questions"} & set(args.parts) else None
         if "agreement" in args.parts:
-            results["agreement"] = agreement(judge, args.cache)
+            weights = models.f32_model(args.model, args.cache)
+            results["agreement"] = agreement(Judge(weights, model_file, dictionary), args.cache)
         if "questions" in args.parts:
-            results["questions"] = questions(judge, model_file, args.cache)
+            results["questions"] = questions(Judge(model_file, model_file, dictionary), model_file, args.cache)
         if "fallbacks" in args.parts:
             other = next(name for name in models.SOURCES if name != args.model)
             results["fallbacks"] = fallbacks(answer, model_file, models.joined_model(other, args.cache),
