@@ -65,4 +65,3 @@ def test_readme(tmp_path, monkeypatch):
     for code in run:
         exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "restored.ggsq").stat().st_size < ENGINE_FILE.stat().st_size
-

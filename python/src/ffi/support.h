@@ -15,9 +15,9 @@ typedef struct xkv_py_buffer {
 xkv_output xkv_py_buffer_output(xkv_py_buffer *buffer);
 void xkv_py_buffer_free(xkv_py_buffer *buffer);
 
-/* While a call runs on the main thread: SIGINT also cancels `ctx`, beside what it does otherwise (Python's handler makes
- * it a KeyboardInterrupt after the call). Without effect where SIGINT is ignored or ends the process. Returns what
- * xkv_py_interrupt_end() wants. Main thread only; calls nest. */
+/* While a call runs on the main thread: SIGINT also cancels `ctx`, beside what it does otherwise (Python's handler
+ * makes it a KeyboardInterrupt after the call). Without effect where SIGINT is ignored or ends the process. Returns
+ * what xkv_py_interrupt_end() wants. Main thread only; calls nest. */
 xkv_ctx *xkv_py_interrupt_begin(xkv_ctx *ctx);
 void xkv_py_interrupt_end(xkv_ctx *outer);
 
