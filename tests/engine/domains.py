@@ -14,9 +14,10 @@ import numpy as np
 import engine
 import models
 from sequence_file import SequenceFile
-from test_engine import compare, raw16_bytes
+from test_engine import raw16_bytes
 from texts import default_texts, downloaded
 from tools import tool, train
+from xkv.fidelity import compare
 
 MESSAGES = "Django==5.2"  # its source archive has German messages, whole sentences among them
 ERRORS = (0.15, 0.05)     # relative, in the dictionary's metric

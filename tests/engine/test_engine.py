@@ -22,6 +22,7 @@ import gguf_header
 import models
 import svd_reference
 from sequence_file import SequenceFile
+from xkv.fidelity import compare
 
 TEXT = pydoc_data.topics.topics["types"]  # English prose that each machine with Python has: a chapter of its manual
 PROMPT, FOLLOWING = 512, 256
@@ -41,27 +42,6 @@ KINDS = (("f16", engine.F16, True), ("f16, V transposed", engine.F16, False), ("
 # V in blocks needs flash attention. What an error of 0.1 may cost, in nats over the engine's own cache of that type.
 QUANTIZED = (("q8_0", engine.Q8_0), ("q4_0", engine.Q4_0))
 QUANTIZED_ERROR, QUANTIZED_KL = 0.1, 0.1
-
-
-@dataclass
-class Fidelity:
-    kl: float      # mean KL(reference || other), nats
-    kl_p99: float
-    top1: float    # share of positions with the same most likely token
-
-
-def log_softmax(scores):
-    scores = scores.astype(np.float64) - scores.max()
-    return scores - np.log(np.exp(scores).sum())
-
-
-def compare(reference, other):
-    kl = []
-    for a, b in zip(reference, other):
-        a, b = log_softmax(a), log_softmax(b)
-        kl.append(np.exp(a) @ (a - b))
-    top1 = np.mean(reference.argmax(axis=1) == other.argmax(axis=1))
-    return Fidelity(float(np.mean(kl)), float(np.quantile(kl, 0.99)), float(top1))
 
 
 class Tools:

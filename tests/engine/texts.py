@@ -47,3 +47,36 @@ def default_prose(cache):
     """(name, text) of more than 8192 tokens: half a play."""
     text = play("othello", cache)
     return "othello", text[len(text) // 2:]
+
+
+# --- For the live test ---
+
+FACTS = (("What is the name of the lighthouse keeper?", "Marten"), ("What colour is the door of the tavern?", "green"),
+         ("How many bells hang in the tower?", "seven"), ("What does the baker sell on Sundays?", "plum"),
+         ("Who built the bridge?", "Ilse"), ("In which month is the market held?", "October"),
+         ("What animal guards the mill?", "goose"), ("What is the ferry called?", "Swallow"))
+FACTS_TEXT = """The town of Harrow Bay is small, and everybody knows these things about it. The name of the lighthouse keeper is
+Marten. The colour of the door of the tavern is green. The number of bells in the tower is seven. On Sundays the baker sells
+plum cakes. The bridge was built by Ilse Brandt. The market is held in October. The animal that guards the mill is a goose.
+The ferry is called Swallow.
+"""
+
+
+def facts_text(cache):
+    """A text of about 2,000 tokens that ends with facts, and (question, part of the answer)."""
+    return default_texts(cache)["tempest"][:5600] + "\n\n" + FACTS_TEXT, FACTS
+
+
+def training_texts(cache):
+    """{name: text} that no test judges: plays, a manual, code."""
+    import argparse
+    import inspect
+    import pydoc_data.topics
+    texts = {}
+    for name in ("romeo_and_juliet", "hamlet", "winters_tale", "macbeth"):
+        text = play(name, cache)
+        texts[name] = text[len(text) // 3:]
+    for name in ("objects", "specialnames", "import"):
+        texts[name] = pydoc_data.topics.topics[name]
+    texts["code"] = inspect.getsource(argparse)[20000:]
+    return texts

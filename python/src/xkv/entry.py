@@ -1,0 +1,262 @@
+"""Entries: packed prefixes, opened, read in part or whole, restored as the engine's file."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from ._arrays import Array, Views, empty_planes
+from ._call import Callbacks, Context, Handle, Owner, Progress, borrowed, call, call_with
+from ._files import Input, Path, Source, Span, span, to_mapped_file
+from ._native import ffi, lib
+from ._structs import record
+from .dictionary import Dictionary
+from .geometry import NUMPY_TYPES, Geometry, Tokens, index_of, int32_array, pointer_to
+from .model import Model
+from .packing import Packed
+from .pages import Pages, PageViews
+
+CODECS = {0: "lossless", 1: "svd", 2: "dict", 3: "scalar", 4: "svdq", 6: "cross"}
+REASONS = ("asked", "no gain", "not finite", "exact kind", "no tokens", "not trained")
+
+Value = Union[str, int, float, bytes]
+
+
+@dataclass(frozen=True)
+class EntryInfo:
+    """Sizes and settings of an entry."""
+
+    file_size: int
+    raw_bytes: int        # of the cache's tensors as the engine holds them
+    raw16_bytes: int      # the same at 16 bits an element
+    payload_bytes: int
+    framing_bytes: int
+    token_bytes: int
+    content_id: bytes     # 16 bytes
+    source_hash: bytes    # XXH3-128 of the engine's file; zero without one
+    write_version: int
+    read_version: int
+    sinks: int
+    window: int
+    chunk_tokens: int
+    chunk_count: int
+    group_count: int
+    lossless: bool        # every group is
+    needs_dict: bool
+    dictionary_id: bytes  # its content id; zero when it needs none
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """Planes that are coded together."""
+
+    codec: str                 # "lossless", "svd", "dict", "scalar", "svdq", "cross" (holds no planes)
+    reason: Optional[str]      # lossless groups: why
+    planes: Tuple[int, ...]    # indices into the geometry's, ascending
+    errors: Tuple[float, ...]  # relative error of each
+    rank: int
+    width: int                 # elements of the group's row
+    raw_bytes: int
+    packed_bytes: int
+    energy: float
+    error: float
+
+
+@dataclass(frozen=True)
+class GroupCoding:
+    """How a group is quantized; zero for codecs that do not."""
+
+    step: float
+    coded: int  # of the group's `rank` components
+
+
+class EntryReader:
+    """Reading of an entry, by itself or behind a store's hit."""
+
+    geometry: Geometry
+
+    @property
+    def entry_pointer(self) -> Any:
+        raise NotImplementedError
+
+    def _read(self, context: Context, options: Any, views: Any) -> None:
+        call_with(context, lib.xkv_entry_read, self.entry_pointer, options, views)
+
+    def _token_limit(self) -> int:
+        return self.geometry.tokens
+
+    @property
+    def info(self) -> EntryInfo:
+        info = ffi.new("xkv_entry_info *")
+        lib.xkv_entry_get_info(self.entry_pointer, info)
+        return record(EntryInfo, info)
+
+    @property
+    def groups(self) -> List[GroupInfo]:
+        """In the order in which they are read."""
+        out, info = [], ffi.new("xkv_group_info *")
+        for i in range(self.info.group_count):
+            lib.xkv_entry_get_group(self.entry_pointer, i, info)
+            n = info.plane_count
+            reason = REASONS[info.reason] if info.codec == 0 and info.reason < len(REASONS) else None
+            out.append(record(GroupInfo, info, codec=CODECS.get(info.codec, str(info.codec)), reason=reason,
+                              planes=tuple(info.planes[0:n]) if n else (),
+                              errors=tuple(info.errors[0:n]) if n else ()))
+        return out
+
+    def coding(self, group: int) -> GroupCoding:
+        """Read how a group is quantized; the dictionary is not needed."""
+        if not 0 <= group < self.info.group_count:
+            raise IndexError(f"group {group} of {self.info.group_count}")
+        coding = ffi.new("xkv_group_coding *")
+        call(lib.xkv_entry_read_coding, self.entry_pointer, group, coding)
+        return record(GroupCoding, coding)
+
+    @property
+    def values(self) -> Dict[str, Value]:
+        """The metadata: model, engine, writer, settings."""
+        out: Dict[str, Value] = {}
+        value = ffi.new("xkv_value *")
+        for i in range(lib.xkv_entry_value_count(self.entry_pointer)):
+            lib.xkv_entry_get_value(self.entry_pointer, i, value)
+            out[ffi.string(value.key).decode("utf-8", "replace")] = _value(value)
+        return out
+
+    def check_model(self, model: Model) -> None:
+        """MismatchError: another model made it. Fingerprints are compared, else layers and widths."""
+        call(lib.xkv_entry_check_model, self.entry_pointer, model.pointer)
+
+    def read(self, tokens: Span = None, groups: Span = None, *, out: Optional[Sequence[Any]] = None,
+             rows: Optional[Any] = None, positions: Optional[Tokens] = None, dtype: Optional[str] = None,
+             on_group: Any = None, progress: Optional[Progress] = None) -> List[Any]:
+        """Restore tokens of groups: one array [tokens, heads, head_dim] for each plane of the geometry, None for planes
+        of other groups. Only the chunks that hold the tokens are read; all is checked before it is handed out.
+
+        tokens, groups: None for all, a number of leading ones, a slice or a range.
+        out: arrays to fill instead of new ones (None for planes that are not asked for): numpy, torch, anything with
+            DLPack or the buffer protocol, of any strides and of float32, float16, bfloat16. Or Pages, which get the tokens
+            where the sequence has them.
+        rows: [tokens] where to put them in `out`, for paged caches.
+        dtype: of new arrays: "f32", "f16", "bf16" (bits as uint16); by default the plane's own, f32 for
+            planes in blocks.
+        positions: [tokens] that K is rotated for; by default those it was computed at.
+        on_group(group): called when all asked tokens of a group are in place, in order; an exception stops the call.
+        On any error the contents of `out` are undefined."""
+        first, count = span(tokens, self._token_limit(), "tokens")
+        infos = self.groups
+        first_group, group_count = span(groups, len(infos), "groups")
+        asked = {i for info in infos[first_group:first_group + group_count] for i in info.planes}
+        wanted = [i in asked for i in range(len(self.geometry.planes))]
+        if dtype is not None:
+            index_of(tuple(NUMPY_TYPES), dtype, "dtype")
+        arrays: Sequence[Any]
+        views: Union[Views, PageViews]
+        if out and all(isinstance(pages, Pages) for pages in out):
+            arrays, views = out, PageViews(self.geometry, out, first, count, writable=True)
+        else:
+            arrays = empty_planes(self.geometry, wanted, count, dtype) if out is None else _chosen(out, wanted)
+            views = Views(self.geometry, arrays, count, rows, writable=True)
+        o = ffi.new("xkv_read_options *", lib.xkv_read_options_default())
+        o.first_token, o.token_count, o.first_group, o.group_count = first, count, first_group, group_count
+        at = int32_array(positions, "positions") if positions is not None else None
+        if at is not None:
+            if len(at) != count:
+                raise ValueError(f"positions: {len(at)}, expected {count}")
+            o.positions = pointer_to(at)
+        with borrowed() as context, Callbacks(progress, on_group) as callbacks:
+            o.progress, o.progress_user = callbacks.progress, callbacks.user
+            o.group_ready, o.group_ready_user = callbacks.group_ready, callbacks.user
+            self._read(context, o, views.pointer)
+        return list(arrays)
+
+    def restored_size(self, tokens: int = 0) -> int:
+        """Bytes of the engine's file for the first tokens (0: all)."""
+        size = ffi.new("uint64_t *")
+        call(lib.xkv_entry_restored_size, self.entry_pointer, tokens, size)
+        return int(size[0])
+
+    def restore(self, tokens: int = 0, *, progress: Optional[Progress] = None) -> bytearray:
+        """The engine's file for the first tokens (0: all)."""
+        image = bytearray(self.restored_size(tokens))
+        with borrowed() as context:
+            self._restore(context, tokens, ffi.from_buffer("uint8_t[]", image), len(image), progress)
+        return image
+
+    def restore_file(self, path: Path, tokens: int = 0, *, overwrite: bool = False,
+                     progress: Optional[Progress] = None) -> None:
+        """The same as a file, which appears when it is complete. FileExistsError unless `overwrite`."""
+        size = self.restored_size(tokens)
+        with borrowed() as context:
+            to_mapped_file(lambda c, data: self._restore(c, tokens, data, size, progress), size, context, path, overwrite)
+
+    def _restore(self, context: Context, tokens: int, image: Any, size: int, progress: Optional[Progress]) -> None:
+        with Callbacks(progress) as callbacks:
+            call_with(context, lib.xkv_entry_restore, self.entry_pointer, tokens, callbacks.progress, callbacks.user,
+                      image, size)
+
+
+class Entry(Owner, EntryReader):
+    """An opened entry (.xkv). May be read by several threads at once."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self.geometry = Geometry.from_c(lib.xkv_entry_geometry(handle.pointer))
+
+    def __enter__(self) -> Entry:
+        return self
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"<xkv.Entry {info.content_id.hex()}, {self.geometry.tokens} tokens, {info.file_size} bytes>"
+
+    @property
+    def entry_pointer(self) -> Any:
+        """xkv_entry *"""
+        return self._handle.pointer
+
+    def attach(self, dictionary: Dictionary) -> None:
+        """Give it the dictionary it was packed with. MismatchError: it is another one."""
+        call_with(self._handle.context, lib.xkv_entry_attach, self._handle.pointer, dictionary.pointer)
+        self._handle.keep += (dictionary,)
+
+    def verify(self, progress: Optional[Progress] = None) -> None:
+        """Check every rule and checksum, and decode everything."""
+        with Callbacks(progress) as callbacks:
+            call(lib.xkv_entry_verify, self.entry_pointer, callbacks.progress, callbacks.user)
+
+
+def open_entry(source: Union[Source, Packed], dictionary: Union[Dictionary, Source, None] = None) -> Entry:
+    """Open an entry: a file, its bytes (kept, not copied), or what pack() returned.
+
+    dictionary: the one it was packed with, opened or a file, if it needs one (info.needs_dict)."""
+    data = Input(source.data if isinstance(source, Packed) else source)
+    entry = Entry(Handle("xkv_entry", lib.xkv_entry_open, (data.pointer,), lib.xkv_entry_close, (data,)))
+    if dictionary is not None:
+        if not isinstance(dictionary, Dictionary):
+            dictionary = Dictionary.open(dictionary, for_packing=False)
+        entry.attach(dictionary)
+    return entry
+
+
+def unpack_file(entry_file: Source, engine_file: Path, *, tokens: int = 0, overwrite: bool = False,
+                dictionary: Union[Dictionary, Source, None] = None, progress: Optional[Progress] = None) -> None:
+    """Entry to engine file, or its first tokens (0: all). It appears when it is complete and right."""
+    with open_entry(entry_file, dictionary) as entry:
+        entry.restore_file(engine_file, tokens, overwrite=overwrite, progress=progress)
+
+
+def _value(value: Any) -> Value:
+    data = bytes(ffi.buffer(value.bytes, value.size)) if value.bytes and value.size else b""
+    if value.type == lib.XKV_VALUE_U64:
+        return int(value.u64)
+    if value.type == lib.XKV_VALUE_F64:
+        return float(value.f64)
+    return data.decode("utf-8", "replace") if value.type == lib.XKV_VALUE_STRING else data
+
+
+def _chosen(out: Sequence[Any], wanted: Sequence[bool]) -> List[Optional[Array]]:
+    if len(out) != len(wanted):
+        raise ValueError(f"out: {len(out)} arrays for {len(wanted)} planes")
+    for i, (array, want) in enumerate(zip(out, wanted)):
+        if want and array is None:
+            raise ValueError(f"out: no array for plane {i}, which was asked for")
+    return [array if want else None for array, want in zip(out, wanted)]

@@ -1,0 +1,67 @@
+"""The package as such: types, what an sdist holds, the snippets of the README."""
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from conftest import ENGINE_FILE, GGUF, REPOSITORY
+
+import xkv
+
+PACKAGE = REPOSITORY / "python"
+
+
+def test_types():
+    """mypy --strict over the package, as pyproject.toml says."""
+    if importlib.util.find_spec("mypy") is None:
+        pytest.skip("mypy is not installed")
+    done = subprocess.run([sys.executable, "-m", "mypy", "--no-incremental", "src/xkv"], cwd=PACKAGE, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (pathlib.Path(xkv.__file__).parent / "py.typed").exists()
+
+
+def test_all_names_exist():
+    assert sorted(xkv.__all__) == sorted(set(xkv.__all__))
+    for name in xkv.__all__:
+        assert hasattr(xkv, name)
+
+
+def test_a_source_distribution_is_complete(tmp_path, monkeypatch):
+    """It holds the C sources as files, so that it builds without the repository."""
+    build = pytest.importorskip("scikit_build_core.build")
+    monkeypatch.chdir(PACKAGE)
+    with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
+        files = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    needed = {"LICENSE", "pyproject.toml", "CMakeLists.txt", "native/CMakeLists.txt", "src/ffi/build_ffi.py"}
+    for folder in ("format", "kernels", "codec", "store", "cmake"):
+        for path in (REPOSITORY / folder).rglob("*"):
+            if path.is_file():
+                needed.add(f"native/{path.relative_to(REPOSITORY)}")
+    assert not needed - files
+
+
+def snippets():
+    text = (REPOSITORY / "README.md").read_text()
+    section = text[text.index("\n## Use it from Python\n"):]
+    return re.findall(r"```python\n(.*?)```", section[:section.index("\n## ", 5)], re.S)
+
+
+def test_readme(tmp_path, monkeypatch):
+    """The snippets of the section, one after the other, as written. tests/engine/live.py has those with llama_cpp,
+    test_transformers.py those with transformers."""
+    shutil.copy(ENGINE_FILE, tmp_path / "chat.ggsq")
+    (tmp_path / "caches").mkdir()
+    shutil.copy(ENGINE_FILE, tmp_path / "caches")
+    shutil.copy(GGUF, tmp_path / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    run = [code for code in snippets() if "llama_cpp" not in code and "transformers" not in code]
+    assert len(run) >= 3
+    for code in run:
+        exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "restored.ggsq").stat().st_size < ENGINE_FILE.stat().st_size
