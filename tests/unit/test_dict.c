@@ -1221,18 +1221,76 @@ static void every_damaged_byte_is_found(void **state)
     leading = leading > 0 ? 2 : 0; /* of 8 */
     trained t = train(ctx, &training, &to);
     assert_damage_is_found(ctx, &t.m, open_dict, NULL);
-    for (int k = 0; k < 3; k++) {
-        xkv_pack_options o = k == 1 ? scalar_options(0.1) : dict_options(t.dict);
-        o.quality = k == 2 ? 1 : o.quality; /* so coarse that nothing is coded, in the cross stage neither */
+    for (int k = 0; k < 2; k++) {
+        xkv_pack_options o = k ? scalar_options(0.1) : dict_options(t.dict);
         o.chunk_tokens = 32;
         o.group_layers = 1;
         packed p = pack_planes(ctx, &s, &o);
-        assert_damage_is_found(ctx, &p.m, open_entry, k == 1 ? NULL : t.dict);
+        assert_damage_is_found(ctx, &p.m, open_entry, k ? NULL : t.dict);
         free_packed(ctx, &p);
     }
     free_trained(ctx, &t);
     free_synthetic(&s);
     free_synthetic(&training);
+    xkv_ctx_free(ctx);
+}
+
+/* The same entry with no component of the cross stage named, while its chunks hold what they held. */
+static memory without_stage(xkv_ctx *ctx, const packed *p)
+{
+    memory *m = calloc(1, sizeof *m), result;
+    xkv_output output = memory_output(m);
+    xkv_container c = p->entry->c;
+    xkv_container_writer w;
+    uint64_t size;
+
+    c.groups = malloc(c.group_count * sizeof *c.groups);
+    assert_non_null(c.groups);
+    memcpy(c.groups, p->entry->c.groups, c.group_count * sizeof *c.groups);
+    for (uint32_t i = 0; i < c.group_count; i++)
+        c.groups[i].parts = calloc(c.groups[i].part_count, sizeof *c.groups[i].parts);
+    assert_ok(ctx, xkv_container_begin(ctx, &c, &output, 4, &w));
+    for (uint32_t i = 0; i < c.group_count; i++)
+        for (uint32_t k = 0; k < c.groups[i].part_count; k++) {
+            const xkv_part *part = &p->entry->c.groups[i].parts[k];
+            uint8_t *bytes = malloc((size_t)part->size + 1);
+            assert_ok(ctx, xkv_container_read_part(ctx, &p->input, &p->entry->c, part, bytes));
+            if (i == 0 && k == XKV_PART_COMPONENTS) {
+                assert_int_equal(part->method, XKV_METHOD_STORED);
+                memset(bytes + 8, 0, c.groups[0].rank);
+            }
+            assert_ok(ctx, xkv_container_add_part(ctx, &w, &c.groups[i].parts[k], bytes, part->size, part->method));
+            free(bytes);
+        }
+    assert_ok(ctx, xkv_container_finish(ctx, &w, &size));
+    for (uint32_t i = 0; i < c.group_count; i++)
+        free(c.groups[i].parts);
+    free(c.groups);
+    result = *m;
+    free(m);
+    return result;
+}
+
+static void chunks_of_a_stage_without_components_are_checked(void **state)
+{
+    xkv_ctx *ctx = new_ctx(1);
+    synthetic s = small_sample(70, 1);
+    xkv_train_options to = xkv_train_options_default();
+
+    (void)state;
+    to.group_layers = 1;
+    leading = 2;
+    trained t = train(ctx, &s, &to);
+    xkv_pack_options o = dict_options(t.dict);
+    o.group_layers = 1;
+    packed p = pack_planes(ctx, &s, &o);
+    memory m = without_stage(ctx, &p);
+    assert_int_equal(open_entry(ctx, t.dict, m.data, m.size), XKV_ERROR_CORRUPT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "[E2]"));
+    memory_free(&m);
+    free_packed(ctx, &p);
+    free_trained(ctx, &t);
+    free_synthetic(&s);
     xkv_ctx_free(ctx);
 }
 
@@ -1350,6 +1408,7 @@ int main(void)
         BOTH_WAYS(reading_needs_half),
         BOTH_WAYS(unknown_layers_are_exact),
         BOTH_WAYS(every_damaged_byte_is_found),
+        cmocka_unit_test(chunks_of_a_stage_without_components_are_checked),
         BOTH_WAYS(components_are_described),
     };
 
