@@ -318,7 +318,9 @@ typedef enum xkv_engine {
     XKV_ENGINE_NONE = 0,           /* planes in memory only */
     XKV_ENGINE_LLAMA_SEQUENCE = 1, /* llama.cpp `ggsq` state versions 2, 3, 4; server slot files */
     XKV_ENGINE_SAFETENSORS = 2,    /* layer.{i}.key / layer.{i}.value, see spec/engines.md */
-    XKV_ENGINE_OPAQUE = 3          /* not understood: carried byte for byte, nothing packed but by zstd */
+    XKV_ENGINE_OPAQUE = 3,         /* not understood: carried byte for byte, nothing packed but by zstd */
+    XKV_ENGINE_LLAMA_SESSION = 4,  /* llama.cpp `ggsn` state versions 9, 10, 11, with one sequence */
+    XKV_ENGINE_LLAMA_BLOB = 5      /* what llama_state_seq_get_data() writes to memory since May 2026 */
 } xkv_engine;
 
 XKV_API const char *xkv_engine_name(uint32_t engine); /* "llama.cpp sequence", ... */

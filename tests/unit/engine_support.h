@@ -1,4 +1,4 @@
-/* engine_support.h - what the tests of engine files share: synthetic llama.cpp sequence files and ways to look at
+/* engine_support.h - what the tests of engine files share: synthetic llama.cpp state files and ways to look at
  * caches. Offsets and layouts are those of spec/engines.md, written down here a second time. */
 #ifndef XKV_TEST_ENGINE_SUPPORT_H
 #define XKV_TEST_ENGINE_SUPPORT_H
@@ -14,13 +14,19 @@
 
 enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q8_0 = 8, TYPE_IQ4_NL = 20, TYPE_BF16 = 30 };
 
+typedef enum file_kind { SEQUENCE_FILE, SESSION_FILE, BLOB } file_kind;
+
 typedef struct sequence {
-    uint32_t version;
-    int streams;       /* 0: the form without n_stream */
-    int used;          /* the stream that has the cells */
-    uint32_t ids;      /* token ids 100, 101, ... */
-    uint32_t cells;    /* cells */
-    const int32_t *at; /* their positions; NULL: 0, 1, ... */
+    file_kind kind;
+    uint32_t version;         /* as sequence files count it: sessions have 7 more, blobs none */
+    const char *architecture; /* sessions */
+    int output_section;       /* sessions: as engines before February 2026 */
+    uint32_t outputs;         /* in that section, each with 7 logits and 3 elements of an embedding */
+    int streams;              /* 0: the form without n_stream */
+    int used;                 /* the stream that has the cells */
+    uint32_t ids;             /* token ids 100, 101, ... */
+    uint32_t cells;           /* cells */
+    const int32_t *at;        /* their positions; NULL: 0, 1, ... */
     uint32_t extension;
     uint32_t v_trans, layers, k_type, k_row, v_type, v_row; /* v_row 0: K only; rows in bytes */
     uint32_t rot_k;
@@ -80,15 +86,44 @@ static inline void put_memory(bytes *b, const sequence *s)
     }
 }
 
+static inline void put_session_fields(bytes *b, const sequence *s)
+{
+    put32(b, (uint32_t)strlen(s->architecture));
+    put(b, s->architecture, strlen(s->architecture));
+    if (!s->output_section)
+        return;
+    put32(b, s->outputs);
+    for (uint32_t i = 0; i < s->outputs; i++)
+        put32(b, s->cells - 1 - i); /* places in the batch */
+    put64(b, 7 * (uint64_t)s->outputs);
+    put_noise(b, 4 * 7 * (size_t)s->outputs, 31);
+    put64(b, 3 * (uint64_t)s->outputs);
+    put_noise(b, 4 * 3 * (size_t)s->outputs, 32);
+}
+
+/* A file of any kind. */
 static inline void put_sequence(bytes *b, const sequence *s)
 {
     b->size = 0;
-    put32(b, 0x67677371);
-    put32(b, s->version);
-    put32(b, s->ids);
-    for (uint32_t i = 0; i < s->ids; i++)
-        put32(b, 100 + i);
+    if (s->kind == BLOB) {
+        put32(b, 0xaf143cd8);
+        put32(b, 5);
+    } else {
+        put32(b, s->kind == SESSION_FILE ? 0x6767736e : 0x67677371);
+        put32(b, s->kind == SESSION_FILE ? s->version + 7 : s->version);
+        put32(b, s->ids);
+        for (uint32_t i = 0; i < s->ids; i++)
+            put32(b, 100 + i);
+    }
+    if (s->kind == SESSION_FILE)
+        put_session_fields(b, s);
     put_memory(b, s);
+}
+
+static inline uint32_t engine_of(const sequence *s)
+{
+    static const uint32_t engines[] = {XKV_ENGINE_LLAMA_SEQUENCE, XKV_ENGINE_LLAMA_SESSION, XKV_ENGINE_LLAMA_BLOB};
+    return engines[s->kind];
 }
 
 /* A server's checkpoints: two of them. */

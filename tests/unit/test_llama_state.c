@@ -1,4 +1,4 @@
-/* test_llama_state.c - llama.cpp sequence files: every form of the layout, damage, and what is not understood. */
+/* test_llama_state.c - llama.cpp state files: every form of the layout, damage, and what is not understood. */
 #include "engine_support.h"
 
 #include <dirent.h>
@@ -51,16 +51,16 @@ static void assert_engine(const xkv_cache *cache, uint32_t engine)
     assert_string_equal(xkv_engine_name(xkv_cache_framing(cache)->engine), xkv_engine_name(engine));
 }
 
-/* The file opens as a sequence with all its planes, and comes back byte for byte. */
+/* The file opens as what it is, with all its planes, and comes back byte for byte. */
 static void assert_opens(const sequence *s)
 {
     xkv_cache *cache = open_file(NULL);
     const xkv_geometry *g = xkv_cache_geometry(cache);
-    assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+    assert_engine(cache, engine_of(s));
     assert_int_equal(g->token_count, s->cells);
     assert_int_equal(g->layer_count, s->layers);
     assert_int_equal(g->plane_count, s->layers * (s->v_row ? 2 : 1));
-    assert_int_equal(g->token_id_count, s->ids);
+    assert_int_equal(g->token_id_count, s->kind == BLOB ? 0 : s->ids);
     for (uint32_t i = 0; i < g->token_id_count; i++)
         assert_int_equal(g->token_ids[i], 100 + i);
     for (uint32_t i = 1; i < g->token_count; i++)
@@ -219,6 +219,128 @@ static void test_packed_token_field(void **state)
     assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), xkv_cache_geometry(cache), 1, &cut),
                      XKV_ERROR_UNSUPPORTED);
     xkv_cache_free(ctx, cache);
+}
+
+/* --- Sessions and blobs ------------------------------------------------------------------------------------------- */
+
+/* A session has no tail, an architecture and, of older engines, outputs. */
+static const sequence sessions[] = {
+    {.version = 2, .streams = 0, .output_section = 1, .outputs = 2}, /* mid-2025 */
+    {.version = 2, .streams = 1, .output_section = 1, .outputs = 1},
+    {.version = 2, .streams = 1, .output_section = 1}, /* none computed */
+    {.version = 2, .streams = 1},                      /* February 2026 */
+    {.version = 2, .streams = 1, .extension = 8},
+    {.version = 3, .streams = 3},
+    {.version = 3, .streams = 1, .extension = 12},
+    {.version = 4, .streams = 1},
+    {.version = 4, .streams = 1, .extension = 12},
+};
+
+static sequence session(size_t i)
+{
+    sequence s = plain_sequence();
+    s.kind = SESSION_FILE;
+    s.architecture = "llama";
+    s.version = sessions[i].version;
+    s.streams = sessions[i].streams;
+    s.output_section = sessions[i].output_section;
+    s.outputs = sessions[i].outputs;
+    s.extension = sessions[i].extension;
+    return s;
+}
+
+static void test_sessions(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof sessions / sizeof *sessions; i++)
+        for (uint32_t v_trans = 0; v_trans < 2; v_trans++) {
+            sequence s = session(i);
+            s.v_trans = v_trans;
+            s.cells = 1 + 4 * (uint32_t)(i % 3);
+            put_sequence(&file, &s);
+            assert_opens(&s);
+            s.v_row = 0;
+            put_sequence(&file, &s);
+            assert_opens(&s);
+        }
+}
+
+/* Counted by hand: 12 and two ids, 4 + 5 of the architecture, 4 + 4 + 8 + 28 + 8 + 12 of one output, then the memory,
+ * whose first K begins at 84 - 20 and whose layers are those of the plain file. */
+static void test_session_offsets(void **state)
+{
+    (void)state;
+    sequence s = session(1);
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(NULL);
+    const xkv_framing *f = xkv_cache_framing(cache);
+    assert_int_equal(file.size, 192 + 9 + 64);
+    assert_int_equal(f->segments[0].size, 84 + 9 + 64);
+    assert_int_equal(f->segment_count, 8);
+    xkv_cache_free(ctx, cache);
+}
+
+static void test_session_truncation(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof sessions / sizeof *sessions; i++) {
+        sequence s = session(i);
+        put_sequence(&file, &s);
+        size_t behind_k = file.size - 2 * (12 + 12) - (s.streams > 1 ? 4 * ((size_t)s.streams - 1) : 0);
+        for (size_t size = 4; size < file.size; size++) {
+            xkv_cache *cache = NULL;
+            xkv_status status = open_size(size, NULL, &cache);
+            if (size == behind_k && s.streams <= 1) {
+                assert_int_equal(status, XKV_OK);
+                xkv_cache_free(ctx, cache);
+            } else if (status != XKV_ERROR_TRUNCATED) {
+                fail_msg("session %zu, %zu of %zu bytes: %d", i, size, file.size, status);
+            }
+        }
+    }
+}
+
+static void test_session_architecture(void **state)
+{
+    (void)state;
+    static xkv_model_layer layers[] = {{.kv_heads = 1, .head_dim_k = 4, .head_dim_v = 2, .rope = XKV_NO_ROPE},
+                                       {.kv_heads = 1, .head_dim_k = 4, .head_dim_v = 2, .rope = XKV_NO_ROPE}};
+    static const struct {
+        const char *model;
+        xkv_status status;
+    } cases[] = {{"llama", XKV_OK},
+                 {"", XKV_OK},
+                 {"llam", XKV_ERROR_MISMATCH},
+                 {"llama4", XKV_ERROR_MISMATCH},
+                 {"qwen2", XKV_ERROR_MISMATCH}};
+    sequence s = session(7);
+    put_sequence(&file, &s);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        xkv_model model = {.layer_count = 2, .layers = layers};
+        xkv_cache *cache;
+        strcpy(model.architecture, cases[i].model);
+        assert_int_equal(open_size(file.size, &model, &cache), cases[i].status);
+        if (cases[i].status == XKV_OK)
+            xkv_cache_free(ctx, cache);
+        else
+            assert_non_null(strstr(xkv_ctx_error(ctx), "[LS12]"));
+    }
+}
+
+/* Blobs tell neither version nor tokens. */
+static void test_blobs(void **state)
+{
+    (void)state;
+    for (size_t i = 3; i < sizeof sessions / sizeof *sessions; i++) {
+        sequence s = session(i);
+        s.kind = BLOB;
+        put_sequence(&file, &s);
+        assert_opens(&s);
+        for (size_t size = 4; size + 2 * (12 + 12) < file.size - 8; size++) {
+            xkv_cache *cache;
+            assert_int_equal(open_size(size, NULL, &cache), XKV_ERROR_TRUNCATED);
+        }
+    }
 }
 
 /* --- MLA ---------------------------------------------------------------------------------------------------------- */
@@ -440,8 +562,20 @@ static void test_not_understood(void **state)
     s.version = 5;
     put_sequence(&file, &s);
     assert_opaque();
-    put_sequence(&file, &s); /* a full session */
-    xkv_store32(file.data, 0x6767736e);
+    s = session(5); /* sessions of several sequences: a cell of two, cells of one each */
+    s.version = 5;
+    put_sequence(&file, &s);
+    assert_opaque();
+    s = session(7);
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 28 + 9 + 4, 2);
+    assert_opaque();
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 28 + 9 + 12 + 8, 6);
+    assert_opaque();
+    put_sequence(&file, &s); /* an architecture of 4,000 bytes */
+    xkv_store32(file.data + 20, 4000);
+    file.size += 4000;
     assert_opaque();
     file.size = 0;
     put_noise(&file, 500, 1);
@@ -687,6 +821,11 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_cells_out_of_order, setup, teardown),
         cmocka_unit_test_setup_teardown(test_checkpoints, setup, teardown),
         cmocka_unit_test_setup_teardown(test_packed_token_field, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sessions, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_session_offsets, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_session_truncation, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_session_architecture, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_blobs, setup, teardown),
         cmocka_unit_test_setup_teardown(test_latent, setup, teardown),
         cmocka_unit_test_setup_teardown(test_unknown_type, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quantized_rows, setup, teardown),
