@@ -174,6 +174,29 @@ static xkv_status add_segments(xkv_framing_builder *b, const xkv_cache *cache, c
     return xkv_framing_add_literal(b, cache->file.data + b->source_size, cache->file.size - b->source_size);
 }
 
+/* The model's layers that have a cache, with or without a window: their number, and which they are, if `list`. */
+static uint32_t list_layers(const xkv_model *model, bool window, uint32_t *list)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < model->layer_count; i++) {
+        if (model->layers[i].head_dim_k == 0 || (model->layers[i].window > 0) != window)
+            continue;
+        if (list)
+            list[count] = i;
+        count++;
+    }
+    return count;
+}
+
+/* Whether the memories of the file are those of the model's layers without and with a window. */
+static bool is_split_by_windows(const state *s, const xkv_model *model)
+{
+    const memory *m = s->memories;
+    uint32_t windows = list_layers(model, true, NULL);
+    return windows > 0 && list_layers(model, false, NULL) == m[0].layer_count &&
+           (s->memory_count == 2 ? windows == m[1].layer_count : s->tail == XKV_TAIL_UNKNOWN);
+}
+
 /* Number the layers by the model, if they can be told from it; p->model is NULL otherwise. MISMATCH for a plain file of
  * another model. */
 static xkv_status number_layers(xkv_ctx *ctx, const xkv_cache *cache, packing *p, const xkv_model *model)
@@ -185,13 +208,22 @@ static xkv_status number_layers(xkv_ctx *ctx, const xkv_cache *cache, packing *p
     p->model = p->count == 0 ? model : NULL; /* without cells there is nothing to disagree about */
     if (!model || p->count == 0)
         return XKV_OK;
-    uint32_t cached = xkv_model_cached_layers(model, NULL);
-    if (cached == found) {
+    if (is_split_by_windows(s, model)) {
         p->model = model;
+        list_layers(model, false, p->layer);
+        if (p->memory_count == 2)
+            list_layers(model, true, p->layer + found);
+        return XKV_OK;
+    }
+    uint32_t cached = xkv_model_cached_layers(model, NULL);
+    if (cached == found) { /* what a second memory holds beside all layers is not known */
+        p->model = model;
+        p->memory_count = 1;
+        p->count = found;
         xkv_model_cached_layers(model, p->layer);
         return XKV_OK;
     }
-    if (s->tail != XKV_TAIL_UNKNOWN)
+    if (s->memory_count == 1 && s->tail != XKV_TAIL_UNKNOWN)
         return xkv_fail(ctx, XKV_ERROR_MISMATCH, "%s: the file has %u layers, the model caches %u [LS9]", cache->name,
                         found, cached);
     xkv_logf(ctx, XKV_LOG_WARNING,
@@ -200,10 +232,37 @@ static xkv_status number_layers(xkv_ctx *ctx, const xkv_cache *cache, packing *p
     return XKV_OK;
 }
 
+/* Whether the cells of the memories are the same tokens in the same order, as those of a container's planes are. */
+static bool has_same_cells(const xkv_cache *cache, const state *s)
+{
+    const memory *a = &s->memories[0], *b = &s->memories[1];
+    const uint64_t size = XKV_LLAMA_CELL + s->form.extension;
+    if (a->cell_count != b->cell_count)
+        return false;
+    for (uint32_t i = 0; i < a->cell_count; i++)
+        if (memcmp(cache->file.data + a->cells + i * size, cache->file.data + b->cells + i * size, 4) != 0)
+            return false;
+    return true;
+}
+
+/* Which memories are packed: none without cells, and a second one that has the cells of the first. */
+static packing plan_packing(const xkv_cache *cache, const state *s)
+{
+    packing p = {.s = s, .memory_count = 1};
+    if (s->memories[0].cell_count == 0)
+        return p;
+    p.count = s->memories[0].layer_count;
+    if (s->memory_count == 2 && has_same_cells(cache, s)) {
+        p.memory_count = 2;
+        p.count += s->memories[1].layer_count;
+    }
+    return p;
+}
+
 /* Planes and segments; a cache without cells has neither planes nor tensors. */
 static xkv_status add_layers(xkv_ctx *ctx, xkv_cache *cache, const state *s, const xkv_model *model)
 {
-    packing p = {.s = s, .memory_count = 1, .count = s->memories[0].cell_count > 0 ? s->memories[0].layer_count : 0};
+    packing p = plan_packing(cache, s);
     xkv_framing_builder b = {.ctx = ctx};
     xkv_status status;
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, p.count, &p.layer), out);
@@ -429,9 +488,11 @@ static xkv_status check_cut(xkv_ctx *ctx, const xkv_llama_problem *problem, cons
     const char *reason = s->ids_packed                 ? "its token field is packed"
                          : s->tail == XKV_TAIL_UNKNOWN ? "it holds a part that is not understood"
                                                        : memory_reason(&s->memories[0], g->token_count);
+    if (!reason && s->memory_count == 2 && memory_reason(&s->memories[1], g->token_count))
+        reason = "the cache of its layers with a window does not hold the same tokens";
     if (reason)
-        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "cannot cut this %s: %s [LS11]", xkv_engine_name(s->engine),
-                        reason);
+        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "cannot cut this %s, only restore its whole prefix: %s [LS11]",
+                        xkv_engine_name(s->engine), reason);
     return XKV_OK;
 }
 

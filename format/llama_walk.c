@@ -345,12 +345,38 @@ static bool walk_memory(walk *w, const state *s, memory *m, const xkv_model *mod
     return true;
 }
 
+static void release_memory(xkv_ctx *ctx, memory *m)
+{
+    xkv_release(ctx, m->k);
+    xkv_release(ctx, m->v);
+    *m = (memory){0};
+}
+
+/* A second memory, if what follows is one: that of the layers with a window. Where all its cells make sense it is one,
+ * and what is wrong behind them is damage; else it is a tail of another kind. */
+static bool walk_second(walk *w, state *s, const xkv_model *model)
+{
+    memory *m = &s->memories[1];
+    walk second = *w;
+    second.stage = STAGE_HEAD;
+    bool arrived = walk_memory(&second, s, m, model);
+    if (arrived || second.stage == STAGE_DATA || second.status >= XKV_ERROR_LIMIT) {
+        *w = second;
+        s->memory_count = 2;
+        return arrived;
+    }
+    release_memory(w->ctx, m);
+    return true;
+}
+
 static bool walk_memories(walk *w, state *s, const xkv_model *model)
 {
     s->memory_count = 1;
     if (!walk_memory(w, s, &s->memories[0], model))
         return false;
-    if (!s->memories[0].used && left(w) > 0 && !at_checkpoints(w))
+    if (left(w) > 0 && !at_checkpoints(w) && !walk_second(w, s, model))
+        return false;
+    if (!s->memories[0].used && !s->memories[1].used && left(w) > 0 && !at_checkpoints(w))
         return give_up(w, XKV_ERROR_CORRUPT, "bytes follow, but no stream has cells [LS4]");
     return true;
 }
@@ -433,13 +459,6 @@ static size_t list_forms(uint32_t engine, uint32_t version, form forms[FORM_COUN
     size_t count = layout == 0 ? 5 : layout == 2 ? 4 : 2;
     memcpy(forms, from, count * sizeof *forms);
     return count;
-}
-
-static void release_memory(xkv_ctx *ctx, memory *m)
-{
-    xkv_release(ctx, m->k);
-    xkv_release(ctx, m->v);
-    *m = (memory){0};
 }
 
 void xkv_llama_state_free(xkv_ctx *ctx, state *s)

@@ -47,7 +47,7 @@ typedef struct xkv_llama_state {
     uint64_t architecture;        /* sessions: offset of the name's characters */
     uint32_t architecture_size;   /* and how many there are */
     uint64_t outputs;             /* offset of the outputs, or of the first memory */
-    xkv_llama_memory memories[2]; /* the second: layers with a window */
+    xkv_llama_memory memories[2]; /* a second one: of layers with a window */
     uint32_t memory_count;
     xkv_llama_tail tail;
 } xkv_llama_state;

@@ -1,5 +1,6 @@
-"""The engine's state files other than sequence files: sessions, and blobs of a sequence. Each is packed, restored byte
-for byte, and cut; the engine loads what was cut and continues as after its own cut. Run through run.sh."""
+"""The engine's state files: sequence files, sessions and blobs of a sequence, of a model with one cache and of one whose
+layers have sliding windows. Each is packed, restored byte for byte, and cut; a cut file is what the engine saves after
+its own cut. Run through run.sh."""
 import argparse
 import ctypes
 import os
@@ -13,6 +14,7 @@ import numpy as np
 
 import engine
 import models
+import tiny_model
 import tools
 
 PROMPT, FOLLOWING, FIRST = 96, 16, 50
@@ -65,58 +67,101 @@ class States:
         self.failed += not passed
         print("ok  " if passed else "FAIL", what, flush=True)
 
-    def run(self, context, tokens, name, kind, cuttable):
+    def run(self, context, tokens, name, kind, prompt, first):
+        """`first`: the prefix that is cut to; None where only the whole can be restored."""
         save, load = KINDS[kind]
-        path, entry, restored = (self.work / name for name in ("state", "entry.xkv", "restored"))
+        path, entry, restored = (self.work / file for file in ("state", "entry.xkv", "restored"))
         context.clear()
-        context.prefill(tokens[:PROMPT])
-        save(context, path, tokens[:PROMPT])
+        context.prefill(tokens[:prompt])
+        save(context, path, tokens[:prompt])
         report = tools.tool("xkv-pack", "-f", "--lossless", "--model", self.model_file, path, "-o", entry)
         tools.tool("xkv-unpack", "-f", entry, "-o", restored)
-        self.check(f"{name}, {kind}: {len(path.read_bytes())} bytes restored, {report['ratio']:.2f} times smaller",
+        self.check(f"{name}, {kind}: {len(path.read_bytes())} bytes restored from {report['entry_bytes']}",
                    restored.read_bytes() == path.read_bytes())
         load(context, restored)
-        self.check(f"{name}, {kind}: the engine takes the restored file", context.used == PROMPT)
-        self.first(context, tokens, f"{name}, {kind}", entry, load, cuttable)
+        self.check(f"{name}, {kind}: the engine takes the restored file", context.used == prompt)
+        if first:
+            self.first(context, tokens, f"{name}, {kind}", entry, kind, prompt, first)
+        else:
+            self.refused(f"{name}, {kind}", entry)
 
-    def first(self, context, tokens, what, entry, load, cuttable):
-        """A cut file against the engine's own cut of its whole cache."""
-        cut = self.work / "cut"
-        if not cuttable:
-            try:
-                tools.tool("xkv-unpack", "-f", "--first", FIRST, entry, "-o", cut)
-            except RuntimeError as refusal:
-                self.check(f"{what}: whole prefix only", "whole prefix" in str(refusal))
-            else:
-                self.check(f"{what}: whole prefix only", False)
-            return
-        tools.tool("xkv-unpack", "-f", "--first", FIRST, entry, "-o", cut)
-        following = tokens[FIRST:FIRST + FOLLOWING]
+    def first(self, context, tokens, what, entry, kind, prompt, first):
+        """A cut file against the one that the engine saves after its own cut."""
+        save, load = KINDS[kind]
+        cut, native = self.work / "cut", self.work / "native"
+        tools.tool("xkv-unpack", "-f", "--first", first, entry, "-o", cut)
         context.clear()
-        context.prefill(tokens[:PROMPT])
-        context.cut(FIRST)
+        context.prefill(tokens[:prompt])
+        context.cut(first)
+        save(context, native, tokens[:first])
+        self.check(f"{what}: cut to {first} tokens, it is what the engine saves", cut.read_bytes() == native.read_bytes())
+        following = tokens[first:first + FOLLOWING]
+        load(context, native)
         expected = context.logits(following)
         load(context, cut)
-        self.check(f"{what}: cut to {FIRST} tokens, it continues like the engine's cut",
-                   context.used == FIRST and np.array_equal(expected, context.logits(following)))
+        self.check(f"{what}: ... and continues as that", np.array_equal(expected, context.logits(following)))
+
+    def refused(self, what, entry):
+        try:
+            tools.tool("xkv-unpack", "-f", "--first", 1, entry, "-o", self.work / "cut")
+        except RuntimeError as refusal:
+            self.check(f"{what}: whole prefix only", "whole prefix" in str(refusal))
+        else:
+            self.check(f"{what}: whole prefix only", False)
+
+    def rotation(self, context):
+        """Equal tokens have equal K and V before RoPE in every layer: rank 1, where RoPE is undone rightly."""
+        tokens = [5] * (tiny_model.WINDOW - 8)
+        path, entry = self.work / "state", self.work / "entry.xkv"
+        context.clear()
+        context.prefill(tokens)
+        context.save(path, tokens)
+        report = tools.tool("xkv-pack", "-f", "--profile", "svd", "--group", 1, "--rank-k", 1, "--rank-v", 1, "--sinks", 0,
+                            "--model", self.model_file, path, "-o", entry)
+        self.check(f"windows: all layers are packed, K has rank 1 without its rotation: error {report['error']['K']:.4f}",
+                   report["groups"] == 2 * tiny_model.LAYERS and report["error"]["K"] < 0.002)
+
+
+def one_cache(cache, work):
+    """SmolLM2, V in rows and transposed."""
+    model_file = models.joined_model("smollm2", cache)
+    model = engine.Model(model_file)
+    tokens = model.tokenize(TEXT)
+    states = States(model_file, work)
+    for name, flash in (("f16", True), ("f16, V transposed", False)):
+        context = engine.Context(model, 256, engine.F16, flash)
+        for kind in KINDS:
+            states.run(context, tokens, name, kind, PROMPT, FIRST)
+        context.close()
+    return states.failed
+
+
+def two_caches(work):
+    """A prompt within the windows can be cut, a longer one is restored as a whole."""
+    model_file = work / "tiny.gguf"
+    tiny_model.write_gemma3(model_file)
+    model = engine.Model(model_file)
+    tokens = [int(token) for token in np.random.default_rng(1).integers(3, tiny_model.VOCABULARY, 256)]
+    states = States(model_file, work)
+    for name, flash in (("windows", True), ("windows, V transposed", False)):
+        context = engine.Context(model, 256, engine.F16, flash)
+        for kind in KINDS:
+            states.run(context, tokens, name, kind, tiny_model.WINDOW - 4, tiny_model.WINDOW // 2)
+            # a session also has the cells that the window has left behind
+            states.run(context, tokens, f"{name}, longer prompt", kind, 3 * tiny_model.WINDOW,
+                       2 * tiny_model.WINDOW if kind == "session" else None)
+        if flash:
+            states.rotation(context)
+        context.close()
+    return states.failed
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for converted models")
     args = parser.parse_args()
-    failed = 0
-    model_file = models.joined_model("smollm2", args.cache)
-    model = engine.Model(model_file)
-    tokens = model.tokenize(TEXT)
     with tempfile.TemporaryDirectory(prefix="xkv-states-") as work:
-        states = States(model_file, pathlib.Path(work))
-        for name, kv_type, flash in (("f16", engine.F16, True), ("f16, V transposed", engine.F16, False)):
-            context = engine.Context(model, 256, kv_type, flash)
-            for kind in KINDS:
-                states.run(context, tokens, name, kind, True)
-            context.close()
-        failed = states.failed
+        failed = two_caches(pathlib.Path(work)) + one_cache(args.cache, pathlib.Path(work))
     return 1 if failed else 0
 
 

@@ -30,6 +30,7 @@ typedef struct sequence {
     uint32_t extension;
     uint32_t v_trans, layers, k_type, k_row, v_type, v_row; /* v_row 0: K only; rows in bytes */
     uint32_t rot_k;
+    const struct sequence *second; /* the cache of the layers with a window, behind the first; its head is not used */
 } sequence;
 
 /* The case most tests vary: offsets 20 n_stream, 28 cells, 64 v_trans, 84 K0, 120 K1, 156 V0, 180 V1, 192 end. */
@@ -118,6 +119,8 @@ static inline void put_sequence(bytes *b, const sequence *s)
     if (s->kind == SESSION_FILE)
         put_session_fields(b, s);
     put_memory(b, s);
+    if (s->second)
+        put_memory(b, s->second);
 }
 
 static inline uint32_t engine_of(const sequence *s)

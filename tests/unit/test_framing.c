@@ -198,6 +198,26 @@ static void test_cut_session(void **state)
             }
 }
 
+/* Both caches of a model with windows are cut alike. */
+static void test_cut_two_caches(void **state)
+{
+    (void)state;
+    for (uint32_t kept = 1; kept <= 5; kept++)
+        for (int v_trans = 0; v_trans < 2; v_trans++) {
+            sequence s = plain_sequence(), second = plain_sequence();
+            s.ids = s.cells = second.cells = 6;
+            s.streams = second.streams = 2;
+            s.v_trans = second.v_trans = (uint32_t)v_trans;
+            second.layers = 3;
+            second.k_row = 16;
+            sequence less = s, less_second = second;
+            s.second = &second;
+            less.second = &less_second;
+            less.ids = less.cells = less_second.cells = kept;
+            assert_cut_is_shorter_save(&s, &less);
+        }
+}
+
 /* Cells out of order: the first tokens are those of the lowest positions, and stay in the order of the file. */
 static void test_cut_unordered(void **state)
 {
@@ -285,6 +305,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_views_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_is_shorter_save, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_session, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_cut_two_caches, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_unordered, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_genuine, setup, teardown),

@@ -126,10 +126,13 @@ static void test_streams(void **state)
     (void)state;
     sequence s = plain_sequence();
     s.streams = 4;
-    for (s.used = 0; s.used < 4; s.used++) {
-        put_sequence(&file, &s);
-        assert_opens(&s);
-    }
+    for (s.used = 0; s.used < 4; s.used++)
+        for (s.v_row = 0; s.v_row <= 4; s.v_row += 4) {
+            put_sequence(&file, &s);
+            assert_opens(&s);
+            put_checkpoints(&file);
+            assert_opens(&s);
+        }
 }
 
 static void test_types(void **state)
@@ -348,7 +351,7 @@ static void test_blobs(void **state)
 /* Two layers whose K row of 4 elements is a latent of 3 and a rotated part of 1. */
 static xkv_model latent_model(void)
 {
-    static xkv_model_layer layers[] = {{1, 4, 3, XKV_NO_ROPE}, {1, 4, 3, XKV_NO_ROPE}};
+    static xkv_model_layer layers[] = {{1, 4, 3, XKV_NO_ROPE, 0}, {1, 4, 3, XKV_NO_ROPE, 0}};
     return (xkv_model){.layer_count = 2, .layers = layers, .latent_dim = 3, .latent_first = 1};
 }
 
@@ -478,7 +481,7 @@ static void test_quantized_rope(void **state)
                  {4, 64, 64, XKV_NO_ROPE}, {2, 128, 0, XKV_NO_ROPE}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         xkv_rope rope = {.n_rot = 2, .scale = 1};
-        xkv_model_layer layers[] = {{2, cases[i].head_dim, 2, 0}, {2, cases[i].head_dim, 2, 0}};
+        xkv_model_layer layers[] = {{2, cases[i].head_dim, 2, 0, 0}, {2, cases[i].head_dim, 2, 0, 0}};
         xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
         sequence s = plain_sequence();
         s.version = cases[i].version;
@@ -498,7 +501,7 @@ static void test_quantized_rope(void **state)
 static void test_quantized_latent(void **state)
 {
     (void)state;
-    xkv_model_layer layers[] = {{1, 96, 64, XKV_NO_ROPE}, {1, 96, 64, XKV_NO_ROPE}};
+    xkv_model_layer layers[] = {{1, 96, 64, XKV_NO_ROPE, 0}, {1, 96, 64, XKV_NO_ROPE, 0}};
     xkv_model model = {.layer_count = 2, .layers = layers, .latent_dim = 64, .latent_first = 1};
     sequence s = plain_sequence();
     s.k_type = TYPE_Q8_0;
@@ -521,28 +524,199 @@ static void test_quantized_latent(void **state)
     xkv_cache_free(ctx, cache);
 }
 
-/* Two memories one behind the other: the first is packed, the second is carried. */
-static void test_second_memory(void **state)
+/* --- Two caches: layers without and with a window ----------------------------------------------------------------- */
+
+/* Three layers with K of 8 elements behind the plain file's two. */
+static sequence window_cache(void)
+{
+    sequence s = plain_sequence();
+    s.layers = 3;
+    s.k_row = 16;
+    return s;
+}
+
+static void assert_cannot_cut(const xkv_cache *cache, const char *reason)
+{
+    xkv_framing *cut;
+    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), xkv_cache_geometry(cache), 1, &cut),
+                     XKV_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "only restore its whole prefix"));
+    assert_non_null(strstr(xkv_ctx_error(ctx), reason));
+}
+
+/* Prompts no longer than the window: both caches hold the same cells, and all layers are planes. */
+static void test_two_caches(void **state)
 {
     (void)state;
-    sequence first = plain_sequence(), second = plain_sequence();
-    for (int k_only = 0; k_only < 2; k_only++) {
-        first.v_row = k_only ? 0 : 4;
-        put_sequence(&file, &first);
-        size_t end = file.size;
-        second.layers = 3;
-        put_memory(&file, &second);
+    static const uint32_t versions[] = {2, 2, 3, 4};
+    static const int streams[] = {0, 1, 3, 1};
+    for (size_t form = 0; form < 4; form++)
+        for (int variant = 0; variant < 8; variant++) {
+            sequence s = plain_sequence(), second = window_cache();
+            s.kind = variant & 4 ? SESSION_FILE : SEQUENCE_FILE;
+            s.architecture = "gemma3";
+            s.output_section = streams[form] == 0;
+            s.version = second.version = versions[form];
+            s.streams = second.streams = streams[form];
+            s.v_row = variant & 1 ? 0 : 4;
+            second.v_row = s.v_row;
+            s.v_trans = second.v_trans = variant & 2 ? 1 : 0;
+            if (s.v_row == 0 && s.streams == 0)
+                continue; /* nothing tells whether the old form has V */
+            s.second = &second;
+            put_sequence(&file, &s);
+            sequence both = s;
+            both.layers = 5;
+            assert_opens(&both);
+        }
+}
+
+/* K of the second cache begins where the plain file ends, 192, behind n_stream, cell_count, three cells, v_trans and
+ * n_layer. */
+static void test_layers_of_two_caches(void **state)
+{
+    (void)state;
+    enum { FULL = 0, LOCAL = 1, K2 = 192 + 8 + 36 + 8 };
+    xkv_rope ropes[2] = {{.n_rot = 4, .scale = 1}, {.n_rot = 2, .scale = 1}};
+    xkv_model_layer layers[] = {{2, 4, 2, LOCAL, 9}, {1, 4, 2, FULL, 0},  {0, 0, 0, XKV_NO_ROPE, 0},
+                                {2, 4, 2, LOCAL, 9}, {2, 4, 2, LOCAL, 9}, {1, 4, 2, FULL, 0}};
+    static const uint32_t widths[] = {8, 4, 8, 8, 4}, numbers[] = {0, 1, 3, 4, 5};
+    static const uint64_t k_offsets[] = {K2, 84 - 12, K2 + 60, K2 + 120, 120 - 12};
+    xkv_model model = {.layer_count = 6, .layers = layers, .rope_count = 2, .ropes = ropes};
+    sequence s = plain_sequence(), second = window_cache();
+    second.v_row = 8; /* two heads of 2 */
+    s.second = &second;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    uint64_t size;
+    const uint8_t *data = xkv_cache_data(cache, &size);
+    assert_int_equal(g->layer_count, 6);
+    assert_int_equal(g->plane_count, 10);
+    assert_int_equal(g->rope_count, 2);
+    for (uint32_t i = 0; i < 5; i++) {
+        const xkv_plane *k = &g->planes[2 * i];
+        assert_int_equal(k->layer, numbers[i]);
+        assert_int_equal(k->kind, XKV_PLANE_K);
+        assert_int_equal(k->heads * k->head_dim, widths[i]);
+        assert_int_equal(k->rope, widths[i] == 8 ? LOCAL : FULL);
+        assert_ptr_equal(element(&xkv_cache_views(cache)[2 * i], 1, 0, 0), data + k_offsets[i] + 12 + 2 * widths[i]);
+    }
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+    layers[1].window = 9; /* other layers than the file's */
+    cache = open_file(&model);
+    assert_int_equal(xkv_cache_geometry(cache)->layer_count, 5);
+    assert_int_equal(xkv_cache_geometry(cache)->rope_count, 0);
+    xkv_cache_free(ctx, cache);
+    s.second = NULL; /* the cache of the layers with a window is lacking */
+    put_sequence(&file, &s);
+    assert_int_equal(open_size(file.size, &model, &cache), XKV_ERROR_MISMATCH);
+}
+
+/* Longer prompts: the second cache has the last cells only. It is carried, and the whole cannot be cut. */
+static void test_window_with_other_cells(void **state)
+{
+    (void)state;
+    static const int32_t last[] = {1, 2}, shuffled[] = {1, 0, 2};
+    for (int shuffle = 0; shuffle < 2; shuffle++) {
+        sequence s = plain_sequence(), second = window_cache();
+        second.cells = shuffle ? 3 : 2;
+        second.at = shuffle ? shuffled : last;
+        s.second = &second;
+        put_sequence(&file, &s);
         xkv_cache *cache = open_file(NULL);
         const xkv_framing *f = xkv_cache_framing(cache);
         assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
-        assert_int_equal(xkv_cache_geometry(cache)->plane_count, k_only ? 2 : 4);
-        assert_int_equal(f->segments[f->segment_count - 1].size, file.size - end);
+        assert_int_equal(xkv_cache_geometry(cache)->plane_count, 4);
+        assert_int_equal(f->segment_count, 9);
+        assert_int_equal(f->segments[8].size, file.size - 192);
         assert_framing_is_file(ctx, cache, file.data, file.size);
-        xkv_framing *cut;
-        assert_int_equal(xkv_framing_first(ctx, f, xkv_cache_geometry(cache), 1, &cut), XKV_ERROR_UNSUPPORTED);
+        assert_cannot_cut(cache, "a window");
         xkv_cache_free(ctx, cache);
     }
 }
+
+/* With a model, the first cache gets its layers' numbers and rotation also where the second is carried. */
+static void test_window_with_other_cells_and_model(void **state)
+{
+    (void)state;
+    xkv_rope ropes[2] = {{.n_rot = 4, .scale = 1}, {.n_rot = 2, .scale = 1}};
+    xkv_model_layer layers[] = {{2, 4, 1, 1, 2}, {1, 4, 2, 0, 0}, {2, 4, 1, 1, 2}, {2, 4, 1, 1, 2}, {1, 4, 2, 0, 0}};
+    xkv_model model = {.layer_count = 5, .layers = layers, .rope_count = 2, .ropes = ropes};
+    static const int32_t last[] = {1, 2};
+    sequence s = plain_sequence(), second = window_cache();
+    second.cells = 2;
+    second.at = last;
+    s.second = &second;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_int_equal(g->layer_count, 5);
+    assert_int_equal(g->plane_count, 4);
+    assert_int_equal(g->planes[0].layer, 1);
+    assert_int_equal(g->planes[2].layer, 4);
+    assert_int_equal(g->planes[2].rope, 0);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    assert_cannot_cut(cache, "a window");
+    xkv_cache_free(ctx, cache);
+}
+
+/* A second memory beside all layers of the model, as of an index for sparse attention, is not one of these layers. */
+static void test_second_memory_of_no_layer(void **state)
+{
+    (void)state;
+    xkv_model_layer layers[] = {{1, 4, 2, XKV_NO_ROPE, 0}, {1, 4, 2, XKV_NO_ROPE, 0}};
+    xkv_model model = {.layer_count = 2, .layers = layers};
+    sequence s = plain_sequence(), second = plain_sequence();
+    s.v_row = second.v_row = 0;
+    second.k_row = 6;
+    s.second = &second;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 2);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    assert_cannot_cut(cache, "a window");
+    xkv_cache_free(ctx, cache);
+}
+
+/* What is behind two memories is not understood; the two are. */
+static void test_third_memory(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence(), second = window_cache();
+    s.second = &second;
+    put_sequence(&file, &s);
+    put_memory(&file, &s);
+    xkv_cache *cache = open_file(NULL);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 10);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    assert_cannot_cut(cache, "not understood");
+    xkv_cache_free(ctx, cache);
+}
+
+/* A second cache that ends too early or contradicts itself is damaged, once its cells make sense: they end at 192 + 8 +
+ * 36, and n_layer 8 bytes later. */
+static void test_damaged_second_memory(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence(), second = window_cache();
+    s.second = &second;
+    put_sequence(&file, &s);
+    size_t behind_k = file.size - 3 * (12 + 12);
+    for (size_t size = 192 + 8 + 36 + 8; size < file.size; size++) {
+        xkv_cache *cache = NULL;
+        xkv_status status = open_size(size, NULL, &cache);
+        assert_int_equal(status, size == behind_k ? XKV_OK : XKV_ERROR_TRUNCATED);
+        xkv_cache_free(ctx, cache);
+    }
+    xkv_cache *cache;
+    xkv_store32(file.data + 192 + 8 + 36 + 8, 99); /* type of its first K */
+    assert_int_equal(open_size(file.size, NULL, &cache), XKV_ERROR_CORRUPT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "[LS7]"));
+}
+
+/* --- What is not understood --------------------------------------------------------------------------------------- */
 
 static void assert_opaque(void)
 {
@@ -732,7 +906,7 @@ static void test_layers_without_cache(void **state)
 {
     (void)state;
     xkv_model_layer layers[] = {
-        {0, 0, 0, XKV_NO_ROPE}, {1, 4, 2, XKV_NO_ROPE}, {0, 0, 0, XKV_NO_ROPE}, {2, 2, 1, XKV_NO_ROPE}};
+        {0, 0, 0, XKV_NO_ROPE, 0}, {1, 4, 2, XKV_NO_ROPE, 0}, {0, 0, 0, XKV_NO_ROPE, 0}, {2, 2, 1, XKV_NO_ROPE, 0}};
     xkv_model model = {.layer_count = 4, .layers = layers};
     sequence s = plain_sequence();
     put_sequence(&file, &s);
@@ -750,7 +924,7 @@ static void test_no_rope(void **state)
 {
     (void)state;
     xkv_rope rope = {.n_rot = 2, .scale = 1};
-    xkv_model_layer layers[] = {{1, 4, 2, 0}, {1, 4, 2, 0}};
+    xkv_model_layer layers[] = {{1, 4, 2, 0, 0}, {1, 4, 2, 0, 0}};
     xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
     for (int i = 0; i < 3; i++) {
         sequence s = plain_sequence();
@@ -831,7 +1005,13 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_quantized_rows, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quantized_rope, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quantized_latent, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_second_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_two_caches, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_layers_of_two_caches, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_window_with_other_cells, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_window_with_other_cells_and_model, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_second_memory_of_no_layer, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_third_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_damaged_second_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_not_understood, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_cells, setup, teardown),
         cmocka_unit_test_setup_teardown(test_truncation, setup, teardown),
