@@ -337,7 +337,7 @@ typedef enum rotation {
     ROTATION_NONE,
     ROTATION_INTERLEAVED,
     ROTATION_HALF_SPLIT,
-    ROTATION_SECTIONS /* several positions per token (M-RoPE) */
+    ROTATION_SECTIONS /* M-RoPE: halves, sections of which have positions of their own; equal ones for text */
 } rotation;
 
 static bool is_one_of(const char *name, const char *const *list)
@@ -559,20 +559,12 @@ static xkv_status plan_style(plan *p)
         p->recipe.style = (uint32_t)p->options->style;
         return XKV_OK;
     }
-    if (r == ROTATION_INTERLEAVED || r == ROTATION_HALF_SPLIT) {
-        char key[MAX_KEY_SIZE];
-        const value *x;
-        XKV_TRY(find(p->g, arch_key(p, "rope.dimension_sections", key), &x));
-        if (x) {
-            XKV_TRY(uint_at(p->g, key, 0, 0, &sections));
-            r = sections > 0 ? ROTATION_SECTIONS : r;
-        }
-    }
-    if (r == ROTATION_UNKNOWN || r == ROTATION_SECTIONS)
-        return xkv_fail(p->g->ctx, XKV_ERROR_UNSUPPORTED, "%s: architecture \"%s\" %s; give a rope style [GU8]",
-                        p->g->name, p->arch,
-                        r == ROTATION_UNKNOWN ? "is not known" : "rotates by several positions per token");
-    p->recipe.style = r == ROTATION_HALF_SPLIT ? XKV_ROPE_HALF_SPLIT : XKV_ROPE_INTERLEAVED;
+    if (r == ROTATION_UNKNOWN)
+        return xkv_fail(p->g->ctx, XKV_ERROR_UNSUPPORTED,
+                        "%s: architecture \"%s\" is not known; give a rope style [GU8]", p->g->name, p->arch);
+    XKV_TRY(arch_uint(p, "rope.dimension_sections", 0, 0, &sections));
+    bool halves = r == ROTATION_HALF_SPLIT || r == ROTATION_SECTIONS || (r == ROTATION_INTERLEAVED && sections > 0);
+    p->recipe.style = halves ? XKV_ROPE_HALF_SPLIT : XKV_ROPE_INTERLEAVED;
     return XKV_OK;
 }
 

@@ -17,12 +17,12 @@ typedef struct packing {
     uint32_t *k_first, *v_plane; /* [count] where its planes are */
 } packing;
 
-/* Whether K is as RoPE left it, so that it can be undone. Not when a token has positions of several parts (M-RoPE), nor
+/* Whether K is as RoPE left it, so that it can be undone. Not when a token has several positions (M-RoPE), nor
  * behind a Hadamard rotation, which engines apply to quantized rows whose head_dim is a multiple of 64; of that, files
  * before version 4 do not tell. */
-static bool can_unrotate(const state *s, const memory *m, bool told, const xkv_plane *plane)
+static bool can_unrotate(const memory *m, bool told, const xkv_plane *plane)
 {
-    if (m->rot_k != 0 || s->form.extension != 0)
+    if (m->rot_k != 0 || m->several_positions)
         return false;
     return told || xkv_dtype_block(plane->dtype) == 1 || plane->head_dim % 64 != 0;
 }
@@ -42,7 +42,7 @@ static xkv_status add_k(xkv_ctx *ctx, const xkv_cache *cache, const packing *p, 
     plane.dtype = t->dtype;
     XKV_TRY(xkv_model_fit_plane(ctx, cache->name, p->model, t->width, &plane));
     if (!holds_latent(t, p->model)) {
-        if (!can_unrotate(p->s, m, p->s->form.rotations, &plane))
+        if (!can_unrotate(m, p->s->form.rotations, &plane))
             plane.rope = XKV_NO_ROPE;
         planes[(*count)++] = plane;
         return XKV_OK;
@@ -118,7 +118,7 @@ static void warn_of_rotation(xkv_ctx *ctx, const xkv_cache *cache, const packing
     if (!p->model || p->count == 0 || !m->k[0].coded)
         return;
     const xkv_plane *k = &cache->geometry.planes[p->k_first[0]];
-    if (k->kind == XKV_PLANE_K && can_unrotate(s, m, true, k) && !can_unrotate(s, m, s->form.rotations, k))
+    if (k->kind == XKV_PLANE_K && can_unrotate(m, true, k) && !can_unrotate(m, s->form.rotations, k))
         xkv_logf(ctx, XKV_LOG_WARNING,
                  "%s: K is %s, and version %u does not tell whether the engine rotated it by a Hadamard matrix: RoPE "
                  "is not undone",

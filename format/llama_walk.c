@@ -165,6 +165,15 @@ static bool walk_head(walk *w, state *s)
     return !s->form.outputs || walk_outputs(w);
 }
 
+/* Whether the position of a token has parts that differ. The extension of a cell begins with two of them, which are 0
+ * where the engine was given text. */
+static bool has_several_positions(const form *f, const uint8_t *cell)
+{
+    uint32_t pos = xkv_load32(cell), x = f->extension ? xkv_load32(cell + 8) : 0;
+    uint32_t y = f->extension ? xkv_load32(cell + 12) : 0;
+    return (x != 0 || y != 0) && (x != pos || y != pos);
+}
+
 /* The cells of a stream. A session names their sequences, of which there must be one. */
 static bool walk_cells(walk *w, const state *s, memory *m)
 {
@@ -181,6 +190,7 @@ static bool walk_cells(walk *w, const state *s, memory *m)
         if (s->engine == XKV_ENGINE_LLAMA_SESSION && xkv_load32(cell + id) != xkv_load32(first + id))
             return give_up(w, XKV_ERROR_CORRUPT, "cell %u is of sequence %d, the first of %d [LS5]", i,
                            (int32_t)xkv_load32(cell + id), (int32_t)xkv_load32(first + id));
+        m->several_positions = m->several_positions || has_several_positions(&s->form, cell);
     }
     return true;
 }

@@ -29,8 +29,9 @@ typedef struct xkv_llama_tensor {
 typedef struct xkv_llama_memory {
     uint64_t begin, count, cells, end; /* offsets: the memory, cell_count of the used stream, its cells, behind it */
     uint32_t cell_count, v_trans, layer_count, rot_k;
-    bool used;             /* a stream has cells, or at least tensors */
+    bool used; /* a stream has cells, or at least tensors */
     bool has_v;
+    bool several_positions;  /* a token has positions of several parts that differ (M-RoPE) */
     xkv_llama_tensor *k, *v; /* [layer_count] */
 } xkv_llama_memory;
 

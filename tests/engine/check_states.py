@@ -109,7 +109,7 @@ class States:
         else:
             self.check(f"{what}: whole prefix only", False)
 
-    def rotation(self, context):
+    def rotation(self, context, name):
         """Equal tokens have equal K and V before RoPE in every layer: rank 1, where RoPE is undone rightly."""
         tokens = [5] * (tiny_model.WINDOW - 8)
         path, entry = self.work / "state", self.work / "entry.xkv"
@@ -118,7 +118,7 @@ class States:
         context.save(path, tokens)
         report = tools.tool("xkv-pack", "-f", "--profile", "svd", "--group", 1, "--rank-k", 1, "--rank-v", 1, "--sinks", 0,
                             "--model", self.model_file, path, "-o", entry)
-        self.check(f"windows: all layers are packed, K has rank 1 without its rotation: error {report['error']['K']:.4f}",
+        self.check(f"{name}: all layers are packed, K has rank 1 without its rotation: error {report['error']['K']:.4f}",
                    report["groups"] == 2 * tiny_model.LAYERS and report["error"]["K"] < 0.002)
 
 
@@ -136,12 +136,29 @@ def one_cache(cache, work):
     return states.failed
 
 
+def tiny(work, architecture):
+    """A model of random weights, and tokens."""
+    model_file = work / f"{architecture}.gguf"
+    tiny_model.write_model(model_file, architecture)
+    tokens = [int(token) for token in np.random.default_rng(1).integers(3, tiny_model.VOCABULARY, 256)]
+    return model_file, engine.Model(model_file), tokens
+
+
+def several_positions(work):
+    """Cells with an extension, as for images; the positions of text are equal."""
+    model_file, model, tokens = tiny(work, "qwen2vl")
+    states = States(model_file, work)
+    context = engine.Context(model, 256, engine.F16, True)
+    for kind in KINDS:
+        states.run(context, tokens, "several positions", kind, PROMPT, FIRST)
+    states.rotation(context, "several positions")
+    context.close()
+    return states.failed
+
+
 def two_caches(work):
     """A prompt within the windows can be cut, a longer one is restored as a whole."""
-    model_file = work / "tiny.gguf"
-    tiny_model.write_gemma3(model_file)
-    model = engine.Model(model_file)
-    tokens = [int(token) for token in np.random.default_rng(1).integers(3, tiny_model.VOCABULARY, 256)]
+    model_file, model, tokens = tiny(work, "gemma3")
     states = States(model_file, work)
     for name, flash in (("windows", True), ("windows, V transposed", False)):
         context = engine.Context(model, 256, engine.F16, flash)
@@ -151,7 +168,7 @@ def two_caches(work):
             states.run(context, tokens, f"{name}, longer prompt", kind, 3 * tiny_model.WINDOW,
                        2 * tiny_model.WINDOW if kind == "session" else None)
         if flash:
-            states.rotation(context)
+            states.rotation(context, name)
         context.close()
     return states.failed
 
@@ -160,8 +177,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for converted models")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="xkv-states-") as work:
-        failed = two_caches(pathlib.Path(work)) + one_cache(args.cache, pathlib.Path(work))
+    with tempfile.TemporaryDirectory(prefix="xkv-states-") as folder:
+        work = pathlib.Path(folder)
+        failed = two_caches(work) + several_positions(work) + one_cache(args.cache, work)
     return 1 if failed else 0
 
 

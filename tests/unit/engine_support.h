@@ -28,7 +28,8 @@ typedef struct sequence {
     uint32_t cells;           /* cells */
     const int32_t *at;        /* their positions; NULL: 0, 1, ... */
     uint32_t extension;
-    uint32_t v_trans, layers, k_type, k_row, v_type, v_row; /* v_row 0: K only; rows in bytes */
+    enum { SEVERAL_POSITIONS, TEXT_POSITIONS, EQUAL_POSITIONS } extension_kind; /* noise, zeros, the position twice */
+    uint32_t v_trans, layers, k_type, k_row, v_type, v_row;                     /* v_row 0: K only; rows in bytes */
     uint32_t rot_k;
     const struct sequence *second; /* the cache of the layers with a window, behind the first; its head is not used */
 } sequence;
@@ -47,6 +48,21 @@ static inline sequence plain_sequence(void)
                       .v_row = 4};
 }
 
+/* {i32 x, i32 y, [i32 token]}. */
+static inline void put_extension(bytes *b, const sequence *s, uint32_t pos)
+{
+    if (s->extension == 0)
+        return;
+    if (s->extension_kind == SEVERAL_POSITIONS) {
+        put_noise(b, s->extension, 77 + pos);
+        return;
+    }
+    put32(b, s->extension_kind == EQUAL_POSITIONS ? pos : 0);
+    put32(b, s->extension_kind == EQUAL_POSITIONS ? pos : 0);
+    if (s->extension > 8)
+        put32(b, 31000 + pos);
+}
+
 static inline void put_memory(bytes *b, const sequence *s)
 {
     for (int stream = 0; stream < (s->streams ? s->streams : 1); stream++) {
@@ -59,7 +75,7 @@ static inline void put_memory(bytes *b, const sequence *s)
         for (uint32_t i = 0; i < s->cells; i++) {
             put32(b, (uint32_t)(s->at ? s->at[i] : (int32_t)i));
             put32(b, 1);
-            put_noise(b, s->extension, 77 + i);
+            put_extension(b, s, (uint32_t)(s->at ? s->at[i] : (int32_t)i));
             put32(b, 5); /* seq_id: read and discarded by the engine */
         }
         put32(b, s->v_trans);

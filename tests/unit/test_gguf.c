@@ -379,21 +379,34 @@ static void test_windows_by_layer(void **state)
 static void test_architectures(void **state)
 {
     (void)state;
-    static const char *const refused[] = {"qwen2vl", "no-such-architecture"};
     xkv_rope_options o = xkv_rope_options_default();
     o.style = XKV_ROPE_HALF_SPLIT;
-    for (int i = 0; i < 2; i++) {
-        xkv_model *m;
-        begin(refused[i]);
-        finish();
-        assert_int_equal(read_size(file.size, NULL, &m), XKV_ERROR_UNSUPPORTED);
-        m = read_model(&o);
-        assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
-        xkv_model_free(ctx, m);
-    }
+    xkv_model *m;
+    begin("no-such-architecture");
+    finish();
+    assert_int_equal(read_size(file.size, NULL, &m), XKV_ERROR_UNSUPPORTED);
+    m = read_model(&o);
+    assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
+    xkv_model_free(ctx, m);
+    begin("qwen2vl"); /* M-RoPE: as RoPE in halves where all positions of a token are equal */
+    finish();
+    m = read_model(NULL);
+    assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
+    assert_plain(&m->ropes[0], 1e6L, 128, 1);
+    xkv_model_free(ctx, m);
+    begin("glm4"); /* interleaved, but in halves with sections */
+    key("glm4.rope.dimension_sections", ARRAY);
+    put32(&body, U32);
+    put64(&body, 4);
+    for (uint32_t i = 0; i < 4; i++)
+        put32(&body, 16);
+    finish();
+    m = read_model(NULL);
+    assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
+    xkv_model_free(ctx, m);
     begin("gpt2"); /* no rotation at all */
     finish();
-    xkv_model *m = read_model(NULL);
+    m = read_model(NULL);
     assert_int_equal(m->rope_count, 0);
     assert_int_equal(m->layers[0].rope, XKV_NO_ROPE);
     xkv_model_free(ctx, m);

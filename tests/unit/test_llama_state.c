@@ -919,24 +919,46 @@ static void test_layers_without_cache(void **state)
     xkv_cache_free(ctx, cache);
 }
 
-/* Rows rotated by a Hadamard matrix, and tokens with several positions, cannot be un-rotated. */
+/* Rows rotated by a Hadamard matrix, and tokens with several positions that differ, cannot be un-rotated. */
 static void test_no_rope(void **state)
 {
     (void)state;
+    static const struct {
+        uint32_t version, rot_k, extension;
+        int kind;
+        bool rope;
+    } cases[] = {{4, 0, 0, 0, true},
+                 {4, 64, 0, 0, false},
+                 {4, 0, 12, SEVERAL_POSITIONS, false},
+                 {4, 0, 12, TEXT_POSITIONS, true},
+                 {3, 0, 12, EQUAL_POSITIONS, true},
+                 {2, 0, 8, TEXT_POSITIONS, true},
+                 {2, 0, 8, SEVERAL_POSITIONS, false},
+                 {4, 64, 12, TEXT_POSITIONS, false}};
     xkv_rope rope = {.n_rot = 2, .scale = 1};
     xkv_model_layer layers[] = {{1, 4, 2, 0, 0}, {1, 4, 2, 0, 0}};
     xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
-    for (int i = 0; i < 3; i++) {
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         sequence s = plain_sequence();
-        s.version = 4;
-        s.rot_k = i == 1 ? 64 : 0;
-        s.extension = i == 2 ? 12 : 0;
+        s.version = cases[i].version;
+        s.rot_k = cases[i].rot_k;
+        s.extension = cases[i].extension;
+        s.extension_kind = cases[i].kind;
         put_sequence(&file, &s);
         xkv_cache *cache = open_file(&model);
-        assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, i == 0 ? 0 : XKV_NO_ROPE);
-        assert_int_equal(xkv_cache_geometry(cache)->rope_count, i == 0);
+        assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, cases[i].rope ? 0 : XKV_NO_ROPE);
+        assert_int_equal(xkv_cache_geometry(cache)->rope_count, cases[i].rope);
+        assert_framing_is_file(ctx, cache, file.data, file.size);
         xkv_cache_free(ctx, cache);
     }
+    sequence s = plain_sequence(); /* text behind an image: the last token alone is at (9, 2) */
+    s.extension = 12;
+    s.extension_kind = EQUAL_POSITIONS;
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 28 + 2 * 24 + 8, 9);
+    xkv_cache *cache = open_file(&model);
+    assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, XKV_NO_ROPE);
+    xkv_cache_free(ctx, cache);
 }
 
 /* --- Genuine files ------------------------------------------------------------------------------------------------ */
