@@ -16,6 +16,9 @@ enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q8_0 = 8, TYPE_IQ4_NL = 2
 
 typedef enum file_kind { SEQUENCE_FILE, SESSION_FILE, BLOB } file_kind;
 
+/* x and y of a cell's extension: noise, zeros, its position. */
+typedef enum extension_kind { SEVERAL_POSITIONS, TEXT_POSITIONS, EQUAL_POSITIONS } extension_kind;
+
 typedef struct sequence {
     file_kind kind;
     uint32_t version;         /* as sequence files count it: sessions have 7 more, blobs none */
@@ -28,8 +31,8 @@ typedef struct sequence {
     uint32_t cells;           /* cells */
     const int32_t *at;        /* their positions; NULL: 0, 1, ... */
     uint32_t extension;
-    enum { SEVERAL_POSITIONS, TEXT_POSITIONS, EQUAL_POSITIONS } extension_kind; /* noise, zeros, the position twice */
-    uint32_t v_trans, layers, k_type, k_row, v_type, v_row;                     /* v_row 0: K only; rows in bytes */
+    extension_kind positions;
+    uint32_t v_trans, layers, k_type, k_row, v_type, v_row; /* v_row 0: K only; rows in bytes */
     uint32_t rot_k;
     const struct sequence *second; /* the cache of the layers with a window, behind the first; its head is not used */
 } sequence;
@@ -53,12 +56,12 @@ static inline void put_extension(bytes *b, const sequence *s, uint32_t pos)
 {
     if (s->extension == 0)
         return;
-    if (s->extension_kind == SEVERAL_POSITIONS) {
+    if (s->positions == SEVERAL_POSITIONS) {
         put_noise(b, s->extension, 77 + pos);
         return;
     }
-    put32(b, s->extension_kind == EQUAL_POSITIONS ? pos : 0);
-    put32(b, s->extension_kind == EQUAL_POSITIONS ? pos : 0);
+    put32(b, s->positions == EQUAL_POSITIONS ? pos : 0);
+    put32(b, s->positions == EQUAL_POSITIONS ? pos : 0);
     if (s->extension > 8)
         put32(b, 31000 + pos);
 }

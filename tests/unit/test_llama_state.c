@@ -925,16 +925,12 @@ static void test_no_rope(void **state)
     (void)state;
     static const struct {
         uint32_t version, rot_k, extension;
-        int kind;
+        extension_kind positions;
         bool rope;
-    } cases[] = {{4, 0, 0, 0, true},
-                 {4, 64, 0, 0, false},
-                 {4, 0, 12, SEVERAL_POSITIONS, false},
-                 {4, 0, 12, TEXT_POSITIONS, true},
-                 {3, 0, 12, EQUAL_POSITIONS, true},
-                 {2, 0, 8, TEXT_POSITIONS, true},
-                 {2, 0, 8, SEVERAL_POSITIONS, false},
-                 {4, 64, 12, TEXT_POSITIONS, false}};
+    } cases[] = {{4, 0, 0, TEXT_POSITIONS, true},      {4, 64, 0, TEXT_POSITIONS, false},
+                 {4, 0, 12, SEVERAL_POSITIONS, false}, {4, 0, 12, TEXT_POSITIONS, true},
+                 {3, 0, 12, EQUAL_POSITIONS, true},    {2, 0, 8, TEXT_POSITIONS, true},
+                 {2, 0, 8, SEVERAL_POSITIONS, false},  {4, 64, 12, TEXT_POSITIONS, false}};
     xkv_rope rope = {.n_rot = 2, .scale = 1};
     xkv_model_layer layers[] = {{1, 4, 2, 0, 0}, {1, 4, 2, 0, 0}};
     xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
@@ -943,7 +939,7 @@ static void test_no_rope(void **state)
         s.version = cases[i].version;
         s.rot_k = cases[i].rot_k;
         s.extension = cases[i].extension;
-        s.extension_kind = cases[i].kind;
+        s.positions = cases[i].positions;
         put_sequence(&file, &s);
         xkv_cache *cache = open_file(&model);
         assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, cases[i].rope ? 0 : XKV_NO_ROPE);
@@ -953,7 +949,7 @@ static void test_no_rope(void **state)
     }
     sequence s = plain_sequence(); /* text behind an image: the last token alone is at (9, 2) */
     s.extension = 12;
-    s.extension_kind = EQUAL_POSITIONS;
+    s.positions = EQUAL_POSITIONS;
     put_sequence(&file, &s);
     xkv_store32(file.data + 28 + 2 * 24 + 8, 9);
     xkv_cache *cache = open_file(&model);
