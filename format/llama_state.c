@@ -125,6 +125,16 @@ static void warn_of_rotation(xkv_ctx *ctx, const xkv_cache *cache, const packing
                  cache->name, xkv_dtype_name(k->dtype), s->version);
 }
 
+/* Say so when the second memory is literal. */
+static void warn_of_window(xkv_ctx *ctx, const xkv_cache *cache, const packing *p)
+{
+    if (p->s->memory_count == 2 && p->memory_count == 1 && p->count > 0)
+        xkv_logf(ctx, XKV_LOG_WARNING,
+                 "%s: the cache of layers with a window does not hold the same tokens as the other: it is carried byte "
+                 "for byte, and only the whole prefix can be restored",
+                 cache->name);
+}
+
 /* Append the bytes of the file up to a tensor, then the tensor. */
 static xkv_status add_tensor(xkv_framing_builder *b, const xkv_map *file, const tensor *t, xkv_segment segment)
 {
@@ -271,6 +281,7 @@ static xkv_status add_layers(xkv_ctx *ctx, xkv_cache *cache, const state *s, con
     XKV_TRY_GOTO(number_layers(ctx, cache, &p, model), out);
     XKV_TRY_GOTO(add_planes(ctx, cache, &p, p.model ? p.model->layer_count : p.count), out);
     warn_of_rotation(ctx, cache, &p);
+    warn_of_window(ctx, cache, &p);
     XKV_TRY_GOTO(add_segments(&b, cache, &p), out);
     xkv_framing_take(&b, s->engine, &cache->framing);
     if (p.model)

@@ -19,7 +19,8 @@ rm -f prefix expected
 
 # Layers with a window that hold fewer tokens: the whole file, but no prefix of it.
 make_ggsq window=40 >a
-run 0 xkv-pack -q a
+run 0 xkv-pack a
+err_has '^xkv-pack: a: .* layers with a window .* only the whole prefix can be restored$'
 run 0 xkv-unpack -q -o back a.xkv
 same a back
 run 1 xkv-unpack -q -f --first 50 -o back a.xkv
