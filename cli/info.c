@@ -99,6 +99,17 @@ const char *info_engine_name(const xkv_entry *entry)
     return framing == NULL ? "none" : xkv_engine_name(framing->engine);
 }
 
+bool info_is_whole_only(xkv_ctx *ctx, const xkv_entry *entry)
+{
+    const xkv_framing *framing = xkv_entry_framing(entry);
+    xkv_framing *cut = NULL;
+    if (framing == NULL || xkv_entry_geometry(entry)->token_count == 0)
+        return false;
+    xkv_status status = xkv_framing_first(ctx, framing, xkv_entry_geometry(entry), 1, &cut);
+    xkv_framing_free(ctx, cut);
+    return status == XKV_ERROR_UNSUPPORTED;
+}
+
 double info_ratio(const xkv_entry_info *info)
 {
     return (double)info->raw16_bytes / (double)info->file_size;

@@ -20,6 +20,9 @@ const char *info_entry_codec(const xkv_entry *entry, const xkv_entry_info *info)
  * Lossless groups have no energy on record, and no error. */
 double info_kind_error(const xkv_entry *entry, uint32_t group_count, uint32_t kind);
 const char *info_engine_name(const xkv_entry *entry);
+/* Whether only the whole prompt can be restored, not its first tokens: the engine's file holds a part that cannot be
+ * cut. The reason is then the context's error. */
+bool info_is_whole_only(xkv_ctx *ctx, const xkv_entry *entry);
 /* Raw 16-bit bytes / all bytes of the entry. */
 double info_ratio(const xkv_entry_info *info);
 

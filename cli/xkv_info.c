@@ -220,7 +220,7 @@ static json_t *metadata_json(const xkv_entry *entry)
     return object;
 }
 
-static void print_json(const cli *c, const char *name, const xkv_entry *entry, const xkv_entry_info *info,
+static void print_json(cli *c, const char *name, const xkv_entry *entry, const xkv_entry_info *info,
                        const xkv_group_coding *codings)
 {
     const info_tool *tool = c->user;
@@ -239,6 +239,7 @@ static void print_json(const cli *c, const char *name, const xkv_entry *entry, c
         "read_version", (int)info->read_version, "sinks", (int)info->sinks, "window", (int)info->window);
     json_object_set_new(object, "verified", json_boolean(tool->verify));
     json_object_set_new(object, "lossless", json_boolean(info->lossless != 0));
+    json_object_set_new(object, "whole_prefix_only", json_boolean(info_is_whole_only(c->ctx, entry)));
     json_object_set_new(object, "codec", json_string(info_entry_codec(entry, info)));
     json_object_set_new(object, "dictionary_id", info->needs_dict ? json_hex(info->dictionary_id, 16) : json_null());
     json_object_set_new(object, "chunk_tokens", json_integer(info->chunk_tokens));
@@ -291,6 +292,8 @@ static void print_entry(cli *c, const cli_input *input, const xkv_entry *entry, 
         return;
     if (c->verbosity >= 1)
         print_row(c, input->name, entry, info, tool->verify ? "OK    " : "");
+    if (c->verbosity >= 2 && info_is_whole_only(c->ctx, entry))
+        printf("  whole prefix only: %s\n", xkv_ctx_error(c->ctx));
     if (c->verbosity >= 3)
         print_details(entry, info);
     if (c->verbosity >= 2)

@@ -93,6 +93,12 @@ static void fini(xkv_encoder *e)
 
 /* --- Metadata ----------------------------------------------------------------------------------------------------- */
 
+/* Whether the engine's file begins with a magic number and a version. */
+static bool has_version(const xkv_framing *f)
+{
+    return (f->engine == XKV_ENGINE_LLAMA_SEQUENCE || f->engine == XKV_ENGINE_LLAMA_SESSION) && f->literal_size >= 8;
+}
+
 /* In ascending order of the keys [M3]. Returns where error.metric, which is known last, is kept. */
 static uint8_t *set_values(const xkv_encoder *e, xkv_values *v)
 {
@@ -101,7 +107,7 @@ static uint8_t *set_values(const xkv_encoder *e, xkv_values *v)
 
     if (e->o.profile == XKV_PROFILE_DICT)
         xkv_values_add_bytes(v, "dictionary.id", e->o.dict->c.content_id, 16);
-    if (e->c.has_framing && f->engine == XKV_ENGINE_LLAMA_SEQUENCE && f->literal_size >= 8)
+    if (e->c.has_framing && has_version(f))
         xkv_values_add_u64(v, "engine.version", xkv_load32(f->literals + 4));
     if (e->o.profile == XKV_PROFILE_DICT) {
         error = v->numbers[v->count];

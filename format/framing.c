@@ -244,6 +244,8 @@ xkv_status xkv_framing_first(xkv_ctx *ctx, const xkv_framing *framing, const xkv
     xkv_status status;
     switch (framing->engine) {
     case XKV_ENGINE_LLAMA_SEQUENCE:
+    case XKV_ENGINE_LLAMA_SESSION:
+    case XKV_ENGINE_LLAMA_BLOB:
         status = xkv_llama_first(ctx, framing, geometry, token_count, cut);
         break;
     case XKV_ENGINE_SAFETENSORS:

@@ -40,7 +40,8 @@ const char *xkv_plane_kind_name(uint32_t kind)
 
 const char *xkv_engine_name(uint32_t engine)
 {
-    static const char *const names[] = {"none", "llama.cpp sequence", "safetensors", "opaque"};
+    static const char *const names[] = {"none",   "llama.cpp sequence", "safetensors",
+                                        "opaque", "llama.cpp session",  "llama.cpp blob"};
     return engine < sizeof names / sizeof *names ? names[engine] : "unknown";
 }
 

@@ -337,7 +337,7 @@ typedef enum rotation {
     ROTATION_NONE,
     ROTATION_INTERLEAVED,
     ROTATION_HALF_SPLIT,
-    ROTATION_SECTIONS /* several positions per token (M-RoPE) */
+    ROTATION_SECTIONS /* M-RoPE: halves, sections of which have positions of their own; equal ones for text */
 } rotation;
 
 static bool is_one_of(const char *name, const char *const *list)
@@ -361,15 +361,15 @@ static rotation rotation_of(const char *arch)
         "ernie4_5",   "ernie4_5-moe",  "mistral3",  "mistral4",   "maincoder", "glm-dsa",
         "glm4",       "deepseek2-ocr", NULL};
     static const char *const half_split[] = {
-        "falcon",     "falcon-h1", "grok",           "dbrx",         "stablelm",    "bitnet",        "qwen",
-        "qwen2",      "qwen2moe",  "qwen3",          "qwen3moe",     "qwen3next",   "dream",         "llada-moe",
-        "rnd1",       "olmo2",     "olmoe",          "phi2",         "phi3",        "phimoe",        "plamo",
-        "plamo2",     "plamo3",    "gemma",          "gemma2",       "gemma3",      "gemma3n",       "starcoder2",
-        "openelm",    "gptneox",   "codeshell",      "orion",        "nemotron",    "exaone",        "exaone4",
-        "exaone-moe", "minicpm3",  "bailingmoe2",    "dots1",        "hunyuan-moe", "hunyuan-dense", "gpt-oss",
-        "jais2",      "lfm2",      "lfm2moe",        "smallthinker", "seed_oss",    "grovemoe",      "apertus",
-        "minimax-m2", "cogvlm",    "pangu-embedded", "afmoe",        "mimo2",       "step35",        "glm4moe",
-        NULL};
+        "falcon",     "falcon-h1",  "grok",     "dbrx",           "stablelm",     "bitnet",      "qwen",
+        "qwen2",      "qwen2moe",   "qwen3",    "qwen3moe",       "qwen3next",    "dream",       "llada-moe",
+        "rnd1",       "olmo2",      "olmoe",    "phi2",           "phi3",         "phimoe",      "plamo",
+        "plamo2",     "plamo3",     "gemma",    "gemma2",         "gemma3",       "gemma3n",     "gemma4",
+        "starcoder2", "openelm",    "gptneox",  "codeshell",      "orion",        "nemotron",    "exaone",
+        "exaone4",    "exaone-moe", "minicpm3", "bailingmoe2",    "dots1",        "hunyuan-moe", "hunyuan-dense",
+        "gpt-oss",    "jais2",      "lfm2",     "lfm2moe",        "smallthinker", "seed_oss",    "grovemoe",
+        "apertus",    "minimax-m2", "cogvlm",   "pangu-embedded", "afmoe",        "mimo2",       "step35",
+        "glm4moe",    NULL};
     static const char *const sections[] = {"qwen2vl",   "qwen3vl",   "qwen3vlmoe", "qwen35",
                                            "qwen35moe", "paddleocr", NULL};
     return is_one_of(arch, none)          ? ROTATION_NONE
@@ -387,10 +387,11 @@ typedef struct plan {
     uint32_t layer_count, cached_layers;
     uint32_t latent_dim;
     bool rotated;
-    uint32_t window_period; /* layers (i+1) % period != 0 have a window; 0: all are alike */
-    bool plain_full_layers; /* layers without window are not rotated */
-    bool local_base;        /* layers with a window have a base of their own: rope 1 */
-    xkv_rope_recipe recipe, local;
+    uint32_t window;                 /* tokens of the window of local layers; 0: they have none */
+    bool local[XKV_MAX_LAYERS];      /* layers with a window, or that rotate like such */
+    bool plain_full_layers;          /* the others are not rotated */
+    bool local_rope, local_unscaled; /* local layers have a rotation of their own: rope 1; without scaling */
+    xkv_rope_recipe recipe, local_recipe;
     double chosen[MAX_FACTORS];
 } plan;
 
@@ -429,35 +430,74 @@ static xkv_status plan_layers(plan *p)
     return XKV_OK;
 }
 
-/* Layers that differ from the others in how they rotate. */
-static xkv_status plan_windows(plan *p)
+/* Which layers have a window, by architecture: facts of llama.cpp's models. */
+typedef struct window_rule {
+    const char *architecture;
+    uint32_t period;     /* of `period` layers one has no window; 0: the file has a flag for each layer */
+    uint32_t window;     /* tokens, where the file does not say */
+    bool full_first;     /* that one is the first of them, not the last */
+    bool plain_full;     /* ... and is not rotated */
+    bool always;         /* ... also in models without windows */
+    bool local_unscaled; /* layers with a window rotate at a base of their own without scaling */
+} window_rule;
+
+static const window_rule *rule_of(const char *architecture)
 {
-    static const char *const every_fourth_plain[] = {"smollm3",    "llama4", "cohere2", "exaone4",
-                                                     "exaone-moe", "afmoe",  NULL};
-    uint32_t window, pattern;
-    XKV_TRY(arch_uint(p, "attention.sliding_window", 0, 0, &window));
-    /* exaone4 rotates all layers of its models without windows */
-    if (is_one_of(p->arch, every_fourth_plain) && (window > 0 || strncmp(p->arch, "exaone", 6) != 0)) {
-        p->window_period = 4;
-        p->plain_full_layers = true;
-    }
-    if (strcmp(p->arch, "gemma3") == 0 || strcmp(p->arch, "gemma3n") == 0) {
-        p->window_period = strcmp(p->arch, "gemma3") == 0 ? 6 : 5;
-        p->local_base = true;
-    }
-    char key[MAX_KEY_SIZE];
-    const value *x;
-    XKV_TRY(find(p->g, arch_key(p, "attention.sliding_window_pattern", key), &x));
-    if (p->window_period > 0 && x && x->type != TYPE_ARRAY) {
-        XKV_TRY(arch_uint(p, "attention.sliding_window_pattern", 0, 0, &pattern));
-        p->window_period = pattern;
+    static const window_rule rules[] = {
+        {"smollm3", .period = 4, .plain_full = true, .always = true},
+        {"cohere2", .period = 4, .plain_full = true, .always = true},
+        {"afmoe", .period = 4, .plain_full = true, .always = true},
+        {"llama4", .period = 4, .window = 8192, .plain_full = true},
+        {"exaone4", .period = 4, .plain_full = true},
+        {"exaone-moe", .period = 4, .plain_full = true},
+        {"smallthinker", .period = 4, .full_first = true, .plain_full = true},
+        {"gemma2", .period = 2, .window = 4096},
+        {"gpt-oss", .period = 2},
+        {"olmo2", .period = 4},
+        {"plamo3", .period = 8},
+        {"gemma3", .period = 6, .always = true, .local_unscaled = true},
+        {"gemma3n", .period = 5, .always = true, .local_unscaled = true},
+        {"gemma4", .local_unscaled = true},
+    };
+    static const window_rule none = {0};
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        if (strcmp(rules[i].architecture, architecture) == 0)
+            return &rules[i];
+    return &none;
+}
+
+/* Flags of the layers that have a window, one by one. */
+static xkv_status list_windows(plan *p, const char *key)
+{
+    for (uint32_t i = 0; i < p->layer_count; i++) {
+        uint32_t flag;
+        XKV_TRY(uint_at(p->g, key, i, 0, &flag));
+        p->local[i] = flag != 0;
     }
     return XKV_OK;
 }
 
-static bool has_window(const plan *p, uint32_t layer)
+/* Layers that differ from the others: they have a window, or rotate otherwise. */
+static xkv_status plan_windows(plan *p)
 {
-    return p->window_period > 0 && (layer + 1) % p->window_period != 0;
+    const window_rule *rule = rule_of(p->arch);
+    const value *pattern;
+    uint32_t period = rule->period;
+    char key[MAX_KEY_SIZE];
+    XKV_TRY(arch_uint(p, "attention.sliding_window", 0, rule->window, &p->window));
+    XKV_TRY(find(p->g, arch_key(p, "attention.sliding_window_pattern", key), &pattern));
+    bool flags = pattern && pattern->type == TYPE_ARRAY && rule->period == 0;
+    if (pattern && pattern->type != TYPE_ARRAY)
+        XKV_TRY(uint_at(p->g, key, 0, 0, &period));
+    if ((p->window == 0 && !rule->always) || (period == 0 && !flags))
+        return XKV_OK;
+    p->plain_full_layers = rule->plain_full;
+    p->local_unscaled = rule->local_unscaled;
+    if (flags)
+        return list_windows(p, key);
+    for (uint32_t i = 0; i < p->layer_count; i++)
+        p->local[i] = i % period != (rule->full_first ? 0 : period - 1);
+    return XKV_OK;
 }
 
 /* Heads and dims of one layer; a layer without KV heads (recurrent) has no cache. */
@@ -474,13 +514,18 @@ static xkv_status plan_layer(const plan *p, uint32_t index, xkv_model_layer *lay
     layer->kv_heads = kv_heads;
     XKV_TRY(arch_uint(p, "attention.key_length", index, dim, &layer->head_dim_k));
     XKV_TRY(arch_uint(p, "attention.value_length", index, dim, &layer->head_dim_v));
+    if (p->local[index]) {
+        layer->window = p->window;
+        XKV_TRY(arch_uint(p, "attention.key_length_swa", index, layer->head_dim_k, &layer->head_dim_k));
+        XKV_TRY(arch_uint(p, "attention.value_length_swa", index, layer->head_dim_v, &layer->head_dim_v));
+    }
     const uint64_t limit = XKV_MAX_WIDTH;
     if (layer->head_dim_k == 0 || layer->head_dim_v == 0 || (uint64_t)kv_heads * layer->head_dim_k > limit ||
         (uint64_t)kv_heads * layer->head_dim_v > limit)
         return xkv_fail(p->g->ctx, XKV_ERROR_CORRUPT, "%s: layer %u has %u heads of %u and %u [GU7]", p->g->name, index,
                         kv_heads, layer->head_dim_k, layer->head_dim_v);
-    if (p->rotated && p->latent_dim == 0 && !(p->plain_full_layers && !has_window(p, index)))
-        layer->rope = p->local_base && has_window(p, index) ? 1 : 0;
+    if (p->rotated && p->latent_dim == 0 && !(p->plain_full_layers && !p->local[index]))
+        layer->rope = p->local_rope && p->local[index] ? 1 : 0;
     return XKV_OK;
 }
 
@@ -514,20 +559,12 @@ static xkv_status plan_style(plan *p)
         p->recipe.style = (uint32_t)p->options->style;
         return XKV_OK;
     }
-    if (r == ROTATION_INTERLEAVED || r == ROTATION_HALF_SPLIT) {
-        char key[MAX_KEY_SIZE];
-        const value *x;
-        XKV_TRY(find(p->g, arch_key(p, "rope.dimension_sections", key), &x));
-        if (x) {
-            XKV_TRY(uint_at(p->g, key, 0, 0, &sections));
-            r = sections > 0 ? ROTATION_SECTIONS : r;
-        }
-    }
-    if (r == ROTATION_UNKNOWN || r == ROTATION_SECTIONS)
-        return xkv_fail(p->g->ctx, XKV_ERROR_UNSUPPORTED, "%s: architecture \"%s\" %s; give a rope style [GU8]",
-                        p->g->name, p->arch,
-                        r == ROTATION_UNKNOWN ? "is not known" : "rotates by several positions per token");
-    p->recipe.style = r == ROTATION_HALF_SPLIT ? XKV_ROPE_HALF_SPLIT : XKV_ROPE_INTERLEAVED;
+    if (r == ROTATION_UNKNOWN)
+        return xkv_fail(p->g->ctx, XKV_ERROR_UNSUPPORTED,
+                        "%s: architecture \"%s\" is not known; give a rope style [GU8]", p->g->name, p->arch);
+    XKV_TRY(arch_uint(p, "rope.dimension_sections", 0, 0, &sections));
+    bool halves = r == ROTATION_HALF_SPLIT || r == ROTATION_SECTIONS || (r == ROTATION_INTERLEAVED && sections > 0);
+    p->recipe.style = halves ? XKV_ROPE_HALF_SPLIT : XKV_ROPE_INTERLEAVED;
     return XKV_OK;
 }
 
@@ -624,6 +661,23 @@ static xkv_status plan_factors(plan *p)
     return XKV_OK;
 }
 
+/* Layers with a window may have a base of their own, and fewer dims. */
+static xkv_status plan_local_rope(plan *p)
+{
+    xkv_rope_recipe *r = &p->local_recipe;
+    *r = p->recipe;
+    if (p->local_unscaled) { /* no scaling where the window keeps distances short */
+        r->freq_scale = 1;
+        r->ext_factor = 0;
+        r->scale = 1;
+        r->factors = NULL;
+    }
+    XKV_TRY(arch_real(p, "rope.freq_base_swa", p->local_unscaled ? 10000 : p->recipe.base, &r->base));
+    XKV_TRY(arch_uint(p, "rope.dimension_count_swa", 0, p->recipe.n_rot, &r->n_rot));
+    p->local_rope = p->local_unscaled || r->base != p->recipe.base || r->n_rot != p->recipe.n_rot;
+    return XKV_OK;
+}
+
 static xkv_status plan_rope(plan *p, uint32_t head_dim)
 {
     xkv_rope_recipe *r = &p->recipe;
@@ -641,12 +695,7 @@ static xkv_status plan_rope(plan *p, uint32_t head_dim)
     XKV_TRY(plan_scaling(p));
     if (p->rotated)
         XKV_TRY(plan_factors(p));
-    p->local = *r;
-    p->local.freq_scale = 1; /* no scaling where the window keeps distances short */
-    p->local.ext_factor = 0;
-    p->local.scale = 1;
-    p->local.factors = NULL;
-    return arch_real(p, "rope.freq_base_swa", 10000, &p->local.base);
+    return plan_local_rope(p);
 }
 
 /* --- The model ---------------------------------------------------------------------------------------------------- */
@@ -678,7 +727,7 @@ static xkv_status fill_model(plan *p, xkv_model *model)
     if (model->rope_count > 0)
         XKV_TRY(xkv_rope_resolve(g->ctx, &p->recipe, &model->ropes[0]));
     if (model->rope_count > 1)
-        XKV_TRY(xkv_rope_resolve(g->ctx, &p->local, &model->ropes[1]));
+        XKV_TRY(xkv_rope_resolve(g->ctx, &p->local_recipe, &model->ropes[1]));
     for (uint32_t i = 0; i < p->layer_count; i++) {
         XKV_TRY(plan_layer(p, i, &model->layers[i]));
         XKV_TRY(check_layer_rope(p, model, i));
@@ -686,14 +735,22 @@ static xkv_status fill_model(plan *p, xkv_model *model)
     return XKV_OK;
 }
 
-/* Dim of the heads of the first layer with a cache; the rotation is planned for it. */
+/* Dim of the heads of the first layer with a cache, one without window if there is one; the rotation is planned for
+ * it. */
 static xkv_status first_head_dim(const plan *p, uint32_t *dim)
 {
-    xkv_model_layer layer = {0};
-    for (uint32_t i = 0; i < p->cached_layers && layer.head_dim_k == 0; i++)
+    uint32_t local_dim = 0;
+    *dim = 0;
+    for (uint32_t i = 0; i < p->cached_layers && *dim == 0; i++) {
+        xkv_model_layer layer;
         XKV_TRY(plan_layer(p, i, &layer));
-    *dim = layer.head_dim_k;
-    if (layer.head_dim_k == 0)
+        if (!p->local[i])
+            *dim = layer.head_dim_k;
+        else if (local_dim == 0)
+            local_dim = layer.head_dim_k;
+    }
+    *dim = *dim > 0 ? *dim : local_dim;
+    if (*dim == 0)
         return xkv_fail(p->g->ctx, XKV_ERROR_UNSUPPORTED, "%s: no layer has a KV cache [GU7]", p->g->name);
     return XKV_OK;
 }
@@ -711,7 +768,7 @@ static xkv_status make_model(const gguf *g, const xkv_rope_options *options, xkv
     XKV_TRY(plan_rope(&p, head_dim));
     bool rotated = p.rotated && p.latent_dim == 0; /* beside a latent the rotated part is not un-rotated */
     xkv_model *model;
-    XKV_TRY(xkv_model_create(g->ctx, p.layer_count, rotated ? (p.local_base ? 2 : 1) : 0, &model));
+    XKV_TRY(xkv_model_create(g->ctx, p.layer_count, rotated ? (p.local_rope ? 2 : 1) : 0, &model));
     xkv_status status = fill_model(&p, model);
     if (status != XKV_OK)
         xkv_model_free(g->ctx, model);

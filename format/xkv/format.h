@@ -243,6 +243,7 @@ typedef struct xkv_model_layer {
     uint32_t kv_heads;               /* 0: not known, as many as a row holds */
     uint32_t head_dim_k, head_dim_v; /* head_dim_k 0: the layer has no cache */
     uint32_t rope;                   /* index into xkv_model.ropes, or XKV_NO_ROPE */
+    uint32_t window;                 /* tokens that its attention reaches back (sliding window); 0: all */
 } xkv_model_layer;
 
 /* Facts about the model that made a cache. */
@@ -284,11 +285,10 @@ static inline xkv_rope_options xkv_rope_options_default(void)
 }
 
 /* Read a GGUF file's header (the tensor data need not be there). Supported: default, linear, YaRN, llama3 and longrope
- * scalings, partial rotary dims, per-layer KV head counts, MLA. `options` may be NULL.
- * Formulas: linear: Chen et al. 2023 (arXiv 2306.15595); YaRN: Peng et al. 2023 (arXiv 2309.00071), section 3.4;
- * factors: f_i = base^(-2i/n_rot) / factor_i.
- * Errors: IO, FORMAT, VERSION (not GGUF 2 or 3), TRUNCATED, CORRUPT, LIMIT, UNSUPPORTED (an architecture or scaling
- * whose rotation is not known; give options), MEMORY. */
+ * scalings, partial rotary dims, per-layer KV head counts, sliding windows with a rotation of their own, MLA. `options`
+ * may be NULL. Formulas: linear: Chen et al. 2023 (arXiv 2306.15595); YaRN: Peng et al. 2023 (arXiv 2309.00071),
+ * section 3.4; factors: f_i = base^(-2i/n_rot) / factor_i. Errors: IO, FORMAT, VERSION (not GGUF 2 or 3), TRUNCATED,
+ * CORRUPT, LIMIT, UNSUPPORTED (an architecture or scaling whose rotation is not known; give options), MEMORY. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_model_from_gguf(xkv_ctx *ctx, const char *path, const xkv_rope_options *options,
                                                       xkv_model **model_p);
 
@@ -318,7 +318,9 @@ typedef enum xkv_engine {
     XKV_ENGINE_NONE = 0,           /* planes in memory only */
     XKV_ENGINE_LLAMA_SEQUENCE = 1, /* llama.cpp `ggsq` state versions 2, 3, 4; server slot files */
     XKV_ENGINE_SAFETENSORS = 2,    /* layer.{i}.key / layer.{i}.value, see spec/engines.md */
-    XKV_ENGINE_OPAQUE = 3          /* not understood: carried byte for byte, nothing packed but by zstd */
+    XKV_ENGINE_OPAQUE = 3,         /* not understood: carried byte for byte, nothing packed but by zstd */
+    XKV_ENGINE_LLAMA_SESSION = 4,  /* llama.cpp `ggsn` state versions 9, 10, 11, with one sequence */
+    XKV_ENGINE_LLAMA_BLOB = 5      /* what llama_state_seq_get_data() writes to memory since May 2026 */
 } xkv_engine;
 
 XKV_API const char *xkv_engine_name(uint32_t engine); /* "llama.cpp sequence", ... */

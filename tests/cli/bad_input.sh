@@ -49,14 +49,24 @@ run 0 xkv-unpack -q -o out bad.xkv
 same a out
 rm bad.xkv out
 
-# Engine files that end too soon.
-size=$(stat -c %s a)
-for at in 13 1000 3000 $((size / 2)) $((size - 1)); do
-    head -c "$at" a >short
-    run 3 xkv-pack -q short
-    err_has '^xkv-pack: short: .*offset'
-    rm short
+# Engine files that end too soon: in the head, in the first cache, in that of layers with a window.
+make_ggsq session=1 >session
+make_ggsq tokens=300 window=50 >windows
+for file in a session windows; do
+    size=$(stat -c %s $file)
+    for at in 13 1000 3000 $((size / 2)) $((size - 1)); do
+        head -c "$at" $file >short
+        run 3 xkv-pack -q short
+        err_has '^xkv-pack: short: .*offset'
+        rm short
+    done
 done
+rm session windows
+make_ggsq session=1 >other # a session of the architecture llama, while the model is another
+sed 's/llama/qwen2/' other >session
+run 4 xkv-pack -q --model "$data/smollm2-135m.gguf" session
+err_has '^xkv-pack: session: .*architecture "qwen2", the model.s is "llama" \[LS12\]'
+rm other session
 
 # The first failure gives the exit code.
 echo nonsense >bad.xkv

@@ -30,6 +30,7 @@ out_has '^  rotary embeddings +1$'
 
 run 0 xkv-info --json a.xkv
 out_has '^\{"file":"a\.xkv","ok":true,"tokens":100,"layers":5,"raw_bytes":64000,"raw16_bytes":64000,"entry_bytes":'
+out_has '"whole_prefix_only":false,'
 out_has '"metadata":\{.*"model\.fingerprint":"00112233445566778899aabbccddeeff"'
 out_has '"codec":"svd","reason":null,"planes":\[\{"layer":0,"kind":"K","dtype":"f16","error":0\.'
 is 'JSON groups' "$(grep -o '{"codec":"svd"' <<<"$out" | wc -l)" 6

@@ -1,11 +1,13 @@
-/* make_ggsq.c - writes synthetic llama.cpp sequence files (state version 2, 3 or 4) to standard output.
+/* make_ggsq.c - writes synthetic llama.cpp state files (sequence version 2, 3 or 4) to standard output.
  *
  *     make_ggsq [layers=N] [tokens=N] [width=N] [version=2|3|4] [dtype=f16|bf16|f32] [vtrans=1] [shuffle=1]
- *               [nan=LAYER] [inf=LAYER] [seed=N]
+ *               [nan=LAYER] [inf=LAYER] [seed=N] [session=1] [window=N]
  *
  * Rows are sums of a few smooth curves and a little noise, so that they have low rank but not an exact one. Layout:
  * u32 magic, version, tokens; i32 ids; u32 streams, cells; {i32 pos, u32 1, i32 seq}; u32 v_trans, layers;
- * [version 4: u32 0, 0]; per layer {i32 type, u64 row bytes, rows} for K, then for V. */
+ * [version 4: u32 0, 0]; per layer {i32 type, u64 row bytes, rows} for K, then for V. A session has another magic, 7
+ * more in its version, and u32 5, "llama" behind the ids. With window=N the second half of the layers has a cache of
+ * its own behind the first, which holds the last N tokens. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -13,7 +15,7 @@
 #include <string.h>
 
 typedef struct options {
-    unsigned layers, tokens, width, version, vtrans, shuffle, seed;
+    unsigned layers, tokens, width, version, vtrans, shuffle, seed, session, window;
     int nan_layer, inf_layer;
     const char *dtype;
 } options;
@@ -74,13 +76,18 @@ static float value(const options *o, unsigned layer, int is_v, unsigned token, u
     return (float)(x + 0.02 * ((h ^ h >> 15) / 4294967296.0 - 0.5));
 }
 
+/* A KV cache: some layers, and the last tokens. */
+typedef struct memory {
+    unsigned first_layer, layers, first_token, cells;
+} memory;
+
 /* Cell i holds the token of this number. */
-static unsigned token_of(const options *o, unsigned cell)
+static unsigned token_of(const options *o, const memory *m, unsigned cell)
 {
-    return o->shuffle ? (cell + o->tokens / 3) % o->tokens : cell;
+    return m->first_token + (o->shuffle ? (cell + m->cells / 3) % m->cells : cell);
 }
 
-static void put_tensor(const options *o, unsigned layer, int is_v)
+static void put_tensor(const options *o, const memory *m, unsigned layer, int is_v)
 {
     uint32_t type = strcmp(o->dtype, "f32") == 0 ? 0 : strcmp(o->dtype, "f16") == 0 ? 1 : 30;
     uint32_t element = type == 0 ? 4 : 2;
@@ -89,45 +96,57 @@ static void put_tensor(const options *o, unsigned layer, int is_v)
         put32(element);
         put32(o->width);
         for (unsigned dim = 0; dim < o->width; dim++) {
-            for (unsigned cell = 0; cell < o->tokens; cell++)
-                put_element(o, value(o, layer, is_v, token_of(o, cell), dim));
+            for (unsigned cell = 0; cell < m->cells; cell++)
+                put_element(o, value(o, layer, is_v, token_of(o, m, cell), dim));
         }
         return;
     }
     put32(o->width * element);
     put32(0);
-    for (unsigned cell = 0; cell < o->tokens; cell++) {
+    for (unsigned cell = 0; cell < m->cells; cell++) {
         for (unsigned dim = 0; dim < o->width; dim++)
-            put_element(o, value(o, layer, is_v, token_of(o, cell), dim));
+            put_element(o, value(o, layer, is_v, token_of(o, m, cell), dim));
     }
 }
 
-static void put_file(const options *o)
+static void put_memory(const options *o, const memory *m)
 {
-    put32(0x67677371);
-    put32(o->version);
-    put32(o->tokens);
-    for (unsigned i = 0; i < o->tokens; i++)
-        put32(100 + i * 7 % 1000);
     put32(1);
-    put32(o->tokens);
-    if (o->tokens == 0)
+    put32(m->cells);
+    if (m->cells == 0)
         return;
-    for (unsigned i = 0; i < o->tokens; i++) {
-        put32(token_of(o, i));
+    for (unsigned i = 0; i < m->cells; i++) {
+        put32(token_of(o, m, i));
         put32(1);
         put32(0);
     }
     put32(o->vtrans);
-    put32(o->layers);
+    put32(m->layers);
     if (o->version >= 4) {
         put32(0);
         put32(0);
     }
     for (int is_v = 0; is_v < 2; is_v++) {
-        for (unsigned layer = 0; layer < o->layers; layer++)
-            put_tensor(o, layer, is_v);
+        for (unsigned i = 0; i < m->layers; i++)
+            put_tensor(o, m, m->first_layer + i, is_v);
     }
+}
+
+static void put_file(const options *o)
+{
+    unsigned split = o->window > 0 ? o->layers / 2 : o->layers, local = o->window < o->tokens ? o->window : o->tokens;
+    put32(o->session ? 0x6767736e : 0x67677371);
+    put32(o->session ? o->version + 7 : o->version);
+    put32(o->tokens);
+    for (unsigned i = 0; i < o->tokens; i++)
+        put32(100 + i * 7 % 1000);
+    if (o->session) {
+        put32(5);
+        put("llama", 5);
+    }
+    put_memory(o, &(memory){0, split, 0, o->tokens});
+    if (o->window > 0)
+        put_memory(o, &(memory){split, o->layers - split, o->tokens - local, local});
 }
 
 int main(int argc, char **argv)
@@ -137,9 +156,9 @@ int main(int argc, char **argv)
     const struct {
         const char *name;
         void *target;
-    } numbers[] = {{"layers", &o.layers},   {"tokens", &o.tokens}, {"width", &o.width},
-                   {"version", &o.version}, {"vtrans", &o.vtrans}, {"shuffle", &o.shuffle},
-                   {"seed", &o.seed},       {"nan", &o.nan_layer}, {"inf", &o.inf_layer}};
+    } numbers[] = {{"layers", &o.layers}, {"tokens", &o.tokens},   {"width", &o.width},  {"version", &o.version},
+                   {"vtrans", &o.vtrans}, {"shuffle", &o.shuffle}, {"seed", &o.seed},    {"session", &o.session},
+                   {"window", &o.window}, {"nan", &o.nan_layer},   {"inf", &o.inf_layer}};
     for (int i = 1; i < argc; i++) {
         char *equals = strchr(argv[i], '=');
         size_t known = 0;

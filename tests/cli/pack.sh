@@ -3,7 +3,7 @@
 . "$(dirname "$0")/lib.sh"
 
 # Lossless is identical, for all versions, types and layouts.
-for kind in version=2 version=3 version=4 dtype=bf16 dtype=f32 vtrans=1 shuffle=1 tokens=0 tokens=1 tokens=300 \
+for kind in version=2 version=3 version=4 dtype=bf16 dtype=f32 vtrans=1 shuffle=1 tokens=0 tokens=1 tokens=300 session=1 window=40 window=200 \
     'layers=5 width=48 vtrans=1 shuffle=1 tokens=257'; do
     # shellcheck disable=SC2086 # several words
     make_ggsq $kind >a

@@ -3,7 +3,7 @@
 . "$(dirname "$0")/lib.sh"
 
 # The first N tokens are the file that the engine would have written for them.
-for kind in version=3 version=4 vtrans=1 dtype=f32; do
+for kind in version=3 version=4 vtrans=1 dtype=f32 session=1 window=100; do
     make_ggsq $kind tokens=100 >all
     run 0 xkv-pack -q all
     for n in 1 32 99 100; do
@@ -16,6 +16,20 @@ for kind in version=3 version=4 vtrans=1 dtype=f32; do
     rm all.xkv
 done
 rm -f prefix expected
+
+# Layers with a window that hold fewer tokens: the whole file, but no prefix of it.
+make_ggsq window=40 >a
+run 0 xkv-pack a
+err_has '^xkv-pack: a: .* layers with a window .* only the whole prefix can be restored$'
+run 0 xkv-unpack -q -o back a.xkv
+same a back
+run 1 xkv-unpack -q -f --first 50 -o back a.xkv
+err_has '^xkv-unpack: a\.xkv: not supported: cannot cut this llama\.cpp sequence, only restore its whole prefix: '
+run 0 xkv-info -v a.xkv
+out_has '^  whole prefix only: cannot cut this llama\.cpp sequence, .* its layers with a window '
+run 0 xkv-info --json a.xkv
+out_has '"whole_prefix_only":true,'
+rm a a.xkv back
 
 # safetensors and back, in both layouts.
 make_ggsq >a

@@ -1,11 +1,12 @@
 #!/bin/bash
-# run.sh [live | fidelity | domains | speed | caches | blocks] MODEL [OPTION...] - restored caches in a real engine:
-# llama.cpp, through llama-cpp-python.
+# run.sh [live | fidelity | domains | speed | caches | blocks | states] MODEL [OPTION...] - restored caches in a real
+# engine: llama.cpp, through llama-cpp-python.
 #
 # MODEL is smollm2 or qwen. live tests reuse of prefixes by the Python package, in several processes. Instead of testing,
 # fidelity sweeps ratios, domains packs texts unlike those of the training, speed sets a restore beside the prefill, and
-# caches makes caches of one text at several lengths (each has a --help); blocks takes no MODEL and compares quantized
-# rows with ggml's (XKV_TEST_BLOCKS: the program unit.blocks).
+# caches makes caches of one text at several lengths (each has a --help). blocks and states take no MODEL: blocks compares
+# quantized rows with ggml's (XKV_TEST_BLOCKS: the program unit.blocks), states packs and cuts every kind of the engine's
+# state files.
 # Opt-in, because the first run installs about 1 GB from PyPI and builds the engine (minutes):
 #     XKV_ENGINE_TESTS=1 ctest --test-dir build -R engine --verbose
 # XKV_BIN         folder with xkv-pack and xkv-unpack (ctest sets it)
@@ -43,6 +44,7 @@ case ${1:-} in
     caches) script=make_caches.py && shift ;;
     domains) script=domains.py && shift ;;
     blocks) script=check_blocks.py && shift ;;
+    states) script=check_states.py && shift ;;
     speed) script=restore_speed.py && shift ;;
 esac
 PYTHONDONTWRITEBYTECODE=1 exec "$venv/bin/python" "$here/$script" --cache "$cache" "$@"

@@ -56,8 +56,11 @@ static void open_with(xkv_ctx *ctx, const uint8_t *data, size_t size, const xkv_
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    xkv_model_layer layers[2] = {{1, 4, 2, XKV_NO_ROPE}, {1, 4, 2, XKV_NO_ROPE}};
+    xkv_model_layer layers[2] = {{1, 4, 2, XKV_NO_ROPE, 0}, {1, 4, 2, XKV_NO_ROPE, 0}};
     const xkv_model latent = {.layer_count = 2, .layers = layers, .latent_dim = 3, .latent_first = 1};
+    xkv_rope rope = {.n_rot = 2, .scale = 1};
+    xkv_model_layer split[5] = {{1, 4, 2, 0, 2}, {1, 4, 2, 0, 0}, {1, 4, 2, 0, 2}, {1, 4, 2, 0, 0}, {1, 4, 2, 0, 2}};
+    const xkv_model windows = {.layer_count = 5, .layers = split, .rope_count = 1, .ropes = &rope};
     xkv_ctx_options options = xkv_ctx_options_default();
     options.memory_limit = 256u << 20;
     xkv_ctx *ctx;
@@ -65,6 +68,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     open_with(ctx, data, size, NULL);
     open_with(ctx, data, size, &latent);
+    open_with(ctx, data, size, &windows);
     if (xkv_ctx_memory_used(ctx) != 0)
         abort();
     xkv_ctx_free(ctx);

@@ -25,6 +25,7 @@ from make_blocks import q4_0, q8_0
 DECODER = Path(__file__).parents[1] / "reference_decoder" / "decode.py"
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 WIDTH = HEADS * HEAD_DIM
+FULL_BASE = 1e6  # gemma3: the second layer has no window
 GGML_TYPE = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 BLOCKS = {"q8_0": (q8_0, 34), "q4_0": (q4_0, 18)}
 
@@ -32,8 +33,8 @@ BLOCKS = {"q8_0": (q8_0, 34), "q4_0": (q4_0, 18)}
 # --- An invented model and its caches ---
 
 
-def write_gguf(path, architecture, n_rot, **more):
-    """The header of a model file; `llama` rotates interleaved pairs, `qwen2` half-split ones."""
+def write_gguf(path, architecture, n_rot, base=10000.0, **more):
+    """The header of a model file; `llama` rotates interleaved pairs, the others half-split ones."""
     def string(text):
         return struct.pack("<Q", len(text)) + text.encode()
     numbers = {"block_count": LAYERS, "context_length": 4096, "embedding_length": WIDTH, "attention.head_count": HEADS,
@@ -41,14 +42,14 @@ def write_gguf(path, architecture, n_rot, **more):
                "attention.value_length": HEAD_DIM, **more}
     fields = [string("general.architecture") + struct.pack("<I", 8) + string(architecture)]
     fields += [string(f"{architecture}.{key}") + struct.pack("<II", 4, value) for key, value in numbers.items()]
-    fields += [string(f"{architecture}.rope.freq_base") + struct.pack("<If", 6, 10000.0)]
+    fields += [string(f"{architecture}.rope.freq_base") + struct.pack("<If", 6, base)]
     data = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(fields)
     path.write_bytes(data + bytes(-len(data) % 32))
 
 
-def rotate(rows, positions, style, n_rot):
+def rotate(rows, positions, style, n_rot, base=10000.0):
     x = rows.reshape(len(rows), HEADS, HEAD_DIM)
-    t = (positions[:, None] * 10000.0 ** (-np.arange(0, n_rot, 2) / n_rot))[:, None, :]
+    t = (positions[:, None] * base ** (-np.arange(0, n_rot, 2) / n_rot))[:, None, :]
     half = n_rot // 2
     a, b = (slice(0, n_rot, 2), slice(1, n_rot, 2)) if style == "llama" else (slice(0, half), slice(half, n_rot))
     out = x.copy()
@@ -71,7 +72,8 @@ def planes(positions, style, n_rot, seed, rank=10):
     layers = [(image(), image()) for _ in range(LAYERS)]
     if style == "deepseek2":  # the older form: K is rotated part and latent, V is the latent again
         return [(np.hstack([k[:, :n_rot], v]), v) for k, v in layers]
-    return [(rotate(k, positions, style, n_rot), v) for k, v in layers]
+    bases = [10000.0, FULL_BASE] if style == "gemma3" else [10000.0] * LAYERS
+    return [(rotate(k, positions, style, n_rot, base), v) for (k, v), base in zip(layers, bases)]
 
 
 def row_bytes(width, dtype):
@@ -87,14 +89,13 @@ def element_bytes(rows, dtype):
     return rows.astype("<f4" if dtype == "f32" else "<f2").tobytes()
 
 
-def write_sequence(path, positions, layers, version=3, dtype="f16", v_dtype=None, transposed=False, cells=None):
-    """A llama.cpp sequence file (spec/engines.md, section 1); cell i holds token cells[i]."""
+def memory_bytes(positions, layers, version=3, dtype="f16", v_dtype=None, transposed=False, cells=None, extension=None):
+    """A llama.cpp KV cache (spec/engines.md, section 1); cell i holds token cells[i]."""
     v_dtype = v_dtype or dtype
     cells = np.arange(len(positions)) if cells is None else cells
-    data = struct.pack("<III", 0x67677371, version, len(positions))
-    data += (np.arange(len(positions)) * 37 % 1000).astype("<i4").tobytes()
-    data += struct.pack("<II", 1, len(cells))
-    data += b"".join(struct.pack("<iIi", positions[token], 1, 0) for token in cells)
+    data = struct.pack("<II", 1, len(cells))
+    for token in cells:
+        data += struct.pack("<iI", positions[token], 1) + (extension or b"") + struct.pack("<i", 0)
     data += struct.pack("<II", transposed, len(layers)) + (bytes(8) if version == 4 else b"")
     for rows, kind, by_dim in [(k, dtype, False) for k, _ in layers] + [(v, v_dtype, transposed) for _, v in layers]:
         width, rows = rows.shape[1], rows[cells]
@@ -102,6 +103,30 @@ def write_sequence(path, positions, layers, version=3, dtype="f16", v_dtype=None
             data += struct.pack("<iII", GGML_TYPE[kind], row_bytes(1, kind), width) + element_bytes(rows.T, kind)
         else:
             data += struct.pack("<iQ", GGML_TYPE[kind], row_bytes(width, kind)) + element_bytes(rows, kind)
+    return data
+
+
+def session_bytes(architecture, outputs):
+    """What a session has behind its token ids; outputs None: as engines from February 2026 on."""
+    data = struct.pack("<I", len(architecture)) + architecture.encode()
+    if outputs is None:
+        return data
+    logits = np.random.default_rng(5).normal(size=(outputs, 50))
+    data += struct.pack("<I", outputs) + np.arange(outputs, dtype="<i4").tobytes()
+    return data + struct.pack("<Q", logits.size) + logits.astype("<f4").tobytes() + struct.pack("<Q", 0)
+
+
+def write_state(path, positions, layers, session=None, outputs=None, windows=None, **how):
+    """A llama.cpp state file. session: the architecture, if it is one; windows: tokens that the cache of the first
+    layer holds, behind that of the others."""
+    version = how.get("version", 3)
+    data = struct.pack("<II", 0x6767736e, version + 7) if session else struct.pack("<II", 0x67677371, version)
+    data += struct.pack("<I", len(positions)) + (np.arange(len(positions)) * 37 % 1000).astype("<i4").tobytes()
+    data += session_bytes(session, outputs) if session else b""
+    data += memory_bytes(positions, layers[1:] if windows else layers, **how)
+    if windows:
+        how["cells"] = how.get("cells", np.arange(len(positions)))[-windows:]
+        data += memory_bytes(positions, layers[:1], **how)
     path.write_bytes(data)
 
 
@@ -142,12 +167,14 @@ def write_metric(path):
 class Maker:
     def __init__(self, tools, folder, scratch):
         self.tools, self.folder, self.scratch = tools, folder, scratch
-        self.n_rot = {"llama": HEAD_DIM, "qwen2": HEAD_DIM // 2, "deepseek2": 8}
+        self.n_rot = {"llama": HEAD_DIM, "qwen2": HEAD_DIM // 2, "deepseek2": 8, "gemma3": HEAD_DIM}
         self.models = {style: scratch / f"{style}.gguf" for style in self.n_rot}
         latent = {"attention.head_count_kv": 1, "attention.key_length": 8 + WIDTH, "attention.value_length": WIDTH,
                   "attention.kv_lora_rank": WIDTH, "attention.key_length_mla": 24, "attention.value_length_mla": 16}
+        window = {"attention.sliding_window": 64, "attention.sliding_window_pattern": 2, "base": FULL_BASE}
+        more = {"deepseek2": latent, "gemma3": window}
         for style, path in self.models.items():
-            write_gguf(path, style, self.n_rot[style], **(latent if style == "deepseek2" else {}))
+            write_gguf(path, style, self.n_rot[style], **more.get(style, {}))
 
     def run(self, tool, *arguments):
         subprocess.run([self.tools / tool, "-q", "-f", *map(str, arguments)], check=True)
@@ -155,8 +182,8 @@ class Maker:
     def sequence(self, name, tokens, style="llama", seed=0, first=0, gap=0, **how):
         """A cache of `tokens` tokens, whose second half is `gap` positions later."""
         positions = first + np.arange(tokens) + gap * (np.arange(tokens) >= tokens // 2)
-        path = self.scratch / f"{name}.ggsq"
-        write_sequence(path, positions, planes(positions, style, self.n_rot[style], seed), **how)
+        path = self.scratch / f"{name}.{'ggsn' if how.get('session') else 'ggsq'}"
+        write_state(path, positions, planes(positions, style, self.n_rot[style], seed), **how)
         return path
 
     def pack(self, source, *options, style="llama", dictionary=None):
@@ -221,6 +248,20 @@ class Maker:
                   dictionary=dictionary)
 
 
+    def states(self):
+        old = self.sequence("lossless-session", 30, version=2, session="llama", outputs=2)
+        self.pack(old, "--lossless")
+        rotated = self.sequence("scalar-session", 40, version=4, session="llama")
+        self.pack(rotated, "--profile", "scalar", "--error", 0.05)
+        shuffled = np.random.default_rng(13).permutation(50)
+        within = self.sequence("svdq-windows", 50, "gemma3", windows=50, cells=shuffled)
+        self.pack(within, "--profile", "svd", "--group", 2, "--error", 0.02, style="gemma3")
+        longer = self.sequence("scalar-windows", 100, "gemma3", windows=64, transposed=True)
+        self.pack(longer, "--profile", "scalar", "--error", 0.05, style="gemma3")
+        text = self.sequence("scalar-positions", 40, "qwen2", extension=bytes(12))
+        self.pack(text, "--profile", "scalar", "--error", 0.05, style="qwen2")
+
+
 def main():
     tools, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
     folder.mkdir()
@@ -230,6 +271,7 @@ def main():
         maker.svd()
         maker.coded()
         maker.blocks()
+        maker.states()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-/* engine_support.h - what the tests of engine files share: synthetic llama.cpp sequence files and ways to look at
+/* engine_support.h - what the tests of engine files share: synthetic llama.cpp state files and ways to look at
  * caches. Offsets and layouts are those of spec/engines.md, written down here a second time. */
 #ifndef XKV_TEST_ENGINE_SUPPORT_H
 #define XKV_TEST_ENGINE_SUPPORT_H
@@ -14,16 +14,27 @@
 
 enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q8_0 = 8, TYPE_IQ4_NL = 20, TYPE_BF16 = 30 };
 
+typedef enum file_kind { SEQUENCE_FILE, SESSION_FILE, BLOB } file_kind;
+
+/* x and y of a cell's extension: noise, zeros, its position. */
+typedef enum extension_kind { SEVERAL_POSITIONS, TEXT_POSITIONS, EQUAL_POSITIONS } extension_kind;
+
 typedef struct sequence {
-    uint32_t version;
-    int streams;       /* 0: the form without n_stream */
-    int used;          /* the stream that has the cells */
-    uint32_t ids;      /* token ids 100, 101, ... */
-    uint32_t cells;    /* cells */
-    const int32_t *at; /* their positions; NULL: 0, 1, ... */
+    file_kind kind;
+    uint32_t version;         /* as sequence files count it: sessions have 7 more, blobs none */
+    const char *architecture; /* sessions */
+    int output_section;       /* sessions: as engines before February 2026 */
+    uint32_t outputs;         /* in that section, each with 7 logits and 3 elements of an embedding */
+    int streams;              /* 0: the form without n_stream */
+    int used;                 /* the stream that has the cells */
+    uint32_t ids;             /* token ids 100, 101, ... */
+    uint32_t cells;           /* cells */
+    const int32_t *at;        /* their positions; NULL: 0, 1, ... */
     uint32_t extension;
+    extension_kind positions;
     uint32_t v_trans, layers, k_type, k_row, v_type, v_row; /* v_row 0: K only; rows in bytes */
     uint32_t rot_k;
+    const struct sequence *second; /* the cache of the layers with a window, behind the first; its head is not used */
 } sequence;
 
 /* The case most tests vary: offsets 20 n_stream, 28 cells, 64 v_trans, 84 K0, 120 K1, 156 V0, 180 V1, 192 end. */
@@ -40,6 +51,21 @@ static inline sequence plain_sequence(void)
                       .v_row = 4};
 }
 
+/* {i32 x, i32 y, [i32 token]}. */
+static inline void put_extension(bytes *b, const sequence *s, uint32_t pos)
+{
+    if (s->extension == 0)
+        return;
+    if (s->positions == SEVERAL_POSITIONS) {
+        put_noise(b, s->extension, 77 + pos);
+        return;
+    }
+    put32(b, s->positions == EQUAL_POSITIONS ? pos : 0);
+    put32(b, s->positions == EQUAL_POSITIONS ? pos : 0);
+    if (s->extension > 8)
+        put32(b, 31000 + pos);
+}
+
 static inline void put_memory(bytes *b, const sequence *s)
 {
     for (int stream = 0; stream < (s->streams ? s->streams : 1); stream++) {
@@ -52,7 +78,7 @@ static inline void put_memory(bytes *b, const sequence *s)
         for (uint32_t i = 0; i < s->cells; i++) {
             put32(b, (uint32_t)(s->at ? s->at[i] : (int32_t)i));
             put32(b, 1);
-            put_noise(b, s->extension, 77 + i);
+            put_extension(b, s, (uint32_t)(s->at ? s->at[i] : (int32_t)i));
             put32(b, 5); /* seq_id: read and discarded by the engine */
         }
         put32(b, s->v_trans);
@@ -80,15 +106,46 @@ static inline void put_memory(bytes *b, const sequence *s)
     }
 }
 
+static inline void put_session_fields(bytes *b, const sequence *s)
+{
+    put32(b, (uint32_t)strlen(s->architecture));
+    put(b, s->architecture, strlen(s->architecture));
+    if (!s->output_section)
+        return;
+    put32(b, s->outputs);
+    for (uint32_t i = 0; i < s->outputs; i++)
+        put32(b, s->cells - 1 - i); /* places in the batch */
+    put64(b, 7 * (uint64_t)s->outputs);
+    put_noise(b, 4 * 7 * (size_t)s->outputs, 31);
+    put64(b, 3 * (uint64_t)s->outputs);
+    put_noise(b, 4 * 3 * (size_t)s->outputs, 32);
+}
+
+/* A file of any kind. */
 static inline void put_sequence(bytes *b, const sequence *s)
 {
     b->size = 0;
-    put32(b, 0x67677371);
-    put32(b, s->version);
-    put32(b, s->ids);
-    for (uint32_t i = 0; i < s->ids; i++)
-        put32(b, 100 + i);
+    if (s->kind == BLOB) {
+        put32(b, 0xaf143cd8);
+        put32(b, 5);
+    } else {
+        put32(b, s->kind == SESSION_FILE ? 0x6767736e : 0x67677371);
+        put32(b, s->kind == SESSION_FILE ? s->version + 7 : s->version);
+        put32(b, s->ids);
+        for (uint32_t i = 0; i < s->ids; i++)
+            put32(b, 100 + i);
+    }
+    if (s->kind == SESSION_FILE)
+        put_session_fields(b, s);
     put_memory(b, s);
+    if (s->second)
+        put_memory(b, s->second);
+}
+
+static inline uint32_t engine_of(const sequence *s)
+{
+    static const uint32_t engines[] = {XKV_ENGINE_LLAMA_SEQUENCE, XKV_ENGINE_LLAMA_SESSION, XKV_ENGINE_LLAMA_BLOB};
+    return engines[s->kind];
 }
 
 /* A server's checkpoints: two of them. */

@@ -118,7 +118,7 @@ static void assert_cut(const xkv_cache *cache, uint32_t kept, uint64_t expected_
     copy_rows(&less, views, xkv_cache_views(cache), kept);
     assert_int_equal(xkv_cache_from_memory(ctx, image, (size_t)cut->source_size, "cut", NULL, &reopened), XKV_OK);
     const xkv_geometry *r = xkv_cache_geometry(reopened);
-    assert_int_equal(xkv_cache_framing(reopened)->engine, XKV_ENGINE_LLAMA_SEQUENCE);
+    assert_int_equal(xkv_cache_framing(reopened)->engine, xkv_cache_framing(cache)->engine);
     assert_int_equal(r->token_count, kept);
     assert_int_equal(r->plane_count, g->plane_count);
     assert_memory_equal(r->positions, g->positions, kept * sizeof *r->positions);
@@ -131,6 +131,29 @@ static void assert_cut(const xkv_cache *cache, uint32_t kept, uint64_t expected_
 }
 
 /* A cut file is what the engine would have saved after that many tokens, byte for byte where rows are in order. */
+static void assert_cut_is_shorter_save(const sequence *s, const sequence *less)
+{
+    bytes *shorter = calloc(1, sizeof *shorter);
+    put_sequence(shorter, less);
+    put_sequence(&file, s);
+    xkv_cache *cache, *from_shorter;
+    assert_int_equal(xkv_cache_from_memory(ctx, file.data, file.size, "test", NULL, &cache), XKV_OK);
+    assert_cut(cache, less->cells, shorter->size);
+    xkv_framing *cut;
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), g, less->cells, &cut), XKV_OK);
+    assert_int_equal(xkv_cache_from_memory(ctx, shorter->data, shorter->size, "test", NULL, &from_shorter), XKV_OK);
+    const xkv_framing *f = xkv_cache_framing(from_shorter);
+    assert_int_equal(cut->engine, engine_of(s));
+    assert_int_equal(cut->segment_count, f->segment_count);
+    assert_int_equal(cut->literal_size, f->literal_size);
+    assert_memory_equal(cut->literals, f->literals, (size_t)f->literal_size);
+    xkv_cache_free(ctx, from_shorter);
+    xkv_framing_free(ctx, cut);
+    xkv_cache_free(ctx, cache);
+    free(shorter);
+}
+
 static void test_cut_is_shorter_save(void **state)
 {
     (void)state;
@@ -146,29 +169,53 @@ static void test_cut_is_shorter_save(void **state)
                 s.v_trans = v_trans;
                 s.ids = s.cells = 6;
                 s.v_row = v_trans ? 4 : 6;
-                bytes *shorter = calloc(1, sizeof *shorter);
                 sequence less = s;
                 less.ids = less.cells = kept;
-                put_sequence(shorter, &less);
-                put_sequence(&file, &s);
-                xkv_cache *cache;
-                assert_int_equal(xkv_cache_from_memory(ctx, file.data, file.size, "test", NULL, &cache), XKV_OK);
-                assert_cut(cache, kept, shorter->size);
-                xkv_framing *cut;
-                xkv_cache *from_shorter;
-                const xkv_geometry *g = xkv_cache_geometry(cache);
-                assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), g, kept, &cut), XKV_OK);
-                assert_int_equal(xkv_cache_from_memory(ctx, shorter->data, shorter->size, "test", NULL, &from_shorter),
-                                 XKV_OK);
-                const xkv_framing *f = xkv_cache_framing(from_shorter);
-                assert_int_equal(cut->segment_count, f->segment_count);
-                assert_int_equal(cut->literal_size, f->literal_size);
-                assert_memory_equal(cut->literals, f->literals, (size_t)f->literal_size);
-                xkv_cache_free(ctx, from_shorter);
-                xkv_framing_free(ctx, cut);
-                xkv_cache_free(ctx, cache);
-                free(shorter);
+                assert_cut_is_shorter_save(&s, &less);
             }
+}
+
+/* The outputs of a session are those of its last tokens: none are left. */
+static void test_cut_session(void **state)
+{
+    (void)state;
+    for (uint32_t version = 2; version <= 4; version++)
+        for (int outputs = 0; outputs <= (version == 2 ? 2 : 0); outputs++)
+            for (uint32_t kept = 1; kept <= 6; kept++) {
+                sequence s = plain_sequence();
+                s.kind = SESSION_FILE;
+                s.architecture = "qwen2";
+                s.version = version;
+                s.ids = s.cells = 6;
+                s.output_section = outputs > 0;
+                s.outputs = (uint32_t)outputs;
+                sequence less = s;
+                less.ids = less.cells = kept;
+                less.outputs = 0;
+                assert_cut_is_shorter_save(&s, &less);
+                s.kind = less.kind = BLOB;
+                assert_cut_is_shorter_save(&s, &less);
+            }
+}
+
+/* Both caches of a model with windows are cut alike. */
+static void test_cut_two_caches(void **state)
+{
+    (void)state;
+    for (uint32_t kept = 1; kept <= 5; kept++)
+        for (int v_trans = 0; v_trans < 2; v_trans++) {
+            sequence s = plain_sequence(), second = plain_sequence();
+            s.ids = s.cells = second.cells = 6;
+            s.streams = second.streams = 2;
+            s.v_trans = second.v_trans = (uint32_t)v_trans;
+            second.layers = 3;
+            second.k_row = 16;
+            sequence less = s, less_second = second;
+            s.second = &second;
+            less.second = &less_second;
+            less.ids = less.cells = less_second.cells = kept;
+            assert_cut_is_shorter_save(&s, &less);
+        }
 }
 
 /* Cells out of order: the first tokens are those of the lowest positions, and stay in the order of the file. */
@@ -257,6 +304,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_views, setup, teardown),
         cmocka_unit_test_setup_teardown(test_views_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_is_shorter_save, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_cut_session, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_cut_two_caches, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_unordered, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cut_genuine, setup, teardown),

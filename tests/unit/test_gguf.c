@@ -297,24 +297,116 @@ static void test_layers_that_differ(void **state)
     xkv_model_free(ctx, m);
 }
 
+/* Windows of the layers 0 .. 3 and the index of their rotation. */
+static void assert_windows(const uint32_t windows[4], const uint32_t ropes[4])
+{
+    finish();
+    xkv_model *m = read_model(NULL);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(m->layers[i].window, windows[i]);
+        assert_int_equal(m->layers[i].rope, ropes[i]);
+    }
+    xkv_model_free(ctx, m);
+}
+
+/* As llama.cpp's models are: which of the layers have a window, how long it is, and how they rotate. */
+static void test_windows(void **state)
+{
+    (void)state;
+    static const uint32_t none[4] = {0}, no = XKV_NO_ROPE;
+    begin("gemma2"); /* every second one; the window has a default */
+    assert_windows((uint32_t[4]){4096, 0, 4096, 0}, none);
+    key_u32("gemma2.attention.sliding_window", 512);
+    key_f32("gemma2.rope.freq_base_swa", 5e4f);
+    assert_windows((uint32_t[4]){512, 0, 512, 0}, (uint32_t[4]){1, 0, 1, 0});
+    begin("gpt-oss");
+    key_u32("gpt-oss.attention.sliding_window", 128);
+    key_string("gpt-oss.rope.scaling.type", "yarn"); /* which layers with a window share */
+    key_f32("gpt-oss.rope.scaling.factor", 32);
+    assert_windows((uint32_t[4]){128, 0, 128, 0}, none);
+    begin("gemma3"); /* all but every sixth */
+    key_u32("gemma3.attention.sliding_window", 512);
+    assert_windows((uint32_t[4]){512, 512, 512, 512}, (uint32_t[4]){1, 1, 1, 1});
+    begin("gemma3"); /* none, but the rotation is the same */
+    assert_windows(none, (uint32_t[4]){1, 1, 1, 1});
+    begin("smallthinker"); /* the first of four has none and is not rotated */
+    key_u32("smallthinker.attention.sliding_window", 4096);
+    assert_windows((uint32_t[4]){0, 4096, 4096, 4096}, (uint32_t[4]){no, 0, 0, 0});
+    begin("exaone4"); /* small models have no windows, and rotate all layers */
+    assert_windows(none, none);
+    begin("exaone4");
+    key_u32("exaone4.attention.sliding_window", 4096);
+    assert_windows((uint32_t[4]){4096, 4096, 4096, 0}, (uint32_t[4]){0, 0, 0, no});
+    begin("qwen2"); /* a window that the engine does not use */
+    key_u32("qwen2.attention.sliding_window", 4096);
+    assert_windows(none, none);
+}
+
+/* gemma4: a flag for each layer; layers with a window have smaller heads, of which other dims are rotated. */
+static void test_windows_by_layer(void **state)
+{
+    (void)state;
+    begin("gemma4");
+    key_u32("gemma4.attention.sliding_window", 1024);
+    key("gemma4.attention.sliding_window_pattern", ARRAY);
+    put32(&body, 7); /* bool */
+    put64(&body, 4);
+    put(&body, "\1\1\0\1", 4);
+    key_u32("gemma4.attention.key_length", 512);
+    key_u32("gemma4.attention.value_length", 512);
+    key_u32("gemma4.attention.key_length_swa", 256);
+    key_u32("gemma4.attention.value_length_swa", 256);
+    key_u32("gemma4.rope.dimension_count", 512);
+    key_u32("gemma4.rope.dimension_count_swa", 256);
+    assert_windows((uint32_t[4]){1024, 1024, 0, 1024}, (uint32_t[4]){1, 1, 0, 1});
+    xkv_model *m = read_model(NULL);
+    assert_int_equal(m->layers[0].head_dim_k, 256);
+    assert_int_equal(m->layers[0].head_dim_v, 256);
+    assert_int_equal(m->layers[2].head_dim_k, 512);
+    assert_plain(&m->ropes[0], 1e6L, 512, 1);
+    assert_plain(&m->ropes[1], 1e4L, 256, 1);
+    xkv_model_free(ctx, m);
+    begin("gemma4"); /* flags for too few layers */
+    key_u32("gemma4.attention.sliding_window", 1024);
+    key("gemma4.attention.sliding_window_pattern", ARRAY);
+    put32(&body, 7);
+    put64(&body, 3);
+    put(&body, "\1\1\0", 3);
+    finish();
+    assert_int_equal(read_size(file.size, NULL, &m), XKV_ERROR_CORRUPT);
+}
+
 static void test_architectures(void **state)
 {
     (void)state;
-    static const char *const refused[] = {"qwen2vl", "no-such-architecture"};
     xkv_rope_options o = xkv_rope_options_default();
     o.style = XKV_ROPE_HALF_SPLIT;
-    for (int i = 0; i < 2; i++) {
-        xkv_model *m;
-        begin(refused[i]);
-        finish();
-        assert_int_equal(read_size(file.size, NULL, &m), XKV_ERROR_UNSUPPORTED);
-        m = read_model(&o);
-        assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
-        xkv_model_free(ctx, m);
-    }
+    xkv_model *m;
+    begin("no-such-architecture");
+    finish();
+    assert_int_equal(read_size(file.size, NULL, &m), XKV_ERROR_UNSUPPORTED);
+    m = read_model(&o);
+    assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
+    xkv_model_free(ctx, m);
+    begin("qwen2vl"); /* M-RoPE: as RoPE in halves where all positions of a token are equal */
+    finish();
+    m = read_model(NULL);
+    assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
+    assert_plain(&m->ropes[0], 1e6L, 128, 1);
+    xkv_model_free(ctx, m);
+    begin("glm4"); /* interleaved, but in halves with sections */
+    key("glm4.rope.dimension_sections", ARRAY);
+    put32(&body, U32);
+    put64(&body, 4);
+    for (uint32_t i = 0; i < 4; i++)
+        put32(&body, 16);
+    finish();
+    m = read_model(NULL);
+    assert_int_equal(m->ropes[0].style, XKV_ROPE_HALF_SPLIT);
+    xkv_model_free(ctx, m);
     begin("gpt2"); /* no rotation at all */
     finish();
-    xkv_model *m = read_model(NULL);
+    m = read_model(NULL);
     assert_int_equal(m->rope_count, 0);
     assert_int_equal(m->layers[0].rope, XKV_NO_ROPE);
     xkv_model_free(ctx, m);
@@ -657,6 +749,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_heads_by_layer, setup, teardown),
         cmocka_unit_test_setup_teardown(test_latent, setup, teardown),
         cmocka_unit_test_setup_teardown(test_layers_that_differ, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_windows, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_windows_by_layer, setup, teardown),
         cmocka_unit_test_setup_teardown(test_architectures, setup, teardown),
         cmocka_unit_test_setup_teardown(test_options, setup, teardown),
         cmocka_unit_test_setup_teardown(test_from_options, setup, teardown),

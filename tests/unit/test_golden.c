@@ -33,6 +33,11 @@ static const golden goldens[] = {
     {"lossless-blocks", "ggsq", 1, NULL},
     {"scalar-blocks", "ggsq", 0, NULL},
     {"dict-blocks", "ggsq", 0, "dictionary"},
+    {"lossless-session", "ggsn", 1, NULL},
+    {"scalar-session", "ggsn", 0, NULL},
+    {"svdq-windows", "ggsq", 0, NULL},
+    {"scalar-windows", "ggsq", 0, NULL},
+    {"scalar-positions", "ggsq", 0, NULL},
 };
 
 /* --- Agreement of two decoders: spec/codec.md, section 3 --- */

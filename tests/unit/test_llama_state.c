@@ -1,4 +1,4 @@
-/* test_llama_state.c - llama.cpp sequence files: every form of the layout, damage, and what is not understood. */
+/* test_llama_state.c - llama.cpp state files: every form of the layout, damage, and what is not understood. */
 #include "engine_support.h"
 
 #include <dirent.h>
@@ -51,16 +51,16 @@ static void assert_engine(const xkv_cache *cache, uint32_t engine)
     assert_string_equal(xkv_engine_name(xkv_cache_framing(cache)->engine), xkv_engine_name(engine));
 }
 
-/* The file opens as a sequence with all its planes, and comes back byte for byte. */
+/* The file opens as what it is, with all its planes, and comes back byte for byte. */
 static void assert_opens(const sequence *s)
 {
     xkv_cache *cache = open_file(NULL);
     const xkv_geometry *g = xkv_cache_geometry(cache);
-    assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+    assert_engine(cache, engine_of(s));
     assert_int_equal(g->token_count, s->cells);
     assert_int_equal(g->layer_count, s->layers);
     assert_int_equal(g->plane_count, s->layers * (s->v_row ? 2 : 1));
-    assert_int_equal(g->token_id_count, s->ids);
+    assert_int_equal(g->token_id_count, s->kind == BLOB ? 0 : s->ids);
     for (uint32_t i = 0; i < g->token_id_count; i++)
         assert_int_equal(g->token_ids[i], 100 + i);
     for (uint32_t i = 1; i < g->token_count; i++)
@@ -126,10 +126,13 @@ static void test_streams(void **state)
     (void)state;
     sequence s = plain_sequence();
     s.streams = 4;
-    for (s.used = 0; s.used < 4; s.used++) {
-        put_sequence(&file, &s);
-        assert_opens(&s);
-    }
+    for (s.used = 0; s.used < 4; s.used++)
+        for (s.v_row = 0; s.v_row <= 4; s.v_row += 4) {
+            put_sequence(&file, &s);
+            assert_opens(&s);
+            put_checkpoints(&file);
+            assert_opens(&s);
+        }
 }
 
 static void test_types(void **state)
@@ -221,12 +224,134 @@ static void test_packed_token_field(void **state)
     xkv_cache_free(ctx, cache);
 }
 
+/* --- Sessions and blobs ------------------------------------------------------------------------------------------- */
+
+/* A session has no tail, an architecture and, of older engines, outputs. */
+static const sequence sessions[] = {
+    {.version = 2, .streams = 0, .output_section = 1, .outputs = 2}, /* mid-2025 */
+    {.version = 2, .streams = 1, .output_section = 1, .outputs = 1},
+    {.version = 2, .streams = 1, .output_section = 1}, /* none computed */
+    {.version = 2, .streams = 1},                      /* February 2026 */
+    {.version = 2, .streams = 1, .extension = 8},
+    {.version = 3, .streams = 3},
+    {.version = 3, .streams = 1, .extension = 12},
+    {.version = 4, .streams = 1},
+    {.version = 4, .streams = 1, .extension = 12},
+};
+
+static sequence session(size_t i)
+{
+    sequence s = plain_sequence();
+    s.kind = SESSION_FILE;
+    s.architecture = "llama";
+    s.version = sessions[i].version;
+    s.streams = sessions[i].streams;
+    s.output_section = sessions[i].output_section;
+    s.outputs = sessions[i].outputs;
+    s.extension = sessions[i].extension;
+    return s;
+}
+
+static void test_sessions(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof sessions / sizeof *sessions; i++)
+        for (uint32_t v_trans = 0; v_trans < 2; v_trans++) {
+            sequence s = session(i);
+            s.v_trans = v_trans;
+            s.cells = 1 + 4 * (uint32_t)(i % 3);
+            put_sequence(&file, &s);
+            assert_opens(&s);
+            s.v_row = 0;
+            put_sequence(&file, &s);
+            assert_opens(&s);
+        }
+}
+
+/* Counted by hand: 12 and two ids, 4 + 5 of the architecture, 4 + 4 + 8 + 28 + 8 + 12 of one output, then the memory,
+ * whose first K begins at 84 - 20 and whose layers are those of the plain file. */
+static void test_session_offsets(void **state)
+{
+    (void)state;
+    sequence s = session(1);
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(NULL);
+    const xkv_framing *f = xkv_cache_framing(cache);
+    assert_int_equal(file.size, 192 + 9 + 64);
+    assert_int_equal(f->segments[0].size, 84 + 9 + 64);
+    assert_int_equal(f->segment_count, 8);
+    xkv_cache_free(ctx, cache);
+}
+
+static void test_session_truncation(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof sessions / sizeof *sessions; i++) {
+        sequence s = session(i);
+        put_sequence(&file, &s);
+        size_t behind_k = file.size - 2 * (12 + 12) - (s.streams > 1 ? 4 * ((size_t)s.streams - 1) : 0);
+        for (size_t size = 4; size < file.size; size++) {
+            xkv_cache *cache = NULL;
+            xkv_status status = open_size(size, NULL, &cache);
+            if (size == behind_k && s.streams <= 1) {
+                assert_int_equal(status, XKV_OK);
+                xkv_cache_free(ctx, cache);
+            } else if (status != XKV_ERROR_TRUNCATED) {
+                fail_msg("session %zu, %zu of %zu bytes: %d", i, size, file.size, status);
+            }
+        }
+    }
+}
+
+static void test_session_architecture(void **state)
+{
+    (void)state;
+    static xkv_model_layer layers[] = {{.kv_heads = 1, .head_dim_k = 4, .head_dim_v = 2, .rope = XKV_NO_ROPE},
+                                       {.kv_heads = 1, .head_dim_k = 4, .head_dim_v = 2, .rope = XKV_NO_ROPE}};
+    static const struct {
+        const char *model;
+        xkv_status status;
+    } cases[] = {{"llama", XKV_OK},
+                 {"", XKV_OK},
+                 {"llam", XKV_ERROR_MISMATCH},
+                 {"llama4", XKV_ERROR_MISMATCH},
+                 {"qwen2", XKV_ERROR_MISMATCH}};
+    sequence s = session(7);
+    put_sequence(&file, &s);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        xkv_model model = {.layer_count = 2, .layers = layers};
+        xkv_cache *cache;
+        strcpy(model.architecture, cases[i].model);
+        assert_int_equal(open_size(file.size, &model, &cache), cases[i].status);
+        if (cases[i].status == XKV_OK)
+            xkv_cache_free(ctx, cache);
+        else
+            assert_non_null(strstr(xkv_ctx_error(ctx), "[LS12]"));
+    }
+}
+
+/* Blobs tell neither version nor tokens. */
+static void test_blobs(void **state)
+{
+    (void)state;
+    for (size_t i = 3; i < sizeof sessions / sizeof *sessions; i++) {
+        sequence s = session(i);
+        s.kind = BLOB;
+        put_sequence(&file, &s);
+        assert_opens(&s);
+        for (size_t size = 4; size + 2 * (12 + 12) < file.size - 8; size++) {
+            xkv_cache *cache;
+            assert_int_equal(open_size(size, NULL, &cache), XKV_ERROR_TRUNCATED);
+        }
+    }
+}
+
 /* --- MLA ---------------------------------------------------------------------------------------------------------- */
 
 /* Two layers whose K row of 4 elements is a latent of 3 and a rotated part of 1. */
 static xkv_model latent_model(void)
 {
-    static xkv_model_layer layers[] = {{1, 4, 3, XKV_NO_ROPE}, {1, 4, 3, XKV_NO_ROPE}};
+    static xkv_model_layer layers[] = {{1, 4, 3, XKV_NO_ROPE, 0}, {1, 4, 3, XKV_NO_ROPE, 0}};
     return (xkv_model){.layer_count = 2, .layers = layers, .latent_dim = 3, .latent_first = 1};
 }
 
@@ -356,7 +481,7 @@ static void test_quantized_rope(void **state)
                  {4, 64, 64, XKV_NO_ROPE}, {2, 128, 0, XKV_NO_ROPE}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         xkv_rope rope = {.n_rot = 2, .scale = 1};
-        xkv_model_layer layers[] = {{2, cases[i].head_dim, 2, 0}, {2, cases[i].head_dim, 2, 0}};
+        xkv_model_layer layers[] = {{2, cases[i].head_dim, 2, 0, 0}, {2, cases[i].head_dim, 2, 0, 0}};
         xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
         sequence s = plain_sequence();
         s.version = cases[i].version;
@@ -376,7 +501,7 @@ static void test_quantized_rope(void **state)
 static void test_quantized_latent(void **state)
 {
     (void)state;
-    xkv_model_layer layers[] = {{1, 96, 64, XKV_NO_ROPE}, {1, 96, 64, XKV_NO_ROPE}};
+    xkv_model_layer layers[] = {{1, 96, 64, XKV_NO_ROPE, 0}, {1, 96, 64, XKV_NO_ROPE, 0}};
     xkv_model model = {.layer_count = 2, .layers = layers, .latent_dim = 64, .latent_first = 1};
     sequence s = plain_sequence();
     s.k_type = TYPE_Q8_0;
@@ -399,28 +524,199 @@ static void test_quantized_latent(void **state)
     xkv_cache_free(ctx, cache);
 }
 
-/* Two memories one behind the other: the first is packed, the second is carried. */
-static void test_second_memory(void **state)
+/* --- Two caches: layers without and with a window ----------------------------------------------------------------- */
+
+/* Three layers with K of 8 elements behind the plain file's two. */
+static sequence window_cache(void)
+{
+    sequence s = plain_sequence();
+    s.layers = 3;
+    s.k_row = 16;
+    return s;
+}
+
+static void assert_cannot_cut(const xkv_cache *cache, const char *reason)
+{
+    xkv_framing *cut;
+    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), xkv_cache_geometry(cache), 1, &cut),
+                     XKV_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "only restore its whole prefix"));
+    assert_non_null(strstr(xkv_ctx_error(ctx), reason));
+}
+
+/* Prompts no longer than the window: both caches hold the same cells, and all layers are planes. */
+static void test_two_caches(void **state)
 {
     (void)state;
-    sequence first = plain_sequence(), second = plain_sequence();
-    for (int k_only = 0; k_only < 2; k_only++) {
-        first.v_row = k_only ? 0 : 4;
-        put_sequence(&file, &first);
-        size_t end = file.size;
-        second.layers = 3;
-        put_memory(&file, &second);
+    static const uint32_t versions[] = {2, 2, 3, 4};
+    static const int streams[] = {0, 1, 3, 1};
+    for (size_t form = 0; form < 4; form++)
+        for (int variant = 0; variant < 8; variant++) {
+            sequence s = plain_sequence(), second = window_cache();
+            s.kind = variant & 4 ? SESSION_FILE : SEQUENCE_FILE;
+            s.architecture = "gemma3";
+            s.output_section = streams[form] == 0;
+            s.version = second.version = versions[form];
+            s.streams = second.streams = streams[form];
+            s.v_row = variant & 1 ? 0 : 4;
+            second.v_row = s.v_row;
+            s.v_trans = second.v_trans = variant & 2 ? 1 : 0;
+            if (s.v_row == 0 && s.streams == 0)
+                continue; /* nothing tells whether the old form has V */
+            s.second = &second;
+            put_sequence(&file, &s);
+            sequence both = s;
+            both.layers = 5;
+            assert_opens(&both);
+        }
+}
+
+/* K of the second cache begins where the plain file ends, 192, behind n_stream, cell_count, three cells, v_trans and
+ * n_layer. */
+static void test_layers_of_two_caches(void **state)
+{
+    (void)state;
+    enum { FULL = 0, LOCAL = 1, K2 = 192 + 8 + 36 + 8 };
+    xkv_rope ropes[2] = {{.n_rot = 4, .scale = 1}, {.n_rot = 2, .scale = 1}};
+    xkv_model_layer layers[] = {{2, 4, 2, LOCAL, 9}, {1, 4, 2, FULL, 0},  {0, 0, 0, XKV_NO_ROPE, 0},
+                                {2, 4, 2, LOCAL, 9}, {2, 4, 2, LOCAL, 9}, {1, 4, 2, FULL, 0}};
+    static const uint32_t widths[] = {8, 4, 8, 8, 4}, numbers[] = {0, 1, 3, 4, 5};
+    static const uint64_t k_offsets[] = {K2, 84 - 12, K2 + 60, K2 + 120, 120 - 12};
+    xkv_model model = {.layer_count = 6, .layers = layers, .rope_count = 2, .ropes = ropes};
+    sequence s = plain_sequence(), second = window_cache();
+    second.v_row = 8; /* two heads of 2 */
+    s.second = &second;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    uint64_t size;
+    const uint8_t *data = xkv_cache_data(cache, &size);
+    assert_int_equal(g->layer_count, 6);
+    assert_int_equal(g->plane_count, 10);
+    assert_int_equal(g->rope_count, 2);
+    for (uint32_t i = 0; i < 5; i++) {
+        const xkv_plane *k = &g->planes[2 * i];
+        assert_int_equal(k->layer, numbers[i]);
+        assert_int_equal(k->kind, XKV_PLANE_K);
+        assert_int_equal(k->heads * k->head_dim, widths[i]);
+        assert_int_equal(k->rope, widths[i] == 8 ? LOCAL : FULL);
+        assert_ptr_equal(element(&xkv_cache_views(cache)[2 * i], 1, 0, 0), data + k_offsets[i] + 12 + 2 * widths[i]);
+    }
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    xkv_cache_free(ctx, cache);
+    layers[1].window = 9; /* other layers than the file's */
+    cache = open_file(&model);
+    assert_int_equal(xkv_cache_geometry(cache)->layer_count, 5);
+    assert_int_equal(xkv_cache_geometry(cache)->rope_count, 0);
+    xkv_cache_free(ctx, cache);
+    s.second = NULL; /* the cache of the layers with a window is lacking */
+    put_sequence(&file, &s);
+    assert_int_equal(open_size(file.size, &model, &cache), XKV_ERROR_MISMATCH);
+}
+
+/* Longer prompts: the second cache has the last cells only. It is carried, and the whole cannot be cut. */
+static void test_window_with_other_cells(void **state)
+{
+    (void)state;
+    static const int32_t last[] = {1, 2}, shuffled[] = {1, 0, 2};
+    for (int shuffle = 0; shuffle < 2; shuffle++) {
+        sequence s = plain_sequence(), second = window_cache();
+        second.cells = shuffle ? 3 : 2;
+        second.at = shuffle ? shuffled : last;
+        s.second = &second;
+        put_sequence(&file, &s);
         xkv_cache *cache = open_file(NULL);
         const xkv_framing *f = xkv_cache_framing(cache);
         assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
-        assert_int_equal(xkv_cache_geometry(cache)->plane_count, k_only ? 2 : 4);
-        assert_int_equal(f->segments[f->segment_count - 1].size, file.size - end);
+        assert_int_equal(xkv_cache_geometry(cache)->plane_count, 4);
+        assert_int_equal(f->segment_count, 9);
+        assert_int_equal(f->segments[8].size, file.size - 192);
         assert_framing_is_file(ctx, cache, file.data, file.size);
-        xkv_framing *cut;
-        assert_int_equal(xkv_framing_first(ctx, f, xkv_cache_geometry(cache), 1, &cut), XKV_ERROR_UNSUPPORTED);
+        assert_cannot_cut(cache, "a window");
         xkv_cache_free(ctx, cache);
     }
 }
+
+/* With a model, the first cache gets its layers' numbers and rotation also where the second is carried. */
+static void test_window_with_other_cells_and_model(void **state)
+{
+    (void)state;
+    xkv_rope ropes[2] = {{.n_rot = 4, .scale = 1}, {.n_rot = 2, .scale = 1}};
+    xkv_model_layer layers[] = {{2, 4, 1, 1, 2}, {1, 4, 2, 0, 0}, {2, 4, 1, 1, 2}, {2, 4, 1, 1, 2}, {1, 4, 2, 0, 0}};
+    xkv_model model = {.layer_count = 5, .layers = layers, .rope_count = 2, .ropes = ropes};
+    static const int32_t last[] = {1, 2};
+    sequence s = plain_sequence(), second = window_cache();
+    second.cells = 2;
+    second.at = last;
+    s.second = &second;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    const xkv_geometry *g = xkv_cache_geometry(cache);
+    assert_int_equal(g->layer_count, 5);
+    assert_int_equal(g->plane_count, 4);
+    assert_int_equal(g->planes[0].layer, 1);
+    assert_int_equal(g->planes[2].layer, 4);
+    assert_int_equal(g->planes[2].rope, 0);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    assert_cannot_cut(cache, "a window");
+    xkv_cache_free(ctx, cache);
+}
+
+/* A second memory beside all layers of the model, as of an index for sparse attention, is not one of these layers. */
+static void test_second_memory_of_no_layer(void **state)
+{
+    (void)state;
+    xkv_model_layer layers[] = {{1, 4, 2, XKV_NO_ROPE, 0}, {1, 4, 2, XKV_NO_ROPE, 0}};
+    xkv_model model = {.layer_count = 2, .layers = layers};
+    sequence s = plain_sequence(), second = plain_sequence();
+    s.v_row = second.v_row = 0;
+    second.k_row = 6;
+    s.second = &second;
+    put_sequence(&file, &s);
+    xkv_cache *cache = open_file(&model);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 2);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    assert_cannot_cut(cache, "a window");
+    xkv_cache_free(ctx, cache);
+}
+
+/* What is behind two memories is not understood; the two are. */
+static void test_third_memory(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence(), second = window_cache();
+    s.second = &second;
+    put_sequence(&file, &s);
+    put_memory(&file, &s);
+    xkv_cache *cache = open_file(NULL);
+    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 10);
+    assert_framing_is_file(ctx, cache, file.data, file.size);
+    assert_cannot_cut(cache, "not understood");
+    xkv_cache_free(ctx, cache);
+}
+
+/* A second cache that ends too early or contradicts itself is damaged, once its cells make sense: they end at 192 + 8 +
+ * 36, and n_layer 8 bytes later. */
+static void test_damaged_second_memory(void **state)
+{
+    (void)state;
+    sequence s = plain_sequence(), second = window_cache();
+    s.second = &second;
+    put_sequence(&file, &s);
+    size_t behind_k = file.size - 3 * (12 + 12);
+    for (size_t size = 192 + 8 + 36 + 8; size < file.size; size++) {
+        xkv_cache *cache = NULL;
+        xkv_status status = open_size(size, NULL, &cache);
+        assert_int_equal(status, size == behind_k ? XKV_OK : XKV_ERROR_TRUNCATED);
+        xkv_cache_free(ctx, cache);
+    }
+    xkv_cache *cache;
+    xkv_store32(file.data + 192 + 8 + 36 + 8, 99); /* type of its first K */
+    assert_int_equal(open_size(file.size, NULL, &cache), XKV_ERROR_CORRUPT);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "[LS7]"));
+}
+
+/* --- What is not understood --------------------------------------------------------------------------------------- */
 
 static void assert_opaque(void)
 {
@@ -440,8 +736,20 @@ static void test_not_understood(void **state)
     s.version = 5;
     put_sequence(&file, &s);
     assert_opaque();
-    put_sequence(&file, &s); /* a full session */
-    xkv_store32(file.data, 0x6767736e);
+    s = session(5); /* sessions of several sequences: a cell of two, cells of one each */
+    s.version = 5;
+    put_sequence(&file, &s);
+    assert_opaque();
+    s = session(7);
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 28 + 9 + 4, 2);
+    assert_opaque();
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 28 + 9 + 12 + 8, 6);
+    assert_opaque();
+    put_sequence(&file, &s); /* an architecture of 4,000 bytes */
+    xkv_store32(file.data + 20, 4000);
+    file.size += 4000;
     assert_opaque();
     file.size = 0;
     put_noise(&file, 500, 1);
@@ -598,7 +906,7 @@ static void test_layers_without_cache(void **state)
 {
     (void)state;
     xkv_model_layer layers[] = {
-        {0, 0, 0, XKV_NO_ROPE}, {1, 4, 2, XKV_NO_ROPE}, {0, 0, 0, XKV_NO_ROPE}, {2, 2, 1, XKV_NO_ROPE}};
+        {0, 0, 0, XKV_NO_ROPE, 0}, {1, 4, 2, XKV_NO_ROPE, 0}, {0, 0, 0, XKV_NO_ROPE, 0}, {2, 2, 1, XKV_NO_ROPE, 0}};
     xkv_model model = {.layer_count = 4, .layers = layers};
     sequence s = plain_sequence();
     put_sequence(&file, &s);
@@ -611,24 +919,42 @@ static void test_layers_without_cache(void **state)
     xkv_cache_free(ctx, cache);
 }
 
-/* Rows rotated by a Hadamard matrix, and tokens with several positions, cannot be un-rotated. */
+/* Rows rotated by a Hadamard matrix, and tokens with several positions that differ, cannot be un-rotated. */
 static void test_no_rope(void **state)
 {
     (void)state;
+    static const struct {
+        uint32_t version, rot_k, extension;
+        extension_kind positions;
+        bool rope;
+    } cases[] = {{4, 0, 0, TEXT_POSITIONS, true},      {4, 64, 0, TEXT_POSITIONS, false},
+                 {4, 0, 12, SEVERAL_POSITIONS, false}, {4, 0, 12, TEXT_POSITIONS, true},
+                 {3, 0, 12, EQUAL_POSITIONS, true},    {2, 0, 8, TEXT_POSITIONS, true},
+                 {2, 0, 8, SEVERAL_POSITIONS, false},  {4, 64, 12, TEXT_POSITIONS, false}};
     xkv_rope rope = {.n_rot = 2, .scale = 1};
-    xkv_model_layer layers[] = {{1, 4, 2, 0}, {1, 4, 2, 0}};
+    xkv_model_layer layers[] = {{1, 4, 2, 0, 0}, {1, 4, 2, 0, 0}};
     xkv_model model = {.layer_count = 2, .layers = layers, .rope_count = 1, .ropes = &rope};
-    for (int i = 0; i < 3; i++) {
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         sequence s = plain_sequence();
-        s.version = 4;
-        s.rot_k = i == 1 ? 64 : 0;
-        s.extension = i == 2 ? 12 : 0;
+        s.version = cases[i].version;
+        s.rot_k = cases[i].rot_k;
+        s.extension = cases[i].extension;
+        s.positions = cases[i].positions;
         put_sequence(&file, &s);
         xkv_cache *cache = open_file(&model);
-        assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, i == 0 ? 0 : XKV_NO_ROPE);
-        assert_int_equal(xkv_cache_geometry(cache)->rope_count, i == 0);
+        assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, cases[i].rope ? 0 : XKV_NO_ROPE);
+        assert_int_equal(xkv_cache_geometry(cache)->rope_count, cases[i].rope);
+        assert_framing_is_file(ctx, cache, file.data, file.size);
         xkv_cache_free(ctx, cache);
     }
+    sequence s = plain_sequence(); /* text behind an image: the last token alone is at (9, 2) */
+    s.extension = 12;
+    s.positions = EQUAL_POSITIONS;
+    put_sequence(&file, &s);
+    xkv_store32(file.data + 28 + 2 * 24 + 8, 9);
+    xkv_cache *cache = open_file(&model);
+    assert_int_equal(xkv_cache_geometry(cache)->planes[0].rope, XKV_NO_ROPE);
+    xkv_cache_free(ctx, cache);
 }
 
 /* --- Genuine files ------------------------------------------------------------------------------------------------ */
@@ -687,12 +1013,23 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_cells_out_of_order, setup, teardown),
         cmocka_unit_test_setup_teardown(test_checkpoints, setup, teardown),
         cmocka_unit_test_setup_teardown(test_packed_token_field, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_sessions, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_session_offsets, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_session_truncation, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_session_architecture, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_blobs, setup, teardown),
         cmocka_unit_test_setup_teardown(test_latent, setup, teardown),
         cmocka_unit_test_setup_teardown(test_unknown_type, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quantized_rows, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quantized_rope, setup, teardown),
         cmocka_unit_test_setup_teardown(test_quantized_latent, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_second_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_two_caches, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_layers_of_two_caches, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_window_with_other_cells, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_window_with_other_cells_and_model, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_second_memory_of_no_layer, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_third_memory, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_damaged_second_memory, setup, teardown),
         cmocka_unit_test_setup_teardown(test_not_understood, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_cells, setup, teardown),
         cmocka_unit_test_setup_teardown(test_truncation, setup, teardown),

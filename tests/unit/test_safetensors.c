@@ -107,7 +107,7 @@ static void test_axes_found(void **state)
     assert_int_equal(xkv_cache_geometry(cache)->planes[1].heads, 3);
     xkv_cache_free(ctx, cache);
     build("{" K_V "}", 72);
-    xkv_model_layer layer = {3, 4, 2, XKV_NO_ROPE};
+    xkv_model_layer layer = {3, 4, 2, XKV_NO_ROPE, 0};
     xkv_model model = {.layer_count = 1, .layers = &layer};
     cache = open_file(&model);
     assert_int_equal(xkv_cache_geometry(cache)->token_count, 2);
@@ -115,7 +115,7 @@ static void test_axes_found(void **state)
     xkv_cache_free(ctx, cache);
     layer.kv_heads = 4;
     assert_int_equal(open_size(file.size, &model, &cache), XKV_ERROR_MISMATCH);
-    layer = (xkv_model_layer){3, 4, 4, XKV_NO_ROPE};
+    layer = (xkv_model_layer){3, 4, 4, XKV_NO_ROPE, 0};
     assert_int_equal(open_size(file.size, &model, &cache), XKV_ERROR_MISMATCH);
 }
 
@@ -181,7 +181,7 @@ static void test_model_rope(void **state)
 {
     (void)state;
     xkv_rope rope = {.n_rot = 4, .style = XKV_ROPE_INTERLEAVED, .scale = 1};
-    xkv_model_layer layer = {2, 4, 2, 0};
+    xkv_model_layer layer = {2, 4, 2, 0, 0};
     xkv_model model = {.layer_count = 1, .layers = &layer, .rope_count = 1, .ropes = &rope};
     build("{" K_V "}", 72);
     xkv_cache *cache = open_file(&model);
