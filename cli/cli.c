@@ -1,6 +1,8 @@
 /* cli.c - the frame of a tool: options, signals, messages, progress. */
 #include "cli.h"
 
+#include "xkv/kernels.h"
+
 #include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
@@ -420,6 +422,19 @@ static bool take_common_option(cli *c, int option, const char *value)
     }
 }
 
+/* Version, and what does the arithmetic here. */
+static void print_version(const cli_tool *tool)
+{
+    xkv_backend_info backend;
+    xkv_backend_get_info(&backend);
+    printf("%s %s\n", tool->name, xkv_version());
+    printf("CPU: %s, %s\n", xkv_kernels_cpu_name(), xkv_kernels_blas_name());
+    if (backend.device_count > 0)
+        printf("CUDA: %u device%s\n", backend.device_count, backend.device_count == 1 ? "" : "s");
+    else
+        printf("CUDA: not used, %s\n", backend.reason);
+}
+
 /* False with *code set when there is nothing more to do. */
 static bool parse_options(cli *c, int argc, char **argv, cli_exit *code)
 {
@@ -437,7 +452,7 @@ static bool parse_options(cli *c, int argc, char **argv, cli_exit *code)
             return false;
         }
         if (option == 'V') {
-            printf("%s %s\n", tool->name, xkv_version());
+            print_version(tool);
             return false;
         }
         *code = CLI_USAGE;

@@ -1,7 +1,6 @@
 /* rope_table.c - cosines and sines of rotary embeddings: one position, or runs of positions from a table. */
+#include "element.h"
 #include "kernels.h"
-
-#include <math.h>
 
 #define LOW_COUNT 32
 
@@ -13,15 +12,6 @@ struct xkv_rope_table {
     double *high_cos, *high_sin; /* [pairs] */
     double *low_cos, *low_sin;   /* [32][pairs] */
 };
-
-/* The product is taken exactly, as angle + rest, for positions may be large and cosines forget nothing. */
-static void cos_sin_of(double position, double inv_freq, double *c, double *s)
-{
-    double angle = position * inv_freq, rest = fma(position, inv_freq, -angle);
-    double c0 = cos(angle), s0 = sin(angle);
-    *c = c0 - rest * s0;
-    *s = s0 + rest * c0;
-}
 
 /* Round once, with the scale of rotating or un-rotating. */
 static void store_pair(const xkv_rope *rope, bool inverse, size_t i, double c, double s, float *cos_sin)
@@ -35,7 +25,7 @@ void xkv_rope_cos_sin(const xkv_rope *rope, int32_t position, bool inverse, floa
 {
     for (size_t i = 0; i < rope->n_rot / 2; i++) {
         double c, s;
-        cos_sin_of(position, rope->inv_freq[i], &c, &s);
+        xkv_cos_sin_of(position, rope->inv_freq[i], &c, &s);
         store_pair(rope, inverse, i, c, s, cos_sin);
     }
 }
@@ -43,7 +33,7 @@ void xkv_rope_cos_sin(const xkv_rope *rope, int32_t position, bool inverse, floa
 static void fill_high(xkv_rope_table *table, int64_t high)
 {
     for (size_t i = 0; i < table->rope->n_rot / 2; i++)
-        cos_sin_of((double)high, table->rope->inv_freq[i], &table->high_cos[i], &table->high_sin[i]);
+        xkv_cos_sin_of((double)high, table->rope->inv_freq[i], &table->high_cos[i], &table->high_sin[i]);
     table->high = high;
 }
 
@@ -61,8 +51,8 @@ xkv_status xkv_rope_table_create(xkv_ctx *ctx, const xkv_rope *rope, bool invers
     table->inverse = inverse;
     for (size_t low = 0; low < LOW_COUNT; low++)
         for (size_t i = 0; i < pairs; i++)
-            cos_sin_of((double)low, rope->inv_freq[i], &table->low_cos[low * pairs + i],
-                       &table->low_sin[low * pairs + i]);
+            xkv_cos_sin_of((double)low, rope->inv_freq[i], &table->low_cos[low * pairs + i],
+                           &table->low_sin[low * pairs + i]);
     fill_high(table, 0);
     *table_p = table;
     table = NULL;

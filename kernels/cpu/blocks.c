@@ -1,6 +1,8 @@
 /* blocks.c - rows of ggml's blocks: 32 elements behind one f16 scale, quantized as ggml's reference code does. */
 #include "ops.h"
 
+#include "element.h"
+
 #include <math.h>
 
 enum { BLOCK = 32 };

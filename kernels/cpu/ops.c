@@ -1,62 +1,11 @@
 /* ops.c - the operation table in plain C: the reference for every other table, and what runs where there is none. */
 #include "ops.h"
 
+#include "element.h"
+
 #include <cblas.h>
 
 /* --- Conversions -------------------------------------------------------------------------------------------------- */
-
-static float float_from_bits(uint32_t bits)
-{
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
-static uint32_t bits_of_float(float f)
-{
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    return bits;
-}
-
-float xkv_f16_to_f32(uint16_t h)
-{
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
-    uint32_t exponent = h >> 10 & 31u, mantissa = h & 1023u;
-    if (exponent == 31) /* a NaN becomes a quiet one, as processors convert it */
-        return float_from_bits(sign | 0x7f800000u | mantissa << 13 | (mantissa ? 0x400000u : 0));
-    if (exponent == 0) /* zero or subnormal: a multiple of 2^-24, exact in f32 */
-        return float_from_bits(sign | bits_of_float((float)mantissa * 0x1p-24f));
-    return float_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
-uint16_t xkv_f16_from_f32(float f)
-{
-    uint32_t bits = bits_of_float(f), magnitude = bits & 0x7fffffffu;
-    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
-    if (magnitude > 0x7f800000u)
-        return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
-    if (magnitude == 0x7f800000u)
-        return (uint16_t)(sign | 0x7c00u);
-    if (magnitude > 0x477fe000u) /* beyond 65504 */
-        return (uint16_t)(sign | 0x7bffu);
-    if (magnitude < 0x38800000u) { /* below 2^-14: numbers next to 0.5 have f16's subnormal step of 2^-24 */
-        float rounded = float_from_bits(magnitude) + 0.5f;
-        return (uint16_t)(sign | (bits_of_float(rounded) - 0x3f000000u));
-    }
-    magnitude += 0xfffu + (magnitude >> 13 & 1u); /* ties to even */
-    return (uint16_t)(sign | (magnitude - (112u << 23)) >> 13);
-}
-
-static uint16_t bf16_from_f32(float f)
-{
-    uint32_t bits = bits_of_float(f), magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u)
-        return (uint16_t)(bits >> 16 | 0x40u);
-    if (magnitude < 0x7f800000u && magnitude > 0x7f7f0000u) /* beyond the largest finite bf16 */
-        return (uint16_t)((bits >> 16 & 0x8000u) | 0x7f7fu);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16); /* ties to even; infinities stay */
-}
 
 void xkv_generic_to_f32(uint32_t dtype, const void *src, float *dst, size_t n)
 {
@@ -69,7 +18,7 @@ void xkv_generic_to_f32(uint32_t dtype, const void *src, float *dst, size_t n)
             dst[i] = xkv_f16_to_f32(xkv_load16(s + 2 * i));
     } else if (dtype == XKV_BF16) {
         for (size_t i = 0; i < n; i++)
-            dst[i] = float_from_bits((uint32_t)xkv_load16(s + 2 * i) << 16);
+            dst[i] = xkv_float_from_bits((uint32_t)xkv_load16(s + 2 * i) << 16);
     } else {
         xkv_blocks_to_f32(dtype, s, dst, n);
     }
@@ -86,7 +35,7 @@ void xkv_generic_from_f32(uint32_t dtype, const float *src, void *dst, size_t n)
             xkv_store16(d + 2 * i, xkv_f16_from_f32(src[i]));
     } else if (dtype == XKV_BF16) {
         for (size_t i = 0; i < n; i++)
-            xkv_store16(d + 2 * i, bf16_from_f32(src[i]));
+            xkv_store16(d + 2 * i, xkv_bf16_from_f32(src[i]));
     } else {
         xkv_blocks_from_f32(dtype, src, d, n);
     }

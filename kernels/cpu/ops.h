@@ -17,9 +17,6 @@ const xkv_kernels *xkv_kernels_cpu_vector(void);
 /* True when XKV_CPU asked for something that cannot be had; the pool says so in the log. */
 bool xkv_kernels_cpu_choice_ignored(void);
 
-float xkv_f16_to_f32(uint16_t h);
-uint16_t xkv_f16_from_f32(float f); /* with the rounding of from_f32 */
-
 /* The same three operations for dtypes of blocks (blocks.c); n is a multiple of the block. */
 void xkv_blocks_to_f32(uint32_t dtype, const uint8_t *src, float *dst, size_t n);
 void xkv_blocks_from_f32(uint32_t dtype, const float *src, uint8_t *dst, size_t n);

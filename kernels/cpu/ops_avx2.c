@@ -1,6 +1,8 @@
 /* ops_avx2.c - the operation table for x86-64 with AVX2 and F16C. Same results as ops.c, bit for bit. */
 #include "ops.h"
 
+#include "element.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #include <cpuid.h>

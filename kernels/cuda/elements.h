@@ -1,0 +1,147 @@
+/* elements.h - what one thread does to one element, or to a pair of them: the bodies of the kernels that are no warp's
+ * work. The kernels and the emulation on the CPU (tests/cuda) differ in how they count. */
+#ifndef XKV_CUDA_ELEMENTS_H
+#define XKV_CUDA_ELEMENTS_H
+
+#include "element.h"
+#include "plugin.h"
+
+/* --- Operands ----------------------------------------------------------------------------------------------------- */
+
+/* A part of an integer. */
+XKV_ELEMENT int32_t xkv_part_of(int32_t q, uint32_t part)
+{
+    int32_t high = (((q + 32768 + 128) >> 8) - 128) * 256;
+
+    return part == XKV_OPERAND_WHOLE ? q : part == XKV_OPERAND_HIGH ? high : q - high;
+}
+
+/* Element t of row i; what is wrong with it, or 0. */
+XKV_ELEMENT uint32_t xkv_expand_element(const xkv_plug_expand *o, uint64_t i, uint64_t t)
+{
+    uint32_t row = o->rows[i];
+    int32_t part = xkv_part_of(o->q[(row >> 2) * o->q_stride + t], row & 3u);
+    uint64_t at = i * o->stride + t, copy_at = (i + o->copy) * o->stride + t;
+
+    if (o->exact) {
+        ((float *)o->tile)[at] = (float)part;
+        return 0;
+    }
+    uint16_t half = xkv_f16_from_f32((float)part);
+    ((uint16_t *)o->tile)[at] = half;
+    if (o->copy)
+        ((uint16_t *)o->tile)[copy_at] = half;
+    return (row & 3u) == XKV_OPERAND_WHOLE && (part > 2048 || part < -2048) ? XKV_WARP_TOO_WIDE : 0;
+}
+
+XKV_ELEMENT void xkv_split_element(const xkv_plug_split *o, uint64_t i, uint64_t column)
+{
+    uint64_t row = o->index ? o->index[i] : i, at = i * o->width + column;
+    float x = o->rows[row * o->width + column] * o->factor * o->scale;
+
+    if (o->exact) {
+        ((float *)o->high)[at] = x;
+        return;
+    }
+    uint16_t high = xkv_f16_from_f32(x);
+    ((uint16_t *)o->high)[at] = high;
+    ((uint16_t *)o->low)[at] = xkv_f16_from_f32(x - xkv_f16_to_f32(high));
+}
+
+/* --- RoPE and views ----------------------------------------------------------------------------------------------- */
+
+XKV_ELEMENT void xkv_angle_element(const xkv_plug_angles *o, uint64_t t, uint32_t pair)
+{
+    double c, s;
+
+    xkv_cos_sin_of((double)o->positions[t], o->inv_freq[pair], &c, &s);
+    o->out[t * o->stride + pair] = (float)(c * o->scale);
+    o->out[t * o->stride + o->pairs + pair] = (float)(s * o->scale);
+}
+
+/* Where an element of a view is. */
+XKV_ELEMENT uint8_t *xkv_view_element(const xkv_view *v, uint32_t token, uint32_t head, uint32_t dim)
+{
+    int64_t row = v->rows ? (int64_t)v->rows[token] : (int64_t)token;
+
+    return (uint8_t *)v->data + (row * v->token_stride + head * v->head_stride + dim * v->dim_stride);
+}
+
+XKV_ELEMENT void xkv_put_element(const xkv_view *v, uint32_t token, uint32_t head, uint32_t dim, float x)
+{
+    uint8_t *at = xkv_view_element(v, token, head, dim);
+
+    if (v->dtype == XKV_F32)
+        *(float *)(void *)at = x;
+    else
+        *(uint16_t *)(void *)at = v->dtype == XKV_F16 ? xkv_f16_from_f32(x) : xkv_bf16_from_f32(x);
+}
+
+/* The work on one token of a plane comes in items: a pair that is rotated, or an element that is not. */
+XKV_ELEMENT uint32_t xkv_plane_items(const xkv_plug_plane *p)
+{
+    return p->heads * (p->head_dim - p->pairs);
+}
+
+XKV_ELEMENT float xkv_stored_value(const xkv_plug_store *o, uint64_t t, uint32_t column)
+{
+    float x = o->rows[t * o->ld + column];
+
+    return o->mean ? o->mean[column] + x : x;
+}
+
+XKV_ELEMENT void xkv_store_pair(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t head,
+                                uint32_t pair)
+{
+    uint32_t i = p->offset + (p->style == XKV_ROPE_INTERLEAVED ? 2 * pair : pair);
+    uint32_t j = p->style == XKV_ROPE_INTERLEAVED ? i + 1 : i + p->pairs;
+    uint32_t column = p->column + head * p->head_dim;
+    const float *angles = o->angles + t * o->angles_stride + p->angles;
+    float a = xkv_stored_value(o, t, column + i), b = xkv_stored_value(o, t, column + j);
+    float c = angles[pair], s = angles[p->pairs + pair];
+
+    xkv_put_element(&p->view, o->first + t, head, i, a * c - b * s);
+    xkv_put_element(&p->view, o->first + t, head, j, a * s + b * c);
+}
+
+XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t item)
+{
+    uint32_t items = p->head_dim - p->pairs, head = item / items, i = item % items;
+
+    if (i < p->pairs) {
+        xkv_store_pair(o, p, t, head, i);
+        return;
+    }
+    uint32_t dim = i - p->pairs;
+    if (dim >= p->offset)
+        dim += 2 * p->pairs;
+    xkv_put_element(&p->view, o->first + t, head, dim, xkv_stored_value(o, t, p->column + head * p->head_dim + dim));
+}
+
+/* Element `e` of a token. */
+XKV_ELEMENT void xkv_move_element(const xkv_plug_move *o, uint32_t t, uint32_t e)
+{
+    uint8_t *to = xkv_view_element(&o->view, o->first + t, e / o->head_dim, e % o->head_dim);
+    const uint8_t *from = o->rows + t * o->row_bytes + o->column;
+
+    if (o->view.dtype == XKV_F32)
+        ((uint32_t *)(void *)to)[0] = ((const uint32_t *)(const void *)from)[e];
+    else
+        ((uint16_t *)(void *)to)[0] = ((const uint16_t *)(const void *)from)[e];
+}
+
+/* --- Byte planes -------------------------------------------------------------------------------------------------- */
+
+/* Bytes of the element in row r and column c: planes 0 .. elem-2 in the order of the elements, the highest transposed.
+ */
+XKV_ELEMENT void xkv_join_element(const xkv_plug_join *o, uint64_t r, uint64_t c)
+{
+    uint64_t count = o->rows * o->cols, i = r * o->cols + c;
+    uint8_t *to = o->out + i * o->elem;
+
+    for (uint32_t b = 0; b + 1 < o->elem; b++)
+        to[b] = o->planes[b * count + i];
+    to[o->elem - 1] = o->planes[(o->elem - 1) * count + c * o->rows + r];
+}
+
+#endif

@@ -1,0 +1,41 @@
+/* device.h - an opened device, as the codec uses it. */
+#ifndef XKV_DEVICE_H
+#define XKV_DEVICE_H
+
+#include "base.h"
+#include "plugin.h"
+#include "xkv/kernels.h"
+
+#define XKV_MAX_STAGING 4u
+
+/* A pinned buffer on its way to the device, and when it may be written again. */
+typedef struct xkv_staging {
+    uint8_t *bytes;
+    void *event; /* of the last work that reads it */
+    bool busy;   /* the event was recorded, and nobody has waited for it */
+} xkv_staging;
+
+struct xkv_device {
+    const xkv_plugin *api;
+    xkv_plug_device *plug;
+    bool reported; /* that it is broken */
+
+    void *copies;         /* a stream of our own, for what goes to the device */
+    void *begun, *copied; /* events: between the caller's stream and this one */
+    uint32_t staging_count, staging_next;
+    uint64_t staging_bytes;
+    xkv_staging staging[XKV_MAX_STAGING];
+
+    void *tables; /* the codec's, put here by its first call; released with the device */
+};
+
+/* What a call of the device's table came to: passed on, with the device's own text. That a device is broken is logged
+ * once. */
+xkv_status xkv_device_result(xkv_ctx *ctx, xkv_device *device, xkv_status status);
+
+/* The next staging buffer, once the device has read what was in it. Errors: BACKEND. */
+XKV_MUST_CHECK xkv_status xkv_staging_get(xkv_ctx *ctx, xkv_device *device, xkv_staging **staging_p);
+/* All work on `stream` so far reads it. */
+XKV_MUST_CHECK xkv_status xkv_staging_put(xkv_ctx *ctx, xkv_device *device, xkv_staging *staging, void *stream);
+
+#endif

@@ -1,0 +1,33 @@
+/* A stand-in for the header of cuBLAS, likewise. */
+#ifndef FAKE_CUBLAS_V2_H
+#define FAKE_CUBLAS_V2_H
+
+#include "cuda_runtime_api.h"
+
+typedef struct fake_blas *cublasHandle_t;
+typedef enum cublasStatus {
+    CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_ALLOC_FAILED = 3,
+    CUBLAS_STATUS_EXECUTION_FAILED = 13,
+    CUBLAS_STATUS_INTERNAL_ERROR = 14
+} cublasStatus_t;
+typedef enum cublasOperation { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 } cublasOperation_t;
+typedef enum cublasComputeType { CUBLAS_COMPUTE_32F = 68 } cublasComputeType_t;
+typedef enum cublasGemmAlgo { CUBLAS_GEMM_DEFAULT = -1 } cublasGemmAlgo_t;
+typedef enum cublasPointerMode { CUBLAS_POINTER_MODE_HOST = 0 } cublasPointerMode_t;
+typedef int cublasMath_t;
+enum { CUBLAS_DEFAULT_MATH = 0, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 };
+
+const char *cublasGetStatusString(cublasStatus_t s);
+cublasStatus_t cublasCreate(cublasHandle_t *blas);
+cublasStatus_t cublasDestroy(cublasHandle_t blas);
+cublasStatus_t cublasSetMathMode(cublasHandle_t blas, cublasMath_t mode);
+cublasStatus_t cublasSetPointerMode(cublasHandle_t blas, cublasPointerMode_t mode);
+cublasStatus_t cublasSetStream(cublasHandle_t blas, cudaStream_t stream);
+cublasStatus_t cublasSetWorkspace(cublasHandle_t blas, void *workspace, size_t size);
+cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
+                            const void *alpha, const void *a, cudaDataType type_a, int lda, const void *b,
+                            cudaDataType type_b, int ldb, const void *beta, void *c, cudaDataType type_c, int ldc,
+                            cublasComputeType_t compute, cublasGemmAlgo_t algo);
+
+#endif
