@@ -372,8 +372,7 @@ static xkv_status decode(decoder *d)
     return announce(d);
 }
 
-/* Fill in what 0 stands for, and check the ranges. */
-static xkv_status resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens, xkv_read_options *o)
+xkv_status xkv_read_options_resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens, xkv_read_options *o)
 {
     uint32_t groups = entry->c.group_count;
 
@@ -408,7 +407,7 @@ xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_
 
     if (options)
         XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
-    XKV_TRY(resolve(ctx, entry, entry->c.geometry.token_count, &o));
+    XKV_TRY(xkv_read_options_resolve(ctx, entry, entry->c.geometry.token_count, &o));
     if (o.token_count == 0 || o.group_count == 0)
         return XKV_OK;
     if (views)
@@ -437,7 +436,7 @@ xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read
         return xkv_entry_decode_own(ctx, entry, options, views);
     if (options)
         XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
-    XKV_TRY(resolve(ctx, entry, entry->geometry.token_count, &o));
+    XKV_TRY(xkv_read_options_resolve(ctx, entry, entry->geometry.token_count, &o));
     return o.token_count == 0 || o.group_count == 0 ? XKV_OK : xkv_extended_decode(ctx, entry, &o, views);
 }
 

@@ -44,6 +44,10 @@ XKV_MUST_CHECK xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry,
 XKV_MUST_CHECK xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                const xkv_view *views);
 
+/* Fill in what 0 stands for, of an entry of `tokens` rows, and check the ranges. Errors: ARGUMENT. */
+XKV_MUST_CHECK xkv_status xkv_read_options_resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens,
+                                                   xkv_read_options *o);
+
 /* Fail since the entry has no dictionary attached: MISMATCH naming its id [Q5]. */
 xkv_status xkv_dict_missing(xkv_ctx *ctx, const xkv_entry *entry);
 

@@ -59,7 +59,12 @@ static xkv_status prepare(xkv_ctx *ctx, xkv_device *d, const xkv_device_options 
     d->staging_bytes = xkv_align64(o->staging_bytes, 256);
     XKV_TRY(xkv_device_result(ctx, d, api->stream_create(d->plug, &d->copies)));
     XKV_TRY(xkv_device_result(ctx, d, api->event_create(d->plug, &d->begun)));
-    XKV_TRY(xkv_device_result(ctx, d, api->event_create(d->plug, &d->copied)));
+    for (uint32_t i = 0; i < 2; i++) {
+        XKV_TRY(xkv_device_result(ctx, d, api->event_create(d->plug, &d->ready[i])));
+        XKV_TRY(xkv_device_result(ctx, d, api->event_create(d->plug, &d->arrived[i])));
+        XKV_TRY(xkv_device_result(ctx, d, api->event_create(d->plug, &d->used[i])));
+    }
+    XKV_TRY(xkv_device_result(ctx, d, api->alloc_pinned(d->plug, XKV_DEVICE_RESULTS, &d->results)));
     for (uint32_t i = 0; i < d->staging_count; i++) {
         xkv_staging *s = &d->staging[i];
         XKV_TRY(xkv_device_result(ctx, d, api->event_create(d->plug, &s->event)));
@@ -104,8 +109,13 @@ void xkv_device_close(xkv_ctx *ctx, xkv_device *d)
             d->api->release_pinned(d->plug, d->staging[i].bytes);
             d->api->event_destroy(d->plug, d->staging[i].event);
         }
+        for (uint32_t i = 0; i < 2; i++) {
+            d->api->event_destroy(d->plug, d->ready[i]);
+            d->api->event_destroy(d->plug, d->arrived[i]);
+            d->api->event_destroy(d->plug, d->used[i]);
+        }
         d->api->event_destroy(d->plug, d->begun);
-        d->api->event_destroy(d->plug, d->copied);
+        d->api->release_pinned(d->plug, d->results);
         d->api->stream_destroy(d->plug, d->copies);
         d->api->release(d->plug, d->tables);
         d->api->close(d->plug);

@@ -6,7 +6,8 @@
 #include "plugin.h"
 #include "xkv/kernels.h"
 
-#define XKV_MAX_STAGING 4u
+#define XKV_MAX_STAGING    4u
+#define XKV_DEVICE_RESULTS 64u
 
 /* A pinned buffer on its way to the device, and when it may be written again. */
 typedef struct xkv_staging {
@@ -20,8 +21,13 @@ struct xkv_device {
     xkv_plug_device *plug;
     bool reported; /* that it is broken */
 
-    void *copies;         /* a stream of our own, for what goes to the device */
-    void *begun, *copied; /* events: between the caller's stream and this one */
+    void *copies;   /* a stream of our own, for what goes to the device beside the caller's work */
+    void *begun;    /* event: where the caller's stream was when a call began */
+    void *ready[2]; /* events: a group is restored; this one, and the one before */
+    void *results;  /* pinned, XKV_DEVICE_RESULTS bytes */
+    /* Events of two places that take turns: what one is to hold has arrived, has been used. */
+    void *arrived[2], *used[2];
+
     uint32_t staging_count, staging_next;
     uint64_t staging_bytes;
     xkv_staging staging[XKV_MAX_STAGING];

@@ -45,7 +45,7 @@ typedef struct xkv_plug_decode {
     uint32_t coded;             /* >= 1 */
     int16_t *q;
     uint64_t stride;
-    uint32_t *faults; /* [count] XKV_WARP_...: what was found; q of bad streams is undefined */
+    uint32_t *fault; /* XKV_WARP_... are set in it; q of a bad stream is undefined */
 } xkv_plug_decode;
 
 /* What of an integer goes into a row of a tile. With high = 256 round(q / 256), both parts are exact in f16 whatever q

@@ -17,6 +17,7 @@
 
 #include "xkv/common.h"
 #include "xkv/format.h"
+#include "xkv/kernels.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -290,6 +291,58 @@ static inline xkv_read_options xkv_read_options_default(void)
  * and what the input returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                  const xkv_view *views);
+
+/* --- Restoring into a device's memory (<xkv/kernels.h>) -------------------------------------------------------------
+ */
+
+/* The bases of a dictionary in a device's memory: 4 bytes an element. Read-only, for any number of calls on the device.
+ */
+typedef struct xkv_device_dict xkv_device_dict;
+
+/* Copy them; `dict` must outlive them. Errors: MEMORY (the device's is used up), BACKEND. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_dict_create(xkv_ctx *ctx, xkv_device *device, const xkv_dict *dict,
+                                                         xkv_device_dict **dict_p);
+XKV_API void xkv_device_dict_free(xkv_ctx *ctx, xkv_device_dict *dict); /* before the device is closed; accepts NULL */
+
+typedef struct xkv_device_target {
+    size_t struct_size;
+    /* A cudaStream_t of the device; NULL: its default stream. The work comes behind what is on it. */
+    void *stream;
+    /* Device memory that is the call's until it returns, aligned to 256 bytes; at least the least that
+     * xkv_device_read_size() says. NULL: the call allocates it, less where memory is short. */
+    void *workspace;
+    uint64_t workspace_size; /* bytes */
+    /* The dictionary of the entry. NULL, for an entry that needs one: the call copies its bases first. */
+    const xkv_device_dict *dict;
+} xkv_device_target;
+
+static inline xkv_device_target xkv_device_target_default(void)
+{
+    xkv_device_target t;
+    memset(&t, 0, sizeof t);
+    t.struct_size = sizeof t;
+    return t;
+}
+
+/* Workspace of xkv_device_read() with the same options, in bytes: what it needs at least, and beyond what more does not
+ * help. 0 and 0 when the device has nothing to compute. Errors: as xkv_entry_read(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
+                                                       const xkv_read_options *options, uint64_t *least,
+                                                       uint64_t *best);
+
+/* xkv_entry_read() into views of the device's memory, `rows` included, with elements of f32, f16 or bf16 at addresses
+ * that are multiples of their size. Groups of codec dict, svd and svdq are decoded by the device while the next bytes
+ * are read and copied; what it does not decode (lossless and scalar groups, sinks and window) comes from the CPU. The
+ * call returns, and group_ready is called, when rows are in place and checked; other streams may use them at once.
+ * Rows agree with those of xkv_entry_read() as spec/codec.md, section 3 demands of two decoders. Without enough memory
+ * on the device the call takes smaller tiles, then the CPU for everything, and says so in the log.
+ * `target` may be NULL for defaults. Errors: those of xkv_entry_read(); ARGUMENT (alignment, workspace), UNSUPPORTED
+ * (another dtype; an entry that extends another), BACKEND (the device: see xkv_device_get_info()). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_read(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
+                                                  const xkv_read_options *options, const xkv_device_target *target,
+                                                  const xkv_view *views);
+
+/* --- Checking and rebuilding -------------------------------------------------------------------------------------- */
 
 /* Check every rule, the deep ones included: all checksums and gaps, and decode everything; all-lossless entries must
  * give back the source's hash. Errors: as xkv_entry_read(). */

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(32) decode_kernel(const xkv_plug_decode o)
         fault = decode_components(o, s, &r, held);
     if (fault == 0)
         fault = xkv_warp_close(&r);
-    if (threadIdx.x == 0)
-        o.faults[blockIdx.x] = fault;
+    if (fault != 0 && threadIdx.x == 0)
+        atomicOr(o.fault, fault);
 }
 
 /* --- Operands ----------------------------------------------------------------------------------------------------- */

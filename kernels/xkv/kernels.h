@@ -29,14 +29,14 @@ XKV_API const char *xkv_kernels_blas_name(void);
 
 /* --- Backends ----------------------------------------------------------------------------------------------------- */
 
-typedef enum xkv_backend {
+typedef enum xkv_backend_kind {
     XKV_BACKEND_AUTO = 0, /* what XKV_BACKEND says, else CUDA where it can be used, else the CPU */
     XKV_BACKEND_CPU = 1,
     XKV_BACKEND_CUDA = 2
-} xkv_backend;
+} xkv_backend_kind;
 
 typedef struct xkv_backend_info {
-    uint32_t backend;      /* xkv_backend: what AUTO comes to here, CPU or CUDA */
+    uint32_t backend;      /* xkv_backend_kind: what AUTO comes to here, CPU or CUDA */
     uint32_t device_count; /* that can be used */
     char reason[256];      /* why CUDA cannot be used: no plug-in, one of another version, no driver, no device, or
                               XKV_BACKEND; "" when it can */
@@ -53,7 +53,7 @@ typedef struct xkv_device xkv_device;
 
 typedef struct xkv_device_options {
     size_t struct_size;
-    uint32_t backend;       /* xkv_backend; default AUTO. CPU: there is no device to open, UNSUPPORTED */
+    uint32_t backend;       /* xkv_backend_kind; default AUTO. CPU: there is no device to open, UNSUPPORTED */
     uint32_t index;         /* of the device, as the CUDA runtime counts; default 0 */
     uint32_t staging_count; /* pinned buffers between file and device, 2 .. 4; default 3 */
     uint64_t staging_bytes; /* of each; default 16 MiB, at least 1 MiB */

@@ -23,12 +23,12 @@ static void run_decode(const void *args)
 
     fake_check(o->streams, o->count * sizeof *o->streams);
     fake_check(o->codes, o->coded * sizeof *o->codes);
-    fake_check(o->faults, o->count * sizeof *o->faults);
+    fake_check(o->fault, sizeof *o->fault);
     for (uint32_t i = 0; i < o->count; i++) {
         const xkv_plug_stream *s = &o->streams[i];
         fake_check(o->packed + s->offset, (s->size + 3ull) & ~3ull);
         fake_check(o->q + s->column, ((o->coded - 1) * o->stride + s->tokens) * sizeof *o->q);
-        o->faults[i] = decode_stream(o, s);
+        *o->fault |= decode_stream(o, s);
     }
 }
 
@@ -39,6 +39,7 @@ static void run_expand(const void *args)
 
     fake_check(o->tile, ((rows - 1) * o->stride + o->tokens) * elem);
     fake_check(o->rows, o->count * sizeof *o->rows);
+    fake_check(o->fault, sizeof *o->fault);
     for (uint64_t i = 0; i < o->count; i++) {
         fake_check(o->q + (o->rows[i] >> 2) * o->q_stride, o->tokens * sizeof *o->q);
         for (uint64_t t = 0; t < o->tokens; t++)

@@ -132,7 +132,7 @@ static cudaError_t new_block(void **p, size_t size, int pinned)
     if (!pinned && fake_cuda.memory != 0 && size > fake_cuda.memory - fake_cuda.used)
         return last_error = cudaErrorMemoryAllocation;
     b = calloc(1, sizeof *b);
-    *b = (block){malloc(size), size, pinned, blocks};
+    *b = (block){aligned_alloc(256, (size + 255) / 256 * 256), size, pinned, blocks}; /* as the runtime aligns it */
     memset(b->bytes, 0xa5, size);
     blocks = b;
     fake_cuda.blocks++;
@@ -464,6 +464,7 @@ static float operand(const product *p, const void *x, size_t at)
 static void run_product(const void *args)
 {
     const product *p = args;
+    fake_cuda.exact_products += !p->half;
     size_t elem = p->half ? 2 : 4, last_b = p->transpose_b ? (p->k - 1) * p->ldb + p->n : (p->n - 1) * p->ldb + p->k;
 
     if (p->k > 0) {

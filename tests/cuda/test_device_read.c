@@ -1,0 +1,649 @@
+/* Restoring into a device's memory, on the emulated device: rows against those of xkv_entry_read(), within what
+ * spec/codec.md, section 3 allows two decoders, whatever the codec, range, layout, positions and memory; failures of
+ * any call; damage. Streams run only when somebody waits, so that what is overwritten too early shows. */
+#include "emulated.h"
+
+#include "device_read.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <xxhash.h>
+
+enum { SENTINEL = 64 };
+
+static fake_cuda_control *control;
+static xkv_device *device;
+static uint32_t errors_logged, warnings_logged;
+
+static void count_log(void *user, xkv_log_level level, const char *message)
+{
+    (void)user;
+    (void)message;
+    errors_logged += level == XKV_LOG_ERROR;
+    warnings_logged += level == XKV_LOG_WARNING;
+}
+
+static xkv_ctx *logging_ctx(void)
+{
+    xkv_ctx_options o = xkv_ctx_options_default();
+    xkv_ctx *ctx;
+
+    o.threads = 2;
+    o.log = count_log;
+    errors_logged = warnings_logged = 0;
+    assert_true(xkv_ctx_create(&o, &ctx) == XKV_OK);
+    return ctx;
+}
+
+static xkv_device *open_device(xkv_ctx *ctx)
+{
+    xkv_device_options o = xkv_device_options_default();
+    xkv_device *d = NULL;
+
+    o.staging_bytes = 1u << 20;
+    o.staging_count = 2;
+    assert_ok(ctx, xkv_device_open(ctx, &o, &d));
+    return d;
+}
+
+/* --- Samples ------------------------------------------------------------------------------------------------------ */
+
+static synthetic sample(uint32_t tokens, uint32_t dtype, int rope)
+{
+    synthetic_options o = {.layers = 3,
+                           .tokens = tokens,
+                           .heads = 2,
+                           .head_dim = 16,
+                           .dtype = dtype,
+                           .rank = 10,
+                           .group_layers = 2,
+                           .noise = 0.1,
+                           .mean = 1.5,
+                           .rope = rope,
+                           .first_position = 11};
+    return make_synthetic(&o);
+}
+
+/* A cache, packed one way, with its dictionary. */
+typedef struct subject {
+    synthetic s;
+    memory trained;
+    xkv_dict *dict;
+    packed p;
+} subject;
+
+static void train(xkv_ctx *ctx, subject *t, uint32_t cross)
+{
+    xkv_train_options o = xkv_train_options_default();
+    const synthetic *list = &t->s;
+    memory *m = calloc(1, sizeof *m);
+    xkv_input input;
+
+    o.group_layers = 2;
+    o.cross = cross;
+    assert_ok(ctx, train_on(ctx, &list, 1, &o, m));
+    t->trained = *m;
+    free(m);
+    input = xkv_input_from_memory(t->trained.data, t->trained.size);
+    assert_ok(ctx, xkv_dict_open(ctx, &input, 1, &t->dict));
+}
+
+static subject make_subject(xkv_ctx *ctx, uint32_t tokens, uint32_t dtype, uint32_t profile, double quality,
+                            uint32_t cross)
+{
+    subject t = {.s = sample(tokens, dtype, 1)};
+    xkv_pack_options o = xkv_pack_options_default();
+
+    o.profile = profile;
+    o.group_layers = 2;
+    o.chunk_tokens = 32;
+    o.window = 3;
+    if (profile == XKV_PROFILE_DICT) {
+        train(ctx, &t, cross);
+        o.dict = t.dict;
+        o.quality = quality;
+    } else if (profile == XKV_PROFILE_SVD && quality < 0) {
+        o.rank_k = o.rank_v = 9;
+    } else if (profile != XKV_PROFILE_LOSSLESS) {
+        o.error = quality;
+    }
+    t.p = pack_planes(ctx, &t.s, &o);
+    return t;
+}
+
+static void free_subject(xkv_ctx *ctx, subject *t)
+{
+    free_packed(ctx, &t->p);
+    xkv_dict_close(ctx, t->dict);
+    memory_free(&t->trained);
+    free_synthetic(&t->s);
+}
+
+static bool has_codec(const subject *t, uint32_t codec)
+{
+    for (uint32_t i = 0; i < t->p.entry->c.group_count; i++)
+        if (t->p.entry->c.groups[i].codec == codec)
+            return true;
+    return false;
+}
+
+/* --- Views in the device's memory --------------------------------------------------------------------------------- */
+
+typedef enum layout { TOKEN_MAJOR, HEAD_MAJOR, TRANSPOSED, LAYOUTS } layout;
+
+/* All planes, one behind the other, with sentinels around: on the device, and the same on the host. */
+typedef struct cache {
+    uint32_t planes, tokens, dtype;
+    layout layout;
+    uint64_t size, plane_size;
+    uint8_t *there, *host;
+    uint32_t *rows; /* the device's; NULL: none */
+    uint32_t *host_rows;
+    xkv_view *views, *host_views;
+} cache;
+
+static xkv_view make_view(const cache *c, const xkv_plane *p, uint8_t *at, const uint32_t *rows)
+{
+    int64_t e = (int64_t)xkv_dtype_size(c->dtype), h = p->heads, d = p->head_dim, n = c->tokens;
+    const int64_t strides[LAYOUTS][3] = {{h * d * e, d * e, e}, {d * e, n * d * e, e}, {e, n * d * e, n * e}};
+
+    return (xkv_view){.data = at,
+                      .token_stride = strides[c->layout][0],
+                      .head_stride = strides[c->layout][1],
+                      .dim_stride = strides[c->layout][2],
+                      .rows = rows,
+                      .dtype = c->dtype};
+}
+
+static cache make_cache(const synthetic *s, uint32_t tokens, uint32_t dtype, layout l, bool paged)
+{
+    cache c = {.planes = s->geometry.plane_count, .tokens = tokens, .dtype = dtype, .layout = l};
+    const xkv_plane *p = s->geometry.planes;
+
+    c.plane_size = SENTINEL + (uint64_t)tokens * row_width(p) * xkv_dtype_size(dtype);
+    c.plane_size = (c.plane_size + 15) / 16 * 16;
+    c.size = c.plane_size * c.planes + SENTINEL;
+    assert_true(device->api->alloc(device->plug, c.size, (void **)&c.there) == XKV_OK);
+    assert_true(device->api->alloc(device->plug, tokens * 4ull, (void **)&c.rows) == XKV_OK);
+    c.host = malloc(c.size);
+    c.host_rows = malloc(tokens * sizeof *c.host_rows);
+    memset(c.there, 0xee, c.size);
+    memset(c.host, 0xee, c.size);
+    for (uint32_t i = 0; i < tokens; i++) /* whole pages of 8 tokens from last to first, then what is left */
+        c.rows[i] = c.host_rows[i] = i < tokens / 8 * 8 ? (tokens / 8 - 1 - i / 8) * 8 + i % 8 : i;
+    c.views = malloc(c.planes * sizeof *c.views);
+    c.host_views = malloc(c.planes * sizeof *c.host_views);
+    for (uint32_t i = 0; i < c.planes; i++) {
+        uint64_t at = c.plane_size * i + SENTINEL;
+        c.views[i] = make_view(&c, &p[i], c.there + at, paged ? c.rows : NULL);
+        c.host_views[i] = make_view(&c, &p[i], c.host + at, paged ? c.host_rows : NULL);
+    }
+    return c;
+}
+
+static void free_cache(cache *c)
+{
+    device->api->release(device->plug, c->there);
+    device->api->release(device->plug, c->rows);
+    free(c->host);
+    free(c->host_rows);
+    free(c->views);
+    free(c->host_views);
+}
+
+static double value_at(const cache *c, const uint8_t *p)
+{
+    float f;
+    uint16_t h;
+
+    if (c->dtype == XKV_F32) {
+        memcpy(&f, p, 4);
+        return (double)f;
+    }
+    memcpy(&h, p, 2);
+    return c->dtype == XKV_F16 ? test_from_half(h) : test_from_bf16(h);
+}
+
+/* A unit in the last place of x. */
+static double ulp(const cache *c, double x)
+{
+    int digits = c->dtype == XKV_F32 ? 24 : c->dtype == XKV_F16 ? 11 : 8, exponent;
+
+    (void)frexp(x, &exponent);
+    return exp2(fmax(exponent, c->dtype == XKV_F16 ? -13 : -125) - digits);
+}
+
+static void compare_row(const cache *c, const xkv_plane *p, uint32_t plane, uint32_t t)
+{
+    const xkv_view *device_view = &c->views[plane], *host_view = &c->host_views[plane];
+    int64_t row = host_view->rows ? host_view->rows[t] : t;
+    double most = 0;
+
+    for (int pass = 0; pass < 2; pass++)
+        for (int64_t h = 0; h < p->heads; h++)
+            for (int64_t d = 0; d < p->head_dim; d++) {
+                int64_t at = row * host_view->token_stride + h * host_view->head_stride + d * host_view->dim_stride;
+                double x = value_at(c, (uint8_t *)device_view->data + at);
+                double y = value_at(c, (uint8_t *)host_view->data + at);
+                double allowed = fmax(c->dtype == XKV_F32 ? 0 : ulp(c, y), most * exp2(-16));
+                if (pass == 0)
+                    most = fmax(most, fabs(y));
+                else if (!(fabs(x - y) <= allowed))
+                    fail_msg("plane %u, token %u, head %d, dim %d: %.9g, the CPU has %.9g", plane, t, (int)h, (int)d, x,
+                             y);
+            }
+}
+
+/* Rows agree, and all other bytes are as they were. */
+static void compare(const subject *s, const cache *c, uint32_t tokens)
+{
+    uint64_t differ = 0;
+
+    for (uint32_t i = 0; i < c->planes; i++)
+        for (uint32_t t = 0; t < tokens; t++)
+            compare_row(c, &s->s.planes[i], i, t);
+    for (uint32_t i = 0; i < c->planes; i++)
+        differ += memcmp(c->there + c->plane_size * i, c->host + c->plane_size * i, SENTINEL) != 0;
+    differ += memcmp(c->there + c->size - SENTINEL, c->host + c->size - SENTINEL, SENTINEL) != 0;
+    assert_int_equal(differ, 0);
+}
+
+/* --- Reading ------------------------------------------------------------------------------------------------------ */
+
+static void check_read(xkv_ctx *ctx, const subject *t, const xkv_read_options *o, const xkv_device_target *target,
+                       uint32_t dtype, layout l, bool paged)
+{
+    uint32_t all = t->s.geometry.token_count, tokens = o && o->token_count ? o->token_count : all;
+    cache c;
+
+    if (o && !o->token_count)
+        tokens = all - o->first_token;
+    c = make_cache(&t->s, all, dtype, l, paged);
+    assert_ok(ctx, xkv_entry_read(ctx, t->p.entry, o, c.host_views));
+    assert_ok(ctx, xkv_device_read(ctx, device, t->p.entry, o, target, c.views));
+    compare(t, &c, tokens);
+    free_cache(&c);
+}
+
+/* All layouts, some ranges, some groups. */
+static void check_all(xkv_ctx *ctx, const subject *t)
+{
+    static const uint32_t ranges[][2] = {{0, 0}, {0, 1}, {0, 33}, {5, 60}, {64, 32}, {97, 0}, {31, 2}, {3, 100}};
+    xkv_read_options o = xkv_read_options_default();
+
+    for (int l = 0; l < LAYOUTS; l++)
+        for (uint32_t dtype = XKV_F32; dtype <= XKV_BF16; dtype++)
+            check_read(ctx, t, NULL, NULL, dtype, (layout)l, (l + (int)dtype) % 2);
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+        o.first_token = ranges[i][0];
+        o.token_count = ranges[i][1];
+        check_read(ctx, t, &o, NULL, XKV_BF16, TOKEN_MAJOR, i % 2);
+    }
+    o.first_group = t->p.entry->c.group_count - 1;
+    check_read(ctx, t, &o, NULL, XKV_F16, TOKEN_MAJOR, false);
+}
+
+typedef struct kind {
+    const char *name;
+    uint32_t profile, cross, codec;
+    double quality;
+} kind;
+
+static const kind kinds[] = {
+    {"dict", XKV_PROFILE_DICT, 0, XKV_GROUP_DICT, 60},
+    {"dict, cross stage", XKV_PROFILE_DICT, 6, XKV_GROUP_CROSS, 60},
+    {"dict, fine", XKV_PROFILE_DICT, 0, XKV_GROUP_DICT, 100},
+    {"dict, fine, cross stage", XKV_PROFILE_DICT, 6, XKV_GROUP_CROSS, 100},
+    {"svd, 16 bits", XKV_PROFILE_SVD, 0, XKV_GROUP_SVD, -1},
+    {"svdq", XKV_PROFILE_SVD, 0, XKV_GROUP_SVDQ, 0.2},
+    {"scalar", XKV_PROFILE_SCALAR, 0, XKV_GROUP_SCALAR, 0.1},
+    {"lossless", XKV_PROFILE_LOSSLESS, 0, XKV_GROUP_LOSSLESS, 0},
+};
+#define KINDS (sizeof kinds / sizeof *kinds)
+
+static void test_codecs(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+
+    (void)state;
+    for (size_t i = 0; i < KINDS; i++) {
+        subject t = make_subject(ctx, 131, XKV_BF16, kinds[i].profile, kinds[i].quality, kinds[i].cross);
+        if (!has_codec(&t, kinds[i].codec))
+            fail_msg("%s: not packed like this", kinds[i].name);
+        check_all(ctx, &t);
+        free_subject(ctx, &t);
+    }
+    assert_int_equal(warnings_logged + errors_logged, 0);
+    xkv_ctx_free(ctx);
+}
+
+/* Tokens around those of chunks and rounds. */
+static void test_lengths(void **state)
+{
+    static const uint32_t lengths[] = {8, 31, 32, 33, 35, 36, 39, 63, 64, 65, 67, 68, 300};
+    xkv_ctx *ctx = logging_ctx();
+
+    (void)state;
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        subject t = make_subject(ctx, lengths[i], XKV_F16, XKV_PROFILE_DICT, 60, i % 2 ? 4 : 0);
+        check_read(ctx, &t, NULL, NULL, XKV_F16, TOKEN_MAJOR, true);
+        free_subject(ctx, &t);
+    }
+    xkv_ctx_free(ctx);
+}
+
+static void test_positions(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    xkv_read_options o = xkv_read_options_default();
+    int32_t positions[90];
+
+    (void)state;
+    for (int32_t i = 0; i < 90; i++)
+        positions[i] = 1000 + 7 * i;
+    o.positions = positions;
+    o.first_token = 2;
+    o.token_count = 90;
+    for (size_t i = 0; i < KINDS; i++) {
+        subject t = make_subject(ctx, 131, XKV_BF16, kinds[i].profile, kinds[i].quality, kinds[i].cross);
+        check_read(ctx, &t, &o, NULL, XKV_BF16, TOKEN_MAJOR, true);
+        free_subject(ctx, &t);
+    }
+    xkv_ctx_free(ctx);
+}
+
+/* Integers beyond 2048 where the table does not promise them: the group is done again in f32. */
+static void test_wide_integers(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = {.s = sample(131, XKV_F32, 0)};
+    xkv_pack_options o = xkv_pack_options_default();
+    float *row = (float *)(void *)t.s.data;
+    uint64_t before;
+
+    (void)state;
+    train(ctx, &t, 0);
+    for (uint32_t i = 0; i < row_width(t.s.planes); i++)
+        row[70 * row_width(t.s.planes) + i] = 2e3f;
+    o.profile = XKV_PROFILE_DICT;
+    o.dict = t.dict;
+    o.quality = 40;
+    o.chunk_tokens = 32;
+    o.sinks = 4;
+    t.p = pack_planes(ctx, &t.s, &o);
+    assert_true(has_codec(&t, XKV_GROUP_DICT));
+    before = control->exact_products;
+    check_read(ctx, &t, NULL, NULL, XKV_F32, TOKEN_MAJOR, false);
+    assert_true(control->exact_products > before);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
+/* --- The caller's memory, stream and dictionary ------------------------------------------------------------------- */
+
+static void test_workspace(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_subject(ctx, 300, XKV_BF16, XKV_PROFILE_DICT, 60, 6);
+    xkv_device_target target = xkv_device_target_default();
+    xkv_device_dict *dict = NULL;
+    uint64_t least, best, used;
+
+    (void)state;
+    assert_ok(ctx, xkv_device_dict_create(ctx, device, t.dict, &dict));
+    assert_ok(ctx, xkv_device_read_size(ctx, device, t.p.entry, NULL, &least, &best));
+    assert_true(least > 0 && least < best);
+    target.dict = dict;
+    assert_true(device->api->stream_create(device->plug, &target.stream) == XKV_OK);
+    for (uint64_t size = least; size <= best; size += (best - least) / 3) {
+        target.workspace_size = size;
+        assert_true(device->api->alloc(device->plug, size, &target.workspace) == XKV_OK);
+        used = control->blocks;
+        check_read(ctx, &t, NULL, &target, XKV_BF16, TOKEN_MAJOR, true);
+        assert_int_equal(control->blocks, used);
+        device->api->release(device->plug, target.workspace);
+    }
+    assert_true(device->api->alloc(device->plug, best, &target.workspace) == XKV_OK);
+    target.workspace_size = least - 1;
+    xkv_view none[6] = {{0}};
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, &target, none), XKV_ERROR_ARGUMENT);
+    target.workspace_size = best - 1;
+    target.workspace = (uint8_t *)target.workspace + 1;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, &target, none), XKV_ERROR_ARGUMENT);
+    device->api->release(device->plug, (uint8_t *)target.workspace - 1);
+    device->api->stream_destroy(device->plug, target.stream);
+    xkv_device_dict_free(ctx, dict);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
+/* Less and less memory: smaller tiles, then the CPU; always the rows, and a word in the log. */
+static void test_short_of_memory(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_subject(ctx, 300, XKV_BF16, XKV_PROFILE_DICT, 60, 6);
+    cache c = make_cache(&t.s, 300, XKV_BF16, TOKEN_MAJOR, true);
+    uint64_t least, best;
+    uint32_t smaller = 0, warned = 0;
+
+    (void)state;
+    assert_ok(ctx, xkv_entry_read(ctx, t.p.entry, NULL, c.host_views));
+    assert_ok(ctx, xkv_device_read_size(ctx, device, t.p.entry, NULL, &least, &best));
+    for (uint64_t room = 0; room < best + (1u << 20); room += best / 40) {
+        memset(c.there, 0xee, c.size);
+        control->memory = control->used + room;
+        warnings_logged = 0;
+        assert_ok(ctx, xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views));
+        compare(&t, &c, 300);
+        assert_true(warnings_logged <= 1);
+        assert_string_equal(xkv_ctx_error(ctx), "");
+        smaller += warnings_logged == 1 && room > least;
+        warned += warnings_logged;
+    }
+    control->memory = 0;
+    assert_true(smaller > 0 && warned > smaller);
+    free_cache(&c);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
+static int note_group(void *user, uint32_t group)
+{
+    uint32_t *next = user;
+    assert_int_equal(group, (*next)++);
+    return 0;
+}
+
+static int stop(void *user, uint32_t group)
+{
+    (void)user;
+    return group == 1;
+}
+
+static void test_callbacks(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_subject(ctx, 131, XKV_BF16, XKV_PROFILE_DICT, 60, 0);
+    xkv_read_options o = xkv_read_options_default();
+    cache c = make_cache(&t.s, 131, XKV_BF16, TOKEN_MAJOR, false);
+    uint32_t next = 0;
+
+    (void)state;
+    o.group_ready = note_group;
+    o.group_ready_user = &next;
+    assert_ok(ctx, xkv_device_read(ctx, device, t.p.entry, &o, NULL, c.views));
+    assert_int_equal(next, t.p.entry->c.group_count);
+    o.group_ready = stop;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, &o, NULL, c.views), XKV_ERROR_CANCELLED);
+    xkv_ctx_cancel(ctx);
+    o.group_ready = NULL;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, &o, NULL, c.views), XKV_ERROR_CANCELLED);
+    xkv_ctx_reset(ctx);
+    assert_ok(ctx, xkv_device_read(ctx, device, t.p.entry, &o, NULL, c.views));
+    free_cache(&c);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
+static void test_refusals(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_subject(ctx, 131, XKV_BF16, XKV_PROFILE_DICT, 60, 0), other = t;
+    cache c = make_cache(&t.s, 131, XKV_BF16, TOKEN_MAJOR, false);
+    xkv_device_target target = xkv_device_target_default();
+    xkv_device_dict *dict = NULL;
+
+    (void)state;
+    c.views[1].data = (uint8_t *)c.views[1].data + 1;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_ARGUMENT);
+    c.views[1].data = (uint8_t *)c.views[1].data - 1;
+    c.views[1].dtype = 3;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_UNSUPPORTED);
+    c.views[1].dtype = XKV_BF16;
+    train(ctx, &other, 0);
+    assert_ok(ctx, xkv_device_dict_create(ctx, device, other.dict, &dict));
+    target.dict = dict;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, &target, c.views), XKV_ERROR_ARGUMENT);
+    xkv_device_dict_free(ctx, dict);
+    xkv_dict_close(ctx, other.dict);
+    memory_free(&other.trained);
+    free_cache(&c);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
+/* --- Damage ------------------------------------------------------------------------------------------------------- */
+
+/* Chunks whose checksums are right and whose bytes are not: the status and the words are the CPU's. */
+static void test_damaged_chunks(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    uint64_t seed = 9;
+    uint32_t refused = 0;
+
+    (void)state;
+    for (uint32_t round = 0; round < 60; round++) {
+        subject t = make_subject(ctx, 131, XKV_BF16, XKV_PROFILE_DICT, 60, round % 2 ? 6 : 0);
+        cache c = make_cache(&t.s, 131, XKV_BF16, TOKEN_MAJOR, false);
+        xkv_container *k = &t.p.entry->c;
+        xkv_group *g = &k->groups[test_random(&seed) % k->group_count];
+        xkv_part *part = &g->parts[XKV_PART_CHUNKS + test_random(&seed) % k->chunk_count];
+        char words[256];
+        if (part->size > 0) {
+            uint8_t *bytes = t.p.m.data + k->payload_offset + part->offset;
+            bytes[test_random(&seed) % part->size] ^= (uint8_t)(1u << test_random(&seed) % 8);
+            if (round % 3 == 0 && part->size > 8)
+                part->size -= 2;
+            part->checksum = XXH3_64bits(bytes, part->size);
+        }
+        xkv_status expected = xkv_entry_read(ctx, t.p.entry, NULL, c.host_views);
+        snprintf(words, sizeof words, "%s", xkv_ctx_error(ctx));
+        assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), expected);
+        if (expected == XKV_OK)
+            compare(&t, &c, 131);
+        else
+            assert_string_equal(xkv_ctx_error(ctx), words);
+        refused += expected != XKV_OK;
+        free_cache(&c);
+        free_subject(ctx, &t);
+    }
+    assert_in_range(refused, 20, 60);
+    xkv_ctx_free(ctx);
+}
+
+/* --- Failures ----------------------------------------------------------------------------------------------------- */
+
+/* Whichever call of the runtime fails, the status says so or the rows are right, nothing is left behind, and the next
+ * read is right. */
+static void test_failing_calls(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_subject(ctx, 70, XKV_BF16, XKV_PROFILE_DICT, 60, 6);
+    cache c = make_cache(&t.s, 70, XKV_BF16, TOKEN_MAJOR, false);
+    uint64_t blocks = control->blocks, calls = control->calls;
+    uint32_t failed = 0;
+
+    (void)state;
+    assert_ok(ctx, xkv_entry_read(ctx, t.p.entry, NULL, c.host_views));
+    assert_ok(ctx, xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views));
+    calls = control->calls - calls;
+    for (uint64_t at = 1; at <= calls; at++) {
+        control->error = at % 2 ? cudaErrorInvalidValue : cudaErrorMemoryAllocation;
+        control->fail_at = control->calls + at;
+        xkv_status status = xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views);
+        control->fail_at = 0;
+        if (status == XKV_OK)
+            compare(&t, &c, 70);
+        else
+            assert_true(status == XKV_ERROR_BACKEND || status == XKV_ERROR_MEMORY);
+        failed += status != XKV_OK;
+        assert_true(control->blocks <= blocks + 4); /* giving back may be what failed */
+        blocks = control->blocks;
+    }
+    assert_true(failed > calls / 4);
+    memset(c.there, 0xee, c.size);
+    assert_ok(ctx, xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views));
+    compare(&t, &c, 70);
+    free_cache(&c);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
+/* A broken context: a status for this and every further call, one line in the log, and the CPU goes on. Last, since
+ * nothing repairs it. */
+static void test_broken_device(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_subject(ctx, 70, XKV_BF16, XKV_PROFILE_DICT, 60, 0);
+    cache c = make_cache(&t.s, 70, XKV_BF16, TOKEN_MAJOR, false);
+    xkv_device_info info;
+
+    (void)state;
+    control->error = cudaErrorIllegalAddress;
+    control->fail_at = control->calls + 150;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_BACKEND);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "cannot be used any more"));
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_BACKEND);
+    assert_int_equal(errors_logged, 1);
+    xkv_device_get_info(device, &info);
+    assert_true(info.broken);
+    assert_ok(ctx, xkv_entry_read(ctx, t.p.entry, NULL, c.host_views));
+    free_cache(&c);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
+static int set_up(void **state)
+{
+    xkv_ctx *ctx = new_ctx(1);
+
+    (void)state;
+    control = emulated_control();
+    device = open_device(ctx);
+    xkv_ctx_free(ctx);
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    xkv_ctx *ctx = new_ctx(1);
+
+    (void)state;
+    (void)ctx; /* a broken device gives nothing back: its memory is the process' */
+    xkv_ctx_free(ctx);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_codecs),         cmocka_unit_test(test_lengths),
+        cmocka_unit_test(test_positions),      cmocka_unit_test(test_wide_integers),
+        cmocka_unit_test(test_workspace),      cmocka_unit_test(test_short_of_memory),
+        cmocka_unit_test(test_callbacks),      cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_damaged_chunks), cmocka_unit_test(test_failing_calls),
+        cmocka_unit_test(test_broken_device),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
