@@ -91,10 +91,9 @@ check() { # NAME COMMAND...
     if "$@"; then record "$name" passed; else record "$name" failed; fi
 }
 
-clocks() {
-    local names=clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit
-    printf '"%s"' "$(device_fact "$names")"
-}
+# Clocks in MHz, degrees, W.
+state_names=clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit
+state() { printf '"%s"' "$(device_fact "$state_names")"; }
 
 write_results() { # BENCH
     mkdir -p "$(dirname "$out")"
@@ -102,7 +101,7 @@ write_results() { # BENCH
         printf '{\n"date": "%s",\n"commit": "%s",\n' "$(date -u +%FT%TZ)" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
         printf '"gpu": "%s",\n"driver": "%s",\n' "$(device_fact name)" "$(device_fact driver_version)"
         printf '"toolkit": "%s",\n' "$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')"
-        printf '"clocks, MHz: sm, sm max, memory; degrees; W, W limit": {"before": %s, "after": %s},\n' "$before" "$(clocks)"
+        printf '"clocks": {"fields": "%s", "before": %s, "after": %s},\n' "$state_names" "$before" "$(state)"
         printf '"checks": {%s},\n"benchmark":\n' "$results"
         cat "$1"
         printf '}\n'
@@ -171,7 +170,7 @@ check_entries "${capability/./}"
 say "compute-sanitizer"
 check_sanitizers
 say "benchmark"
-before=$(clocks)
+before=$(state)
 if build-gpu/gpu_bench build-gpu/libxkv_cuda.so >build-gpu/bench.json; then
     record benchmark passed
 else

@@ -64,7 +64,7 @@ run_preset() { # PRESET [configure options]
 }
 
 say "layout and scripts"
-mapfile -t sources < <(find format kernels codec store cli tests python/src -name '*.[ch]' 2>/dev/null)
+mapfile -t sources < <(find format kernels codec store cli tests python/src -name '*.[ch]' -o -name '*.cu' 2>/dev/null)
 check clang-format clang-format --dry-run -Werror "${sources[@]}"
 mapfile -t scripts < <(find .ci tests cli python/tests -name '*.sh' -o -path .ci/run -o -name '*.bash')
 check shellcheck shellcheck -x -P SCRIPTDIR -s bash "${scripts[@]}"

@@ -7,9 +7,13 @@ declare -A usages=([xkv-pack]='[options] [FILE...]' [xkv-unpack]='[options] [FIL
 out_is_usage() { is 'first line' "$(head -1 <<<"$out")" "Usage: $tool $1"; }
 
 for tool in xkv-pack xkv-unpack xkv-info xkv-train; do
-    run 0 $tool --version
-    out_is "$tool VERSION"
+    XKV_BACKEND=cpu run 0 $tool --version
+    is 'first line' "$(head -1 <<<"$out" | scrub)" "$tool VERSION"
+    out_has '^CPU: [a-z0-9]*, OpenBLAS'
+    out_has '^CUDA: not used, XKV_BACKEND=cpu$'
     err_is ''
+    XKV_CUDA_PLUGIN=/nowhere/plugin.so run 0 $tool --version
+    out_has '^CUDA: not used, no plug-in: /nowhere/plugin.so'
     run 0 $tool -h
     out_is_usage "${usages[$tool]}"
     err_is ''
