@@ -427,6 +427,13 @@ xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_
     return status;
 }
 
+static xkv_status decode_one(void *user, xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *o,
+                             const xkv_view *views)
+{
+    (void)user;
+    return xkv_entry_decode_own(ctx, entry, o, views);
+}
+
 xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                             const xkv_view *views)
 {
@@ -437,7 +444,8 @@ xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read
     if (options)
         XKV_TRY(xkv_copy_options(ctx, options, &o, sizeof o));
     XKV_TRY(xkv_read_options_resolve(ctx, entry, entry->geometry.token_count, &o));
-    return o.token_count == 0 || o.group_count == 0 ? XKV_OK : xkv_extended_decode(ctx, entry, &o, views);
+    return o.token_count == 0 || o.group_count == 0 ? XKV_OK
+                                                    : xkv_extended_decode(ctx, entry, &o, views, decode_one, NULL);
 }
 
 xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options, const xkv_view *views)

@@ -239,7 +239,7 @@ static void find_scale(work *w)
 
 /* --- Opening ------------------------------------------------------------------------------------------------------ */
 
-static xkv_status find_components(work *w)
+static void find_components(work *w)
 {
     w->step = w->integers ? w->reader.side.step : 1;
     if (w->g->codec == XKV_GROUP_SVD)
@@ -248,9 +248,6 @@ static xkv_status find_components(work *w)
         w->components = w->reader.transform.synthesis;
     else
         w->basis = xkv_device_basis_find(w->r->dict, xkv_dict_basis(w->r->entry->dict, &w->r->entry->c.geometry, w->g));
-    if (!w->components && !w->basis)
-        return xkv_fail(w->r->ctx, XKV_ERROR_ARGUMENT, "the dictionary on the device is not that of the entry");
-    return XKV_OK;
 }
 
 static xkv_status work_open(xkv_device_reading *r, const xkv_group *g, bool exact, work *w)
@@ -260,7 +257,7 @@ static xkv_status work_open(xkv_device_reading *r, const xkv_group *g, bool exac
         return XKV_OK;
     XKV_TRY(xkv_group_reader_open(r->ctx, r->entry, g, &r->cross, &w->reader));
     w->crossed = is_crossed(r, g, w->reader.transform.top);
-    XKV_TRY(find_components(w));
+    find_components(w);
     XKV_TRY(list_own(w));
     if (w->crossed)
         XKV_TRY(list_cross(w));

@@ -107,15 +107,6 @@ static xkv_status survey(xkv_device_reading *r)
     return XKV_OK;
 }
 
-/* Fill in what 0 stands for, and check the ranges. */
-static xkv_status resolve(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *given, xkv_read_options *o)
-{
-    *o = xkv_read_options_default();
-    if (given)
-        XKV_TRY(xkv_copy_options(ctx, given, o, sizeof *o));
-    return xkv_read_options_resolve(ctx, entry, entry->geometry.token_count, o);
-}
-
 static xkv_status reading_init(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry, const xkv_read_options *o,
                                xkv_device_reading *r)
 {
@@ -125,8 +116,6 @@ static xkv_status reading_init(xkv_ctx *ctx, xkv_device *device, const xkv_entry
                              .c = &entry->c,
                              .first = o->first_token,
                              .end = o->first_token + o->token_count};
-    if (entry->parent)
-        return XKV_OK;
     XKV_TRY(xkv_moves_create(ctx, &entry->c.geometry, entry->c.groups, o, &r->target.moves));
     return survey(r);
 }
@@ -141,26 +130,64 @@ static void reading_fini(xkv_device_reading *r)
     xkv_moves_free(r->ctx, &r->target.moves);
 }
 
-xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
-                                const xkv_read_options *options, uint64_t *least, uint64_t *best)
+/* --- Size --------------------------------------------------------------------------------------------------------- */
+
+/* Options with what 0 stands for filled in, of an entry's own rows, or of all it has. */
+static xkv_status resolve(xkv_ctx *ctx, const xkv_entry *entry, bool own, const xkv_read_options *given,
+                          xkv_read_options *o)
 {
+    *o = xkv_read_options_default();
+    if (given)
+        XKV_TRY(xkv_copy_options(ctx, given, o, sizeof *o));
+    return xkv_read_options_resolve(ctx, entry, own ? entry->c.geometry.token_count : entry->geometry.token_count, o);
+}
+
+/* What one entry needs, or those that it extends. */
+typedef struct sizes {
+    xkv_device *device;
+    uint64_t least, best;
+} sizes;
+
+static xkv_status measure(void *user, xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *given,
+                          const xkv_view *views)
+{
+    sizes *s = user;
     xkv_read_options o;
     xkv_device_reading r;
     xkv_status status;
 
-    xkv_ctx_begin(ctx);
-    XKV_TRY(resolve(ctx, entry, options, &o));
-    if (o.token_count == 0 || o.group_count == 0 || entry->parent) {
-        *least = *best = 0;
+    (void)views;
+    XKV_TRY(resolve(ctx, entry, true, given, &o));
+    if (o.token_count == 0 || o.group_count == 0)
         return XKV_OK;
-    }
-    status = reading_init(ctx, device, entry, &o, &r);
-    if (status == XKV_OK) {
-        *least = r.need.constants > 0 ? least_layout(&r).size : 0;
-        *best = r.need.constants > 0 ? best_layout(&r).size : 0;
+    status = reading_init(ctx, s->device, entry, &o, &r);
+    if (status == XKV_OK && r.need.constants > 0) {
+        s->least = xkv_max64(s->least, least_layout(&r).size);
+        s->best = xkv_max64(s->best, best_layout(&r).size);
     }
     reading_fini(&r);
     return status;
+}
+
+xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
+                                const xkv_read_options *options, uint64_t *least, uint64_t *best)
+{
+    sizes s = {device, 0, 0};
+    xkv_view *none = NULL;
+    xkv_read_options o;
+    xkv_status status;
+
+    xkv_ctx_begin(ctx);
+    XKV_TRY(resolve(ctx, entry, false, options, &o));
+    o.group_ready = NULL;
+    o.progress = NULL;
+    XKV_TRY(XKV_NEW_ZERO(ctx, entry->geometry.plane_count, &none));
+    status = entry->parent ? xkv_extended_decode(ctx, entry, &o, none, measure, &s) : measure(&s, ctx, entry, &o, none);
+    xkv_release(ctx, none);
+    XKV_TRY(status);
+    *least = s.least;
+    *best = s.best;
+    return XKV_OK;
 }
 
 /* --- Views -------------------------------------------------------------------------------------------------------- */
@@ -237,7 +264,8 @@ static xkv_status given_workspace(xkv_device_reading *r, const xkv_device_target
 static xkv_status get_memory(xkv_device_reading *r, const xkv_device_target *t, borrowed *b)
 {
     XKV_TRY(xkv_device_load_tables(r->ctx, r->device));
-    r->dict = t->dict;
+    if (t->dict && t->dict->dict == r->entry->dict)
+        r->dict = t->dict;
     if (!r->dict && r->entry->dict && needs_cross(r))
         XKV_TRY(alloc_dict(r, b));
     return t->workspace ? given_workspace(r, t) : alloc_workspace(r, b);
@@ -350,22 +378,6 @@ static xkv_status read_groups(xkv_device_reading *r, bool device)
     return finish(r, &last, &p);
 }
 
-/* All rows from the CPU, all groups at a time: an entry that extends another. */
-static xkv_status read_extended(xkv_device_reading *r)
-{
-    uint32_t first = r->o->first_group, end = first + r->o->group_count;
-    progress p = {0, 0};
-
-    XKV_TRY(xkv_device_host_rows(r, first, r->o->group_count, r->target.first, r->target.end));
-    XKV_DEVICE(r, record(r->device->plug, r->device->ready[0], r->stream));
-    XKV_DEVICE(r, wait(r->device->plug, r->device->ready[0]));
-    for (uint32_t i = first; i < end; i++)
-        p.total += xkv_group_row_bytes(&r->entry->c.geometry, &r->entry->c.groups[i], r->o->token_count);
-    for (uint32_t i = first; i < end; i++)
-        XKV_TRY(announce(r, &r->entry->c.groups[i], &p));
-    return XKV_OK;
-}
-
 /* --- The call ----------------------------------------------------------------------------------------------------- */
 
 /* Wait for everything that was begun, whatever becomes of it: staging and workspace are free afterwards. */
@@ -389,8 +401,6 @@ static xkv_status run(xkv_device_reading *r, bool device)
     /* The workspace may be in use by what the caller's stream still has to do. */
     XKV_DEVICE(r, record(d->plug, d->begun, r->stream));
     XKV_DEVICE(r, follow(d->plug, d->copies, d->begun));
-    if (r->entry->parent)
-        return read_extended(r);
     XKV_TRY(xkv_pool_create(r->ctx, xkv_ctx_threads(r->ctx), &r->pool));
     XKV_TRY(XKV_NEW_ZERO(r->ctx, xkv_pool_threads(r->pool), &r->scratch));
     return read_groups(r, device);
@@ -420,25 +430,56 @@ static xkv_status read_into(xkv_device_reading *r, const xkv_device_target *t)
     return status;
 }
 
-xkv_status xkv_device_read(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry, const xkv_read_options *options,
-                           const xkv_device_target *target, const xkv_view *views)
+/* Whose memory, and where to. */
+typedef struct call {
+    xkv_device *device;
+    xkv_device_target target;
+} call;
+
+static xkv_status read_own(void *user, xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *given,
+                           const xkv_view *views)
 {
-    xkv_device_target t = xkv_device_target_default();
+    const call *c = user;
     xkv_read_options o;
     xkv_device_reading r;
     xkv_status status;
 
-    xkv_ctx_begin(ctx);
-    if (target)
-        XKV_TRY(xkv_copy_options(ctx, target, &t, sizeof t));
-    XKV_TRY(resolve(ctx, entry, options, &o));
+    XKV_TRY(resolve(ctx, entry, true, given, &o));
     if (o.token_count == 0 || o.group_count == 0)
         return XKV_OK;
-    status = reading_init(ctx, device, entry, &o, &r);
+    status = reading_init(ctx, c->device, entry, &o, &r);
     r.views = views;
-    r.stream = t.stream;
+    r.stream = c->target.stream;
     if (status == XKV_OK)
-        status = read_into(&r, &t);
+        status = read_into(&r, &c->target);
     reading_fini(&r);
     return status;
+}
+
+/* That the dictionary on the device is one that the entry, or one that it extends, was packed with. */
+static xkv_status check_dict(xkv_ctx *ctx, const xkv_entry *entry, const xkv_device_dict *dict)
+{
+    for (const xkv_entry *e = entry; e && dict; e = e->parent)
+        if (e->dict == dict->dict)
+            return XKV_OK;
+    return dict ? xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the dictionary on the device is not that of the entry") : XKV_OK;
+}
+
+xkv_status xkv_device_read(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry, const xkv_read_options *options,
+                           const xkv_device_target *target, const xkv_view *views)
+{
+    call c = {device, xkv_device_target_default()};
+    xkv_read_options o;
+
+    xkv_ctx_begin(ctx);
+    if (!views)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "no views to restore into");
+    if (target)
+        XKV_TRY(xkv_copy_options(ctx, target, &c.target, sizeof c.target));
+    XKV_TRY(check_dict(ctx, entry, c.target.dict));
+    XKV_TRY(resolve(ctx, entry, false, options, &o));
+    if (o.token_count == 0 || o.group_count == 0)
+        return XKV_OK;
+    return entry->parent ? xkv_extended_decode(ctx, entry, &o, views, read_own, &c)
+                         : read_own(&c, ctx, entry, &o, views);
 }

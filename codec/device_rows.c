@@ -104,7 +104,7 @@ static xkv_status bring(xkv_device_reading *r, uint32_t first_group, uint32_t co
     if (r->o->positions)
         o.positions = r->o->positions + (t0 - r->o->first_token);
     lay_out(r, first_group, count, t1 - t0, d);
-    XKV_TRY(xkv_entry_decode(r->ctx, r->entry, &o, d->views));
+    XKV_TRY(xkv_entry_decode_own(r->ctx, r->entry, &o, d->views));
     for (uint32_t j = first_group; j < first_group + count; j++)
         XKV_TRY(move_group(r, &r->entry->c.groups[j], d, t0 - r->o->first_token, t1 - t0));
     return XKV_OK;

@@ -30,9 +30,14 @@ bool xkv_geometry_begins_alike(const xkv_geometry *a, const xkv_geometry *b, uin
 /* Views of the rows from `first` on. `to` [count] */
 void xkv_views_from(const xkv_view *views, uint32_t count, uint32_t first, xkv_view *to);
 
-/* xkv_entry_decode() of an entry with a parent; all options are filled in. */
+/* What reads rows of one entry, counted from the first one that it itself holds, as xkv_entry_decode_own() does. */
+typedef xkv_status (*xkv_decode_fn)(void *user, xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *o,
+                                    const xkv_view *views);
+
+/* Read an entry with a parent: `decode` is called for each of the entries that have rows of it. All options are filled
+ * in. Errors: UNSUPPORTED (some groups, which are not those of all entries), and what `decode` returns. */
 XKV_MUST_CHECK xkv_status xkv_extended_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *o,
-                                              const xkv_view *views);
+                                              const xkv_view *views, xkv_decode_fn decode, void *user);
 
 /* --- All entries -------------------------------------------------------------------------------------------------- */
 

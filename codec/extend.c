@@ -79,6 +79,8 @@ typedef struct reading {
     const xkv_entry *at;              /* being read */
     const xkv_read_options *o;
     const xkv_view *views;
+    xkv_decode_fn decode; /* of one entry */
+    void *user;
     xkv_view *shifted;    /* [plane_count] */
     uint8_t *done;        /* [plane_count] planes that are complete */
     uint32_t next_group;  /* to be announced */
@@ -192,7 +194,7 @@ static xkv_status read_rows(reading *r, const xkv_entry *e, uint32_t first, uint
         o.progress_user = r;
     }
     xkv_views_from(r->views, r->entry->geometry.plane_count, first - r->o->first_token, r->shifted);
-    return xkv_entry_decode_own(r->ctx, e, &o, r->shifted);
+    return r->decode(r->user, r->ctx, e, &o, r->shifted);
 }
 
 /* The rows of the longest entry, or those of all others. */
@@ -215,11 +217,13 @@ static uint64_t asked_bytes(const xkv_entry *entry, const xkv_read_options *o)
     return bytes;
 }
 
-xkv_status xkv_extended_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *o, const xkv_view *views)
+xkv_status xkv_extended_decode(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *o, const xkv_view *views,
+                               xkv_decode_fn decode, void *user)
 {
-    reading r = {.ctx = ctx, .entry = entry, .o = o, .views = views, .next_group = o->first_group};
+    reading r = {.ctx = ctx, .entry = entry, .o = o, .views = views, .decode = decode, .user = user};
     xkv_status status;
 
+    r.next_group = o->first_group;
     r.longest = find_longest(entry, o);
     r.total = asked_bytes(entry, o);
     XKV_TRY_GOTO(XKV_NEW(ctx, entry->geometry.plane_count, &r.shifted), out);

@@ -404,6 +404,72 @@ static void test_wide(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* Tokens [first, end) of a cache, packed alone. */
+static packed pack_part(xkv_ctx *ctx, const synthetic *s, uint32_t first, uint32_t end, const xkv_pack_options *o)
+{
+    synthetic part = *s;
+    xkv_view views[6];
+    packed p;
+
+    assert_true(s->geometry.plane_count == 6);
+    xkv_views_from(s->views, 6, first, views);
+    part.views = views;
+    part.geometry.positions += first;
+    part.geometry.token_count = end - first;
+    p = pack_planes(ctx, &part, o);
+    return p;
+}
+
+/* An entry that extends another of another codec, and of another dictionary. */
+static void test_extended(void **state)
+{
+    static const uint32_t ranges[][2] = {{0, 0}, {0, 40}, {10, 80}, {70, 0}, {63, 2}};
+    xkv_ctx *ctx = logging_ctx();
+
+    (void)state;
+    for (int parent_kind = 0; parent_kind < 3; parent_kind++) {
+        subject t = {.s = sample(131, XKV_BF16, 1)}, other = {.s = t.s};
+        xkv_device_target target = xkv_device_target_default();
+        xkv_read_options o = xkv_read_options_default();
+        xkv_device_dict *dict = NULL;
+        uint64_t least, best;
+        train(ctx, &t, 6);
+        train(ctx, &other, 0);
+        xkv_pack_options own = xkv_pack_options_default();
+        own.profile = XKV_PROFILE_DICT;
+        own.dict = t.dict;
+        own.quality = 60;
+        own.chunk_tokens = 32;
+        xkv_pack_options parents = own;
+        parents.dict = parent_kind == 0 ? t.dict : other.dict;
+        if (parent_kind == 2) {
+            parents.profile = XKV_PROFILE_LOSSLESS;
+            parents.quality = 0;
+            parents.dict = NULL;
+        }
+        packed parent = pack_part(ctx, &t.s, 0, 70, &parents);
+        t.p = pack_part(ctx, &t.s, 64, 131, &own);
+        assert_ok(ctx, xkv_entry_extend(ctx, t.p.entry, parent.entry, 64, NULL, 0));
+        assert_ok(ctx, xkv_device_dict_create(ctx, device, t.dict, &dict));
+        target.dict = dict;
+        for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+            o.first_token = ranges[i][0];
+            o.token_count = ranges[i][1];
+            check_read(ctx, &t, &o, i % 2 ? &target : NULL, XKV_BF16, TOKEN_MAJOR, i > 2);
+        }
+        assert_ok(ctx, xkv_device_read_size(ctx, device, t.p.entry, NULL, &least, &best));
+        assert_true(least > 0 && best >= least);
+        xkv_device_dict_free(ctx, dict);
+        free_packed(ctx, &t.p);
+        free_packed(ctx, &parent);
+        xkv_dict_close(ctx, other.dict);
+        memory_free(&other.trained);
+        t.p = (packed){{0}, {0}, {0}, NULL};
+        free_subject(ctx, &t);
+    }
+    xkv_ctx_free(ctx);
+}
+
 /* --- The caller's memory, stream and dictionary ------------------------------------------------------------------- */
 
 static void test_workspace(void **state)
@@ -652,9 +718,9 @@ static int set_up(void **state)
 int main(void)
 {
     const struct CMUnitTest everywhere[] = {
-        cmocka_unit_test(test_codecs),   cmocka_unit_test(test_lengths),        cmocka_unit_test(test_positions),
-        cmocka_unit_test(test_wide),     cmocka_unit_test(test_workspace),      cmocka_unit_test(test_callbacks),
-        cmocka_unit_test(test_refusals), cmocka_unit_test(test_damaged_chunks),
+        cmocka_unit_test(test_codecs),   cmocka_unit_test(test_lengths),   cmocka_unit_test(test_positions),
+        cmocka_unit_test(test_wide),     cmocka_unit_test(test_workspace), cmocka_unit_test(test_callbacks),
+        cmocka_unit_test(test_refusals), cmocka_unit_test(test_extended),  cmocka_unit_test(test_damaged_chunks),
     };
     const struct CMUnitTest told_to_fail[] = {
         /* the last one leaves the device broken */
