@@ -339,6 +339,13 @@ void xkv_chunk_scratch_free(xkv_ctx *ctx, xkv_chunk_scratch *s)
     s->zstd = NULL;
 }
 
+static xkv_status need_zstd(const xkv_group_reader *r, xkv_chunk_scratch *s)
+{
+    if (!s->zstd)
+        s->zstd = ZSTD_createDCtx();
+    return s->zstd ? XKV_OK : xkv_fail(r->ctx, XKV_ERROR_MEMORY, "zstd: no memory for a context");
+}
+
 /* The matrix of a chunk's part: in s->raw, or for stored parts where it was read to. */
 static xkv_status load_matrix(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t part, const uint8_t **matrix)
 {
@@ -349,13 +356,24 @@ static xkv_status load_matrix(const xkv_group_reader *r, xkv_chunk_scratch *s, u
     *matrix = s->packed;
     if (p->method != XKV_METHOD_ZSTD)
         return XKV_OK;
-    if (!s->zstd)
-        s->zstd = ZSTD_createDCtx();
-    if (!s->zstd)
-        return xkv_fail(r->ctx, XKV_ERROR_MEMORY, "zstd: no memory for a context");
+    XKV_TRY(need_zstd(r, s));
     *matrix = s->raw;
     return xkv_part_decode(r->ctx, r->kernels, s->zstd, xkv_part_shape(c, r->g, part), s->packed, p->size, s->planes,
                            s->raw, name_part(r->entry, r->g, part).text);
+}
+
+xkv_status xkv_chunk_load_planes(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, uint8_t *to)
+{
+    const xkv_container *c = &r->entry->c;
+    uint32_t part = XKV_PART_CHUNKS + chunk;
+    const xkv_part *p = &r->g->parts[part];
+
+    if (p->method != XKV_METHOD_ZSTD)
+        return xkv_container_read_part(r->ctx, &r->entry->input, c, p, to);
+    XKV_TRY(xkv_container_read_part(r->ctx, &r->entry->input, c, p, s->packed));
+    XKV_TRY(need_zstd(r, s));
+    return xkv_part_planes(r->ctx, s->zstd, xkv_part_shape(c, r->g, part), s->packed, p->size, to,
+                           name_part(r->entry, r->g, part).text);
 }
 
 static xkv_status load_svd_chunk(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t part, xkv_chunk *out)

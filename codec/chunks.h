@@ -128,6 +128,11 @@ typedef xkv_status (*xkv_component_fn)(void *user, uint32_t i, const int16_t *q)
 XKV_MUST_CHECK xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_chunk_scratch *s, bool cross,
                                           uint32_t chunk, int16_t *q, xkv_component_fn take, void *user);
 
+/* Read and check a chunk of a lossless group into `to`, which has room for its rows: as they are, or as byte planes
+ * [spec/codec.md, section 2] when the part's method is XKV_METHOD_ZSTD. Errors: likewise. */
+XKV_MUST_CHECK xkv_status xkv_chunk_load_planes(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
+                                                uint8_t *to);
+
 /* Rows x [t1 - t0][width] (K before RoPE) of at most XKV_TILE_ROWS tokens of a chunk that is not lossless. */
 void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0, uint32_t t1,
                     float *x);

@@ -36,7 +36,7 @@ static xkv_device_layout lay_out(const xkv_device_reading *r, uint32_t batch_tok
     at.angles = take(&at.size, 4 * need->angles * batch_tokens);
     at.operands = take(&at.size, xkv_max64(4 * need->operands * at.stride, 4 * need->top * tile_tokens));
     at.components = take(&at.size, 4 * need->area);
-    at.rows = take(&at.size, 4 * need->width * tile_tokens);
+    at.rows = take(&at.size, xkv_max64(4 * need->width * tile_tokens, need->matrix));
     return at;
 }
 

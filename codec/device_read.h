@@ -16,6 +16,7 @@ typedef struct xkv_device_need {
     uint64_t angles;    /* cosines and sines of a token */
     uint64_t constants; /* bytes: what a group brings beside its chunks */
     uint64_t cross;     /* coded components of the cross stage */
+    uint64_t matrix;    /* bytes of a chunk of lossless rows */
     uint64_t top;       /* leading coefficients of a group that it codes */
 } xkv_device_need;
 

@@ -86,8 +86,8 @@ static xkv_status decode_plane(xkv_ctx *ctx, ZSTD_DCtx *zstd, const uint8_t *fra
     return XKV_OK;
 }
 
-xkv_status xkv_part_decode(xkv_ctx *ctx, const xkv_kernels *k, ZSTD_DCtx *zstd, xkv_shape s, const uint8_t *packed,
-                           uint64_t size, uint8_t *planes, void *raw, const char *where)
+xkv_status xkv_part_planes(xkv_ctx *ctx, ZSTD_DCtx *zstd, xkv_shape s, const uint8_t *packed, uint64_t size,
+                           uint8_t *planes, const char *where)
 {
     size_t plane_size = (size_t)(s.rows * s.cols);
     uint64_t at = 4ull * s.elem;
@@ -106,6 +106,13 @@ xkv_status xkv_part_decode(xkv_ctx *ctx, const xkv_kernels *k, ZSTD_DCtx *zstd, 
     }
     if (at != size)
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: %" PRIu64 " bytes behind the last frame [D2]", where, size - at);
+    return XKV_OK;
+}
+
+xkv_status xkv_part_decode(xkv_ctx *ctx, const xkv_kernels *k, ZSTD_DCtx *zstd, xkv_shape s, const uint8_t *packed,
+                           uint64_t size, uint8_t *planes, void *raw, const char *where)
+{
+    XKV_TRY(xkv_part_planes(ctx, zstd, s, packed, size, planes, where));
     k->join_bytes(planes, (size_t)s.rows, (size_t)s.cols, s.elem, raw);
     return XKV_OK;
 }

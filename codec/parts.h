@@ -27,6 +27,10 @@ XKV_MUST_CHECK xkv_status xkv_part_decode(xkv_ctx *ctx, const xkv_kernels *k, ZS
                                           const uint8_t *packed, uint64_t size, uint8_t *planes, void *raw,
                                           const char *where);
 
+/* The same without the last step: the byte planes, of the matrix's size. */
+XKV_MUST_CHECK xkv_status xkv_part_planes(xkv_ctx *ctx, ZSTD_DCtx *zstd, xkv_shape s, const uint8_t *packed,
+                                          uint64_t size, uint8_t *planes, const char *where);
+
 /* Read part `part` of `g` whole, check it, and undo method 1: *raw_p is allocated, of the part's shape. `where` names
  * the part in messages. Errors: CHECKSUM, CORRUPT, MEMORY, and what the input returns. */
 XKV_MUST_CHECK xkv_status xkv_read_matrix(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c,

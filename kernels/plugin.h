@@ -79,6 +79,18 @@ typedef struct xkv_plug_split {
     uint32_t exact;
 } xkv_plug_split;
 
+/* Rows of f32 from integers, one element each: rows[t * width + i] = q[source[i] * q_stride + t] * factor[i], or 0
+ * where source[i] is XKV_NO_SOURCE. */
+#define XKV_NO_SOURCE 0xffffffffu
+typedef struct xkv_plug_spread {
+    const int16_t *q;
+    uint64_t q_stride;
+    const uint32_t *source; /* [width] */
+    const float *factor;    /* [width] */
+    uint32_t width, tokens;
+    float *rows;
+} xkv_plug_spread;
+
 /* C[m, n] = alpha A[m, k] B[k, n] + beta C, f32 accumulation; A is stored as [k][lda] when `component_major`. A and B
  * are f16 (f32 when `exact`), C f32. */
 typedef struct xkv_plug_gemm {
@@ -181,6 +193,7 @@ typedef struct xkv_plugin {
     xkv_status (*decode)(xkv_plug_device *d, const xkv_plug_decode *o, void *stream);
     xkv_status (*expand)(xkv_plug_device *d, const xkv_plug_expand *o, void *stream);
     xkv_status (*split)(xkv_plug_device *d, const xkv_plug_split *o, void *stream);
+    xkv_status (*spread)(xkv_plug_device *d, const xkv_plug_spread *o, void *stream);
     xkv_status (*gemm)(xkv_plug_device *d, const xkv_plug_gemm *o, void *stream);
     xkv_status (*angles)(xkv_plug_device *d, const xkv_plug_angles *o, void *stream);
     xkv_status (*store)(xkv_plug_device *d, const xkv_plug_store *o, void *stream);

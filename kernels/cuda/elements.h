@@ -48,6 +48,13 @@ XKV_ELEMENT void xkv_split_element(const xkv_plug_split *o, uint64_t i, uint64_t
     ((uint16_t *)o->low)[at] = xkv_f16_from_f32(x - xkv_f16_to_f32(high));
 }
 
+XKV_ELEMENT void xkv_spread_element(const xkv_plug_spread *o, uint64_t t, uint32_t i)
+{
+    uint32_t source = o->source[i];
+
+    o->rows[t * o->width + i] = source == XKV_NO_SOURCE ? 0 : (float)o->q[source * o->q_stride + t] * o->factor[i];
+}
+
 /* --- RoPE and views ----------------------------------------------------------------------------------------------- */
 
 XKV_ELEMENT void xkv_angle_element(const xkv_plug_angles *o, uint64_t t, uint32_t pair)

@@ -93,6 +93,19 @@ __global__ void split_kernel(const xkv_plug_split o)
         xkv_split_element(&o, i, column);
 }
 
+/* A thread takes 32 tokens of an element, which are neighbours among the integers, so that what it reads stays in the
+ * cache; threads write neighbouring elements. */
+constexpr uint32_t spread_tokens = 32;
+
+__global__ void spread_kernel(const xkv_plug_spread o)
+{
+    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+    const uint64_t first = (uint64_t)blockIdx.y * spread_tokens;
+
+    for (uint64_t t = first; i < o.width && t < o.tokens && t < first + spread_tokens; t++)
+        xkv_spread_element(&o, t, i);
+}
+
 /* --- Rows --------------------------------------------------------------------------------------------------------- */
 
 __global__ void angles_kernel(const xkv_plug_angles o)
@@ -149,6 +162,14 @@ cudaError_t xkv_launch_split(const xkv_plug_split *o, cudaStream_t stream)
     const dim3 grid(blocks_for(o->width), rows_for(o->count));
 
     split_kernel<<<grid, threads_of_a_block, 0, stream>>>(*o);
+    return cudaGetLastError();
+}
+
+cudaError_t xkv_launch_spread(const xkv_plug_spread *o, cudaStream_t stream)
+{
+    const dim3 grid(blocks_for(o->width), (o->tokens + spread_tokens - 1) / spread_tokens);
+
+    spread_kernel<<<grid, threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 

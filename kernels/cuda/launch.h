@@ -14,6 +14,7 @@ extern "C" {
 cudaError_t xkv_launch_decode(const xkv_plug_decode *o, cudaStream_t stream);
 cudaError_t xkv_launch_expand(const xkv_plug_expand *o, cudaStream_t stream);
 cudaError_t xkv_launch_split(const xkv_plug_split *o, cudaStream_t stream);
+cudaError_t xkv_launch_spread(const xkv_plug_spread *o, cudaStream_t stream);
 cudaError_t xkv_launch_angles(const xkv_plug_angles *o, cudaStream_t stream);
 cudaError_t xkv_launch_store(const xkv_plug_store *o, cudaStream_t stream);
 cudaError_t xkv_launch_move(const xkv_plug_move *o, cudaStream_t stream);

@@ -353,6 +353,13 @@ static xkv_status split(xkv_plug_device *d, const xkv_plug_split *o, void *strea
     ON_DEVICE(d, xkv_launch_split(o, stream));
 }
 
+static xkv_status spread(xkv_plug_device *d, const xkv_plug_spread *o, void *stream)
+{
+    if (o->tokens == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_spread(o, stream));
+}
+
 static xkv_status angles(xkv_plug_device *d, const xkv_plug_angles *o, void *stream)
 {
     if (o->tokens == 0)
@@ -439,6 +446,7 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .decode = decode,
     .expand = expand,
     .split = split,
+    .spread = spread,
     .gemm = gemm,
     .angles = angles,
     .store = store,

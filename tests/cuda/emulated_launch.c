@@ -64,6 +64,21 @@ static void run_split(const void *args)
     }
 }
 
+static void run_spread(const void *args)
+{
+    const xkv_plug_spread *o = args;
+
+    fake_check(o->source, o->width * sizeof *o->source);
+    fake_check(o->factor, o->width * sizeof *o->factor);
+    fake_check(o->rows, (uint64_t)o->tokens * o->width * sizeof *o->rows);
+    for (uint32_t i = 0; i < o->width; i++) {
+        if (o->source[i] != XKV_NO_SOURCE)
+            fake_check(o->q + o->source[i] * o->q_stride, o->tokens * sizeof *o->q);
+        for (uint32_t t = 0; t < o->tokens; t++)
+            xkv_spread_element(o, t, i);
+    }
+}
+
 static void run_angles(const void *args)
 {
     const xkv_plug_angles *o = args;
@@ -137,6 +152,7 @@ static void run_join(const void *args)
 LAUNCH(decode)
 LAUNCH(expand)
 LAUNCH(split)
+LAUNCH(spread)
 LAUNCH(angles)
 LAUNCH(store)
 LAUNCH(move)
