@@ -147,7 +147,6 @@ static xkv_status bring_exact(xkv_device_reading *r, xkv_scatterer *s, const xkv
     target.views = d->views;
     if (target.moves.distances)
         target.moves.distances += first - target.first;
-    target.moves.positions += first - target.first;
     target.first = first;
     target.end = end;
     XKV_TRY(xkv_scatter_exact(&target, s, g, matrix, t0, t1, scratch));

@@ -235,6 +235,24 @@ static void test_split(void **state)
     assert_true(whole[5] == rows[0][5] * 0.37f * 4);
 }
 
+static void test_spread(void **state)
+{
+    int16_t q[2][4] = {{1, -2, 3, 0}, {-32768, 32767, 5, 7}};
+    uint32_t source[3] = {1, XKV_NO_SOURCE, 0};
+    float factor[3] = {0.5f, 9, -0.25f}, rows[4][3];
+    xkv_plug_spread o = {q[0], 4, source, factor, 3, 4, rows[0]};
+
+    (void)state;
+    for (uint32_t t = 0; t < 4; t++)
+        for (uint32_t i = 0; i < 3; i++)
+            xkv_spread_element(&o, t, i);
+    for (uint32_t t = 0; t < 4; t++) {
+        assert_true(rows[t][0] == q[1][t] * 0.5f);
+        assert_true(rows[t][1] == 0);
+        assert_true(rows[t][2] == q[0][t] * -0.25f);
+    }
+}
+
 /* --- Rows --------------------------------------------------------------------------------------------------------- */
 
 static xkv_rope some_rope(uint32_t n_rot, uint32_t offset, uint32_t style, double scale)
@@ -401,8 +419,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_damage), cmocka_unit_test(test_parts),
-        cmocka_unit_test(test_expand),     cmocka_unit_test(test_split),  cmocka_unit_test(test_angles),
-        cmocka_unit_test(test_store),      cmocka_unit_test(test_move),   cmocka_unit_test(test_join),
+        cmocka_unit_test(test_expand),     cmocka_unit_test(test_split),  cmocka_unit_test(test_spread),
+        cmocka_unit_test(test_angles),     cmocka_unit_test(test_store),  cmocka_unit_test(test_move),
+        cmocka_unit_test(test_join),
     };
     return cmocka_run_group_tests(tests, make_tables, NULL);
 }

@@ -210,6 +210,44 @@ static void check_split_of(gpu *g, uint32_t count, uint32_t width, uint32_t exac
     free(expected);
 }
 
+static void check_spread_of(gpu *g, uint32_t width, uint32_t tokens)
+{
+    uint64_t seed = width * 13 + tokens, stride = tokens + 7;
+    size_t size = (size_t)tokens * width * 4;
+    int16_t *q = malloc(width * stride * 2);
+    uint32_t *source = malloc(width * 4ull);
+    float *factor = malloc(width * 4ull), *found = malloc(size), *expected = malloc(size);
+
+    for (size_t i = 0; i < width * stride; i++)
+        q[i] = (int16_t)gpu_random(&seed);
+    for (uint32_t i = 0; i < width; i++) {
+        source[i] = gpu_random(&seed) % 5 ? (uint32_t)(gpu_random(&seed) % width) : XKV_NO_SOURCE;
+        factor[i] = (float)gpu_normal(&seed);
+    }
+    gpu_block q_there = gpu_put(g, q, width * stride * 2), source_there = gpu_put(g, source, width * 4ull);
+    gpu_block factor_there = gpu_put(g, factor, width * 4ull), there = gpu_alloc(g, size);
+    xkv_plug_spread host = {q, stride, source, factor, width, tokens, expected}, o = host;
+    o.q = (const void *)q_there.p;
+    o.source = (const void *)source_there.p;
+    o.factor = (const void *)factor_there.p;
+    o.rows = (void *)there.p;
+    GPU_TRY(g, spread(g->d, &o, g->stream));
+    for (uint32_t t = 0; t < tokens; t++)
+        for (uint32_t i = 0; i < width; i++)
+            xkv_spread_element(&host, t, i);
+    gpu_get(g, &there, found);
+    check(memcmp(found, expected, size) == 0, "spread %u x %u: other rows", tokens, width, 0);
+    release(g, &q_there, "spread wrote beside the integers");
+    release(g, &source_there, "spread wrote beside the sources");
+    release(g, &factor_there, "spread wrote beside the factors");
+    release(g, &there, "spread wrote beside the rows");
+    free(q);
+    free(source);
+    free(factor);
+    free(found);
+    free(expected);
+}
+
 static void check_operands(gpu *g)
 {
     static const uint32_t sizes[] = {1, 31, 32, 33, 255, 257, 600};
@@ -218,6 +256,7 @@ static void check_operands(gpu *g)
         for (int i = 0; i < 7; i++) {
             check_expand_of(g, sizes[i], sizes[6 - i], exact);
             check_split_of(g, sizes[i], sizes[6 - i], exact);
+            check_spread_of(g, sizes[i], sizes[6 - i]);
         }
 }
 
