@@ -192,17 +192,19 @@ xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device *device, const xkv_entr
 
 /* --- Views -------------------------------------------------------------------------------------------------------- */
 
-static xkv_status check_view(xkv_ctx *ctx, const xkv_view *v, uint32_t plane)
+static xkv_status check_view(const xkv_device_reading *r, uint32_t plane)
 {
-    int64_t elem = (int64_t)xkv_dtype_size(v->dtype);
+    const xkv_view *v = &r->views[plane];
+    uint64_t places =
+        (uintptr_t)v->data | (uint64_t)v->token_stride | (uint64_t)v->head_stride | (uint64_t)v->dim_stride;
 
+    XKV_TRY(xkv_check_view(r->ctx, &r->entry->c.geometry, plane, v));
     if (v->dtype > XKV_BF16)
-        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "view %u: dtype %u on a device", plane, v->dtype);
-    if (((uintptr_t)v->data | (uint64_t)v->token_stride | (uint64_t)v->head_stride | (uint64_t)v->dim_stride) %
-            (uint64_t)elem !=
-        0)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "view %u: its address and strides are no multiples of %d bytes", plane,
-                        (int)elem);
+        return xkv_fail(r->ctx, XKV_ERROR_UNSUPPORTED, "view %u: %s in a device's memory", plane,
+                        xkv_dtype_name(v->dtype));
+    if (places % xkv_dtype_size(v->dtype) != 0)
+        return xkv_fail(r->ctx, XKV_ERROR_ARGUMENT, "view %u: its address and strides are no multiples of %zu bytes",
+                        plane, xkv_dtype_size(v->dtype));
     return XKV_OK;
 }
 
@@ -212,7 +214,7 @@ static xkv_status check_views(const xkv_device_reading *r)
 
     for (uint32_t j = r->o->first_group; j < r->o->first_group + r->o->group_count; j++)
         for (uint32_t i = 0; i < groups[j].plane_count; i++)
-            XKV_TRY(check_view(r->ctx, &r->views[groups[j].planes[i]], groups[j].planes[i]));
+            XKV_TRY(check_view(r, groups[j].planes[i]));
     return XKV_OK;
 }
 

@@ -66,22 +66,23 @@ XKV_ELEMENT void xkv_angle_element(const xkv_plug_angles *o, uint64_t t, uint32_
     o->out[t * o->stride + o->pairs + pair] = (float)(s * o->scale);
 }
 
-/* Where an element of a view is. */
-XKV_ELEMENT uint8_t *xkv_view_element(const xkv_view *v, uint32_t token, uint32_t head, uint32_t dim)
+/* Where element `e` of a row is, in a plane whose heads have head_dim elements; the view may split rows elsewhere. */
+XKV_ELEMENT uint8_t *xkv_view_element(const xkv_view *v, uint32_t head_dim, uint32_t token, uint32_t e)
 {
     int64_t row = v->rows ? (int64_t)v->rows[token] : (int64_t)token;
+    uint32_t dims = v->head_dim != 0 ? v->head_dim : head_dim;
 
-    return (uint8_t *)v->data + (row * v->token_stride + head * v->head_stride + dim * v->dim_stride);
+    return (uint8_t *)v->data + (row * v->token_stride + e / dims * v->head_stride + e % dims * v->dim_stride);
 }
 
-XKV_ELEMENT void xkv_put_element(const xkv_view *v, uint32_t token, uint32_t head, uint32_t dim, float x)
+XKV_ELEMENT void xkv_put_element(const xkv_plug_plane *p, uint32_t token, uint32_t e, float x)
 {
-    uint8_t *at = xkv_view_element(v, token, head, dim);
+    uint8_t *at = xkv_view_element(&p->view, p->head_dim, token, e);
 
-    if (v->dtype == XKV_F32)
+    if (p->view.dtype == XKV_F32)
         *(float *)(void *)at = x;
     else
-        *(uint16_t *)(void *)at = v->dtype == XKV_F16 ? xkv_f16_from_f32(x) : xkv_bf16_from_f32(x);
+        *(uint16_t *)(void *)at = p->view.dtype == XKV_F16 ? xkv_f16_from_f32(x) : xkv_bf16_from_f32(x);
 }
 
 /* The work on one token of a plane comes in items: a pair that is rotated, or an element that is not. */
@@ -102,13 +103,13 @@ XKV_ELEMENT void xkv_store_pair(const xkv_plug_store *o, const xkv_plug_plane *p
 {
     uint32_t i = p->offset + (p->style == XKV_ROPE_INTERLEAVED ? 2 * pair : pair);
     uint32_t j = p->style == XKV_ROPE_INTERLEAVED ? i + 1 : i + p->pairs;
-    uint32_t column = p->column + head * p->head_dim;
+    uint32_t first = head * p->head_dim, column = p->column + first;
     const float *angles = o->angles + t * o->angles_stride + p->angles;
     float a = xkv_stored_value(o, t, column + i), b = xkv_stored_value(o, t, column + j);
     float c = angles[pair], s = angles[p->pairs + pair];
 
-    xkv_put_element(&p->view, o->first + t, head, i, a * c - b * s);
-    xkv_put_element(&p->view, o->first + t, head, j, a * s + b * c);
+    xkv_put_element(p, o->first + t, first + i, a * c - b * s);
+    xkv_put_element(p, o->first + t, first + j, a * s + b * c);
 }
 
 XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t item)
@@ -122,13 +123,14 @@ XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p
     uint32_t dim = i - p->pairs;
     if (dim >= p->offset)
         dim += 2 * p->pairs;
-    xkv_put_element(&p->view, o->first + t, head, dim, xkv_stored_value(o, t, p->column + head * p->head_dim + dim));
+    uint32_t e = head * p->head_dim + dim;
+    xkv_put_element(p, o->first + t, e, xkv_stored_value(o, t, p->column + e));
 }
 
 /* Element `e` of a token. */
 XKV_ELEMENT void xkv_move_element(const xkv_plug_move *o, uint32_t t, uint32_t e)
 {
-    uint8_t *to = xkv_view_element(&o->view, o->first + t, e / o->head_dim, e % o->head_dim);
+    uint8_t *to = xkv_view_element(&o->view, o->head_dim, o->first + t, e);
     const uint8_t *from = o->rows + t * o->row_bytes + o->column;
 
     if (o->view.dtype == XKV_F32)

@@ -96,9 +96,8 @@ static void check_row(const xkv_view *v, uint32_t token, uint32_t heads, uint32_
 {
     if (v->rows)
         fake_check(&v->rows[token], sizeof *v->rows);
-    for (uint32_t h = 0; h < heads; h++)
-        for (uint32_t d = 0; d < head_dim; d++)
-            fake_check(xkv_view_element(v, token, h, d), v->dtype == XKV_F32 ? 4 : 2);
+    for (uint32_t e = 0; e < heads * head_dim; e++)
+        fake_check(xkv_view_element(v, head_dim, token, e), v->dtype == XKV_F32 ? 4 : 2);
 }
 
 static void run_store(const void *args)

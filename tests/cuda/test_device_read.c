@@ -342,6 +342,24 @@ static void test_codecs(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* Caches that the engine holds in blocks, restored into plain elements. */
+static void test_blocks(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+
+    (void)state;
+    for (size_t i = 0; i < KINDS; i += 3) {
+        subject t = make_subject(ctx, 67, XKV_Q8_0, kinds[i].profile, kinds[i].quality, kinds[i].cross);
+        for (uint32_t dtype = XKV_F32; dtype <= XKV_BF16; dtype++)
+            check_read(ctx, &t, NULL, NULL, dtype, TOKEN_MAJOR, true);
+        free_subject(ctx, &t);
+    }
+    subject lossless = make_subject(ctx, 67, XKV_Q4_0, XKV_PROFILE_LOSSLESS, 0, 0);
+    check_read(ctx, &lossless, NULL, NULL, XKV_F16, HEAD_MAJOR, true);
+    free_subject(ctx, &lossless);
+    xkv_ctx_free(ctx);
+}
+
 /* Tokens around those of chunks and rounds. */
 static void test_lengths(void **state)
 {
@@ -588,9 +606,15 @@ static void test_refusals(void **state)
     c.views[1].data = (uint8_t *)c.views[1].data + 1;
     assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_ARGUMENT);
     c.views[1].data = (uint8_t *)c.views[1].data - 1;
-    c.views[1].dtype = 3;
+    c.views[1].dtype = XKV_Q8_0;
+    c.views[1].dim_stride = 34;
+    c.views[1].head_dim = 32;
     assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_UNSUPPORTED);
     c.views[1].dtype = XKV_BF16;
+    c.views[1].dim_stride = 2;
+    c.views[1].head_dim = 7;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_ARGUMENT);
+    c.views[1].head_dim = 0;
     train(ctx, &other, 0);
     assert_ok(ctx, xkv_device_dict_create(ctx, device, other.dict, &dict));
     target.dict = dict;
@@ -718,9 +742,10 @@ static int set_up(void **state)
 int main(void)
 {
     const struct CMUnitTest everywhere[] = {
-        cmocka_unit_test(test_codecs),   cmocka_unit_test(test_lengths),   cmocka_unit_test(test_positions),
-        cmocka_unit_test(test_wide),     cmocka_unit_test(test_workspace), cmocka_unit_test(test_callbacks),
-        cmocka_unit_test(test_refusals), cmocka_unit_test(test_extended),  cmocka_unit_test(test_damaged_chunks),
+        cmocka_unit_test(test_codecs),         cmocka_unit_test(test_blocks),   cmocka_unit_test(test_lengths),
+        cmocka_unit_test(test_positions),      cmocka_unit_test(test_wide),     cmocka_unit_test(test_workspace),
+        cmocka_unit_test(test_callbacks),      cmocka_unit_test(test_refusals), cmocka_unit_test(test_extended),
+        cmocka_unit_test(test_damaged_chunks),
     };
     const struct CMUnitTest told_to_fail[] = {
         /* the last one leaves the device broken */

@@ -280,16 +280,19 @@ static void test_angles(void **state)
     }
 }
 
-enum { TOKENS = 9, HEADS = 3, DIMS = 20, WIDTH = 70 };
+enum { TOKENS = 9, HEADS = 3, DIMS = 20, WIDTH = 70, LAYOUTS = 5 };
 
 /* Strides of token-major, head-major and transposed planes, and of backward ones with gaps, for elements of `e` bytes;
  * where element (0, 0, 0) is. */
 static int64_t lay_out(xkv_view *v, int layout, int64_t e)
 {
-    const int64_t strides[4][4] = {{HEADS * DIMS * e, DIMS * e, e, 0},
-                                   {DIMS * e, TOKENS * DIMS * e, e, 0},
-                                   {e, TOKENS * DIMS * e, TOKENS * e, 0},
-                                   {-2 * HEADS * DIMS * e, 2 * DIMS * e, 2 * e, (TOKENS - 1) * 2 * HEADS * DIMS * e}};
+    const int64_t strides[LAYOUTS][4] = {
+        {HEADS * DIMS * e, DIMS * e, e, 0},
+        {DIMS * e, TOKENS * DIMS * e, e, 0},
+        {e, TOKENS * DIMS * e, TOKENS * e, 0},
+        {-2 * HEADS * DIMS * e, 2 * DIMS * e, 2 * e, (TOKENS - 1) * 2 * HEADS * DIMS * e},
+        {4 * e, 4 * TOKENS * e, e, 0}};
+    v->head_dim = layout == 4 ? 4 : 0; /* rows are split into groups of 4 elements */
     v->token_stride = strides[layout][0];
     v->head_stride = strides[layout][1];
     v->dim_stride = strides[layout][2];
@@ -364,7 +367,7 @@ static void test_store(void **state)
     uint64_t seed = 4;
 
     (void)state;
-    for (int layout = 0; layout < 4; layout++)
+    for (int layout = 0; layout < LAYOUTS; layout++)
         for (uint32_t dtype = XKV_F32; dtype <= XKV_BF16; dtype++)
             for (int r = 0; r < 5; r++)
                 for (int kind = 0; kind < 4; kind++)
@@ -378,7 +381,7 @@ static void test_move(void **state)
     uint64_t seed = 5;
 
     (void)state;
-    for (int layout = 0; layout < 4; layout++)
+    for (int layout = 0; layout < LAYOUTS; layout++)
         for (uint32_t dtype = XKV_F32; dtype <= XKV_BF16; dtype++) {
             const xkv_plane plane = {.heads = HEADS, .head_dim = DIMS, .dtype = dtype};
             size_t e = xkv_dtype_size(dtype), row_bytes = WIDTH * e, column = 4 * e;

@@ -287,7 +287,8 @@ static target make_target(gpu *g, uint32_t tokens, uint32_t plane_count)
     t.cache = device_memory(g, (size_t)tokens * t.width * 2);
     t.rows = device_copy(g, rows, tokens * 4ull);
     for (uint32_t i = 0; i < plane_count; i++) {
-        xkv_view v = {t.cache + (size_t)i * tokens * HEADS * DIMS * 2, HEADS * DIMS * 2, DIMS * 2, 2, t.rows, XKV_BF16};
+        xkv_view v = {
+            t.cache + (size_t)i * tokens * HEADS * DIMS * 2, HEADS * DIMS * 2, DIMS * 2, 2, t.rows, XKV_BF16, 0};
         planes[i] = (xkv_plug_plane){v, HEADS, DIMS, i * HEADS * DIMS, i % 2 ? 0 : DIMS / 2, 0, XKV_ROPE_HALF_SPLIT, 0};
     }
     t.planes = device_copy(g, planes, plane_count * sizeof *planes);
