@@ -3,9 +3,6 @@
 
 #define PACKED_ALIGN 4u
 
-/* --- Batches ------------------------------------------------------------------------------------------------------ */
-
-/* The tokens that a chunk holds. */
 void xkv_device_tokens_of(const xkv_device_work *w, uint32_t chunk, uint32_t *t0, uint32_t *t1)
 {
     if (w->lossless)
@@ -31,7 +28,6 @@ static uint64_t header_bytes(uint64_t tokens, uint64_t chunks)
     return 4 * tokens + chunks * sizeof(xkv_plug_stream) + 3 * XKV_CONSTANT_ALIGN;
 }
 
-/* As many chunks from b->chunk on as fit. */
 void xkv_device_plan_batch(xkv_device_batch *b)
 {
     const xkv_device_reading *r = b->w->r;
@@ -94,7 +90,8 @@ static xkv_status fill_batch(xkv_device_batch *b)
     const xkv_device_reading *r = b->w->r;
     uint64_t offset = 0;
 
-    memcpy(b->staging->bytes, r->target.moves.positions + (b->first - r->target.first), 4ull * (b->end - b->first));
+    if (b->end > b->first)
+        memcpy(b->staging->bytes, r->target.moves.positions + (b->first - r->target.first), 4ull * (b->end - b->first));
     for (uint32_t i = 0; i < b->chunks; i++) {
         uint32_t t0, t1;
         xkv_device_tokens_of(b->w, b->chunk + i, &t0, &t1);
@@ -106,7 +103,6 @@ static xkv_status fill_batch(xkv_device_batch *b)
     return xkv_pool_run(r->ctx, r->pool, b->chunks, load_chunk, b);
 }
 
-/* Copy it on the stream of copies, while the caller's is busy with the batch before. */
 xkv_status xkv_device_send_batch(xkv_device_batch *b)
 {
     xkv_device_reading *r = b->w->r;

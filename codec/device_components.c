@@ -2,8 +2,6 @@
  * cross stage adds, in two halves. */
 #include "device_work.h"
 
-/* --- Components --------------------------------------------------------------------------------------------------- */
-
 /* Rows [at, at + count) of the components from rows of f32 on the device. */
 static xkv_status split_rows(xkv_device_work *w, const float *rows, const uint32_t *index, uint32_t at, uint32_t count,
                              float factor)

@@ -176,6 +176,8 @@ static xkv_status make_rows(const xkv_device_batch *b)
 {
     float *rows = xkv_device_place(b->w, b->w->r->at.rows);
 
+    if (b->first == b->end)
+        return XKV_OK;
     XKV_TRY(make_angles(b));
     if (b->w->integers && !b->w->scalar)
         XKV_TRY(expand_batch(b));

@@ -3,8 +3,6 @@
 
 #define WHOLE_SPAN 2048u /* integers up to this are exact in f16 */
 
-/* --- What a group needs ------------------------------------------------------------------------------------------- */
-
 uint32_t xkv_device_parts_of(uint8_t table)
 {
     return xkv_table_span(table) > WHOLE_SPAN ? 2 : 1;

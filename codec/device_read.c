@@ -182,6 +182,8 @@ xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device *device, const xkv_entr
     o.group_ready = NULL;
     o.progress = NULL;
     XKV_TRY(XKV_NEW_ZERO(ctx, entry->geometry.plane_count, &none));
+    for (uint32_t i = 0; i < entry->geometry.plane_count; i++)
+        none[i].data = none; /* nothing is written, but views are shifted */
     status = entry->parent ? xkv_extended_decode(ctx, entry, &o, none, measure, &s) : measure(&s, ctx, entry, &o, none);
     xkv_release(ctx, none);
     XKV_TRY(status);
@@ -364,6 +366,15 @@ static xkv_status next_group(xkv_device_reading *r, const xkv_group *g, bool ask
     return XKV_OK;
 }
 
+static void prefetch(const xkv_device_reading *r, const xkv_group *g)
+{
+    const xkv_entry *e = r->entry;
+
+    xkv_container_prefetch(&e->input, &e->c, g, XKV_PART_COMPONENTS, XKV_PART_EXACT);
+    xkv_container_prefetch(&e->input, &e->c, g, XKV_PART_CHUNKS + r->first_chunk,
+                           XKV_PART_CHUNKS + r->first_chunk + r->chunks - 1);
+}
+
 static xkv_status read_groups(xkv_device_reading *r, bool device)
 {
     const xkv_group *groups = r->entry->c.groups;
@@ -375,8 +386,11 @@ static xkv_status read_groups(xkv_device_reading *r, bool device)
         p.total += xkv_group_row_bytes(&r->entry->c.geometry, &groups[i], r->o->token_count);
     if (device && r->cross.g && first > 0)
         XKV_TRY(next_group(r, groups, false, true, &last, &p));
-    for (uint32_t i = first; i < end; i++)
+    for (uint32_t i = first; i < end; i++) {
+        if (i + 1 < end)
+            prefetch(r, &groups[i + 1]);
         XKV_TRY(next_group(r, &groups[i], true, device, &last, &p));
+    }
     return finish(r, &last, &p);
 }
 
