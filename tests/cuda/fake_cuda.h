@@ -20,7 +20,7 @@ typedef struct fake_cuda_control {
     int eager; /* run everything at once */
 
     uint64_t calls, used, peak, blocks; /* calls so far; bytes, their most, and blocks (pinned ones too) alive */
-    uint64_t launches, exact_products; /* of all; GEMMs of f32 */
+    uint64_t launches, exact_products;  /* of all; GEMMs of f32 */
 } fake_cuda_control;
 
 /* Put `run`(args) on a stream. */
