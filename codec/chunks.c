@@ -132,34 +132,23 @@ xkv_status xkv_cross_stage_keep(xkv_ctx *ctx, const xkv_entry *entry, uint32_t f
     stage->first = first;
     xkv_chunk_tokens(&entry->c, first, &begin, &unused);
     xkv_chunk_tokens(&entry->c, last, &unused, &end);
-    XKV_TRY(XKV_NEW(ctx, (size_t)(end - begin) * stage->cross.coded, &stage->q));
-    return XKV_NEW_ZERO(ctx, (size_t)(last - first) + 1, &stage->known);
+    return XKV_NEW(ctx, (size_t)(end - begin) * stage->cross.coded, &stage->q);
 }
 
 void xkv_cross_stage_free(xkv_ctx *ctx, xkv_cross_stage *stage)
 {
     xkv_side_free(ctx, &stage->side);
     xkv_release(ctx, stage->q);
-    xkv_release(ctx, stage->known);
     *stage = (xkv_cross_stage){0};
 }
 
-/* Integers of the stage in a chunk whose coded tokens begin at t0. */
-static xkv_status decode_cross(const xkv_group_reader *r, const xkv_chunk_scratch *s, uint32_t chunk, uint32_t t0,
-                               const int16_t **q_p)
+/* Where the integers of the stage are in a chunk whose coded tokens begin at t0. */
+static int16_t *stage_integers(const xkv_group_reader *r, const xkv_chunk_scratch *s, uint32_t t0)
 {
-    xkv_cross_stage *stage = r->cross;
-    uint8_t *known = stage->known ? &stage->known[chunk - stage->first] : NULL;
+    const xkv_cross_stage *stage = r->cross;
     size_t begin = (size_t)stage->first * r->entry->c.chunk_tokens;
-    int16_t *q = known ? stage->q + (t0 - begin) * stage->cross.coded : s->cross_q;
 
-    *q_p = q;
-    if (known && *known)
-        return XKV_OK;
-    XKV_TRY(xkv_side_integers(r->ctx, r->entry, stage->g, &stage->side, chunk, s->packed, q));
-    if (known)
-        *known = 1;
-    return XKV_OK;
+    return stage->q ? stage->q + (t0 - begin) * stage->cross.coded : s->cross_q;
 }
 
 /* --- Bases -------------------------------------------------------------------------------------------------------- */
@@ -169,33 +158,51 @@ static xkv_status corrupt_factor(const xkv_group_reader *r, uint32_t part, const
     return xkv_fail(r->ctx, XKV_ERROR_CORRUPT, "%s: %s [D3]", name_part(r->entry, r->g, part).text, what);
 }
 
-/* Components of codec svd in f32, times their scales. */
-static xkv_status scale_components(xkv_group_reader *r, const uint8_t *matrix)
+static xkv_status check_components(const xkv_group_reader *r, const uint8_t *matrix)
 {
-    size_t rank = r->g->rank, width = r->g->width;
-    const uint8_t *scales = matrix + rank * width * 2;
+    size_t elements = (size_t)r->g->rank * r->g->width;
 
-    if (!r->kernels->all_finite(XKV_F16, matrix, rank * width))
+    if (!r->kernels->all_finite(XKV_F16, matrix, elements))
         return corrupt_factor(r, XKV_PART_COMPONENTS, "a component is not finite");
-    XKV_TRY(XKV_NEW(r->ctx, rank * width, &r->components));
-    r->kernels->to_f32(XKV_F16, matrix, r->components, rank * width);
-    for (size_t i = 0; i < rank; i++) {
-        float scale = xkv_loadf32(scales + 4 * i);
+    for (size_t i = 0; i < r->g->rank; i++) {
+        float scale = xkv_loadf32(matrix + 2 * elements + 4 * i);
         if (!isfinite(scale) || scale < 0)
             return corrupt_factor(r, XKV_PART_COMPONENTS, "a scale is negative or not finite");
-        for (size_t k = 0; k < width; k++)
-            r->components[i * width + k] *= scale;
     }
     return XKV_OK;
 }
 
+xkv_status xkv_read_components(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g, uint8_t **matrix_p)
+{
+    const xkv_group_reader r = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .entry = entry, .g = g};
+    uint8_t *matrix = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(read_matrix(&r, XKV_PART_COMPONENTS, &matrix));
+    XKV_TRY_GOTO(check_components(&r, matrix), out);
+    *matrix_p = matrix;
+    matrix = NULL;
+out:
+    xkv_release(ctx, matrix);
+    return status;
+}
+
+/* Components of codec svd in f32, times their scales. */
 static xkv_status load_components(xkv_group_reader *r)
 {
+    size_t rank = r->g->rank, width = r->g->width;
     uint8_t *matrix = NULL;
-    xkv_status status;
+    xkv_status status = XKV_OK;
 
-    XKV_TRY(read_matrix(r, XKV_PART_COMPONENTS, &matrix));
-    status = scale_components(r, matrix);
+    XKV_TRY(xkv_read_components(r->ctx, r->entry, r->g, &matrix));
+    XKV_TRY_GOTO(XKV_NEW(r->ctx, rank * width, &r->components), out);
+    r->kernels->to_f32(XKV_F16, matrix, r->components, rank * width);
+    for (size_t i = 0; i < rank; i++) {
+        float scale = xkv_loadf32(matrix + 2 * rank * width + 4 * i);
+        for (size_t k = 0; k < width; k++)
+            r->components[i * width + k] *= scale;
+    }
+out:
     xkv_release(r->ctx, matrix);
     return status;
 }
@@ -307,7 +314,7 @@ xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_
         xkv_shape shape = xkv_part_shape(c, r->g, part);
         raw = xkv_max64(raw, shape.coded ? 0 : xkv_shape_bytes(shape));
         packed = xkv_max64(packed, r->g->parts[part].size);
-        if (xkv_group_uses_cross(r))
+        if (!integers && xkv_group_uses_cross(r)) /* xkv_chunk_visit() reads both */
             packed = xkv_max64(packed, r->cross->g->parts[part].size);
     }
     XKV_TRY(XKV_NEW(r->ctx, (size_t)packed, &s->packed));
@@ -316,7 +323,7 @@ xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_
     if (!integers)
         return XKV_OK;
     XKV_TRY(XKV_NEW(r->ctx, chunk * r->side.coded, &s->q));
-    if (xkv_group_uses_cross(r) && !r->cross->q)
+    if (xkv_group_is_cross(r->g) && !r->cross->q)
         XKV_TRY(XKV_NEW(r->ctx, chunk * r->cross->cross.coded, &s->cross_q));
     return XKV_NEW(r->ctx, tile_coefficients(r), &s->coefficients);
 }
@@ -387,13 +394,13 @@ static xkv_status load_svd_chunk(const xkv_group_reader *r, xkv_chunk_scratch *s
 static xkv_status load_integers(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)
 {
     uint32_t tokens = out->t1 - out->t0;
+    int16_t *stage = xkv_group_uses_cross(r) ? stage_integers(r, s, out->t0) : NULL;
 
-    if (xkv_group_is_coded(r->g)) {
-        out->own = (xkv_integers){s->q, tokens};
-        XKV_TRY(xkv_side_integers(r->ctx, r->entry, r->g, &r->side, chunk, s->packed, s->q));
-    }
-    out->cross.stride = tokens;
-    return xkv_group_uses_cross(r) ? decode_cross(r, s, chunk, out->t0, &out->cross.q) : XKV_OK;
+    out->cross = (xkv_integers){stage, tokens};
+    if (xkv_group_is_cross(r->g))
+        return xkv_side_integers(r->ctx, r->entry, r->g, &r->cross->side, chunk, s->packed, stage);
+    out->own = (xkv_integers){s->q, tokens};
+    return xkv_side_integers(r->ctx, r->entry, r->g, &r->side, chunk, s->packed, s->q);
 }
 
 xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)

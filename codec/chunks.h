@@ -39,13 +39,12 @@ typedef struct xkv_cross_stage {
 
     /* Its integers, where they are kept since every group needs them: of chunks first .. , [coded][tokens] each. */
     uint32_t first;
-    int16_t *q;     /* NULL: not kept */
-    uint8_t *known; /* chunks that q holds */
+    int16_t *q; /* NULL: not kept */
 } xkv_cross_stage;
 
 /* Open the stage of an entry, if it has one. Errors: MISMATCH (no dictionary), CORRUPT [Q6], as xkv_side_read(). */
 XKV_MUST_CHECK xkv_status xkv_cross_stage_open(xkv_ctx *ctx, const xkv_entry *entry, xkv_cross_stage *stage);
-/* Keep the integers of chunks first .. last once they are decoded: 2 bytes for each token and coded component. */
+/* Keep the integers of chunks first .. last when they are loaded: 2 bytes for each token and coded component. */
 XKV_MUST_CHECK xkv_status xkv_cross_stage_keep(xkv_ctx *ctx, const xkv_entry *entry, uint32_t first, uint32_t last,
                                                xkv_cross_stage *stage);
 void xkv_cross_stage_free(xkv_ctx *ctx, xkv_cross_stage *stage);
@@ -89,6 +88,11 @@ static inline bool xkv_group_is_coded(const xkv_group *g)
 /* Whether the integers of the cross stage are part of the group's chunks. */
 bool xkv_group_uses_cross(const xkv_group_reader *r);
 
+/* The side part of a group of codec svd, checked [D3]: f16 components [rank][width], then f32 scales [rank]; allocated.
+ */
+XKV_MUST_CHECK xkv_status xkv_read_components(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g,
+                                              uint8_t **matrix_p);
+
 /* The exact rows of a group that is not lossless, sinks then window; allocated. */
 XKV_MUST_CHECK xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t **rows);
 
@@ -116,9 +120,9 @@ typedef struct xkv_chunk {
     xkv_integers cross;    /* [coded of the stage] where it adds to the group, else NULL */
 } xkv_chunk;
 
-/* Read, check and decode a chunk; of the cross stage, only its integers. Tasks that load the same chunk of two groups
- * with kept integers must not run at the same time. Errors: CHECKSUM, CORRUPT, MEMORY, BACKEND, and what the input
- * returns. */
+/* Read, check and decode a chunk; of the cross stage, only its integers. A group that uses the stage takes those that
+ * are kept: the stage's own chunk has been loaded before. Errors: CHECKSUM, CORRUPT, MEMORY, BACKEND, and what the
+ * input returns. */
 XKV_MUST_CHECK xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
                                          xkv_chunk *out);
 

@@ -151,9 +151,8 @@ static xkv_status too_large(const xkv_encoder *e)
 
 /* --- Groups ------------------------------------------------------------------------------------------------------- */
 
-static xkv_status append_svd(xkv_encoder *e, xkv_group *g, const xkv_group_reader *r)
+static xkv_status append_svd(xkv_encoder *e, xkv_group *g)
 {
-    const xkv_entry *base = e->append.base;
     size_t n = (size_t)g->rank * g->width;
     xkv_span span = new_span(e);
     xkv_factors f = {.rank = g->rank};
@@ -162,10 +161,7 @@ static xkv_status append_svd(xkv_encoder *e, xkv_group *g, const xkv_group_reade
     bool fit;
     xkv_status status = XKV_OK;
 
-    (void)r; /* has checked what is stored */
-    XKV_TRY_GOTO(xkv_read_matrix(e->ctx, &base->input, &base->c, base_group(e, g), XKV_PART_COMPONENTS,
-                                 "the entry to append to", &stored),
-                 out);
+    XKV_TRY_GOTO(xkv_read_components(e->ctx, e->append.base, base_group(e, g), &stored), out);
     XKV_TRY_GOTO(XKV_NEW(e->ctx, n, &f.components), out);
     XKV_TRY_GOTO(XKV_NEW(e->ctx, g->rank, &f.scales), out);
     memcpy(f.components, stored, 2 * n);
@@ -280,9 +276,11 @@ static xkv_status append_group(xkv_encoder *e, xkv_group *g)
         return xkv_encoder_write_group(e, g, NULL, NULL, NULL);
     if (xkv_group_is_cross(g))
         return append_cross(e, g);
+    if (g->codec == XKV_GROUP_SVD)
+        return append_svd(e, g);
     status = xkv_group_reader_open(e->ctx, e->append.base, base_group(e, g), &e->append.stage, &r);
     if (status == XKV_OK)
-        status = g->codec == XKV_GROUP_SVD ? append_svd(e, g, &r) : append_coded(e, g, &r);
+        status = append_coded(e, g, &r);
     xkv_group_reader_close(&r);
     return status;
 }

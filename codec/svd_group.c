@@ -28,6 +28,21 @@ typedef struct job {
     size_t scratch_size;
 } job;
 
+static job make_job(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
+                    uint32_t t0, uint32_t t1, xkv_factors *f)
+{
+    return (job){.ctx = ctx,
+                 .pool = pool,
+                 .rotators = rotators,
+                 .kernels = rotators->kernels,
+                 .g = g,
+                 .views = views,
+                 .first = t0,
+                 .rows = t1 - t0,
+                 .tiles = xkv_ceil_div(t1 - t0, XKV_TILE_ROWS),
+                 .f = f};
+}
+
 static uint32_t tile_rows(const job *j, uint64_t tile, uint32_t *row)
 {
     *row = (uint32_t)(tile * XKV_TILE_ROWS);
@@ -232,16 +247,7 @@ static xkv_status attempt_error(job *j, const xkv_svd_target *target, bool *reac
 xkv_status xkv_factorize(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
                          uint32_t t0, uint32_t t1, const xkv_svd_target *target, xkv_factors *f, bool *reached)
 {
-    job j = {.ctx = ctx,
-             .pool = pool,
-             .rotators = rotators,
-             .kernels = rotators->kernels,
-             .g = g,
-             .views = views,
-             .first = t0,
-             .rows = t1 - t0,
-             .tiles = xkv_ceil_div(t1 - t0, XKV_TILE_ROWS),
-             .f = f};
+    job j = make_job(ctx, pool, rotators, g, views, t0, t1, f);
     xkv_status status = XKV_OK;
 
     *f = (xkv_factors){0};
@@ -307,20 +313,11 @@ out:
 xkv_status xkv_project(xkv_ctx *ctx, xkv_pool *pool, xkv_rotator *rotators, xkv_group *g, const xkv_view *views,
                        uint32_t t0, uint32_t t1, uint32_t measured, xkv_factors *f, bool *fit)
 {
-    job j = {.ctx = ctx,
-             .pool = pool,
-             .rotators = rotators,
-             .kernels = rotators->kernels,
-             .g = g,
-             .views = views,
-             .first = t0,
-             .rows = t1 - t0,
-             .known = measured - t0,
-             .tiles = xkv_ceil_div(t1 - t0, XKV_TILE_ROWS),
-             .f = f};
+    job j = make_job(ctx, pool, rotators, g, views, t0, t1, f);
     float *components = NULL;
     xkv_status status = XKV_OK;
 
+    j.known = measured - t0;
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)j.rows * g->width, &j.x), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)j.tiles * g->plane_count, &j.sums), out);
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)f->rank * g->width, &components), out);
