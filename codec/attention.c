@@ -290,20 +290,12 @@ static bool coefficients_pay(const xkv_attention *a, const xkv_attention_options
 
 static xkv_status resolve(xkv_ctx *ctx, const xkv_entry *entry, xkv_attention_options *o)
 {
-    uint32_t tokens = entry->geometry.token_count, layers = entry->geometry.layer_count;
+    const xkv_geometry *g = &entry->geometry;
 
-    if (o->first_token > tokens || o->token_count > tokens - o->first_token)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "tokens %u + %u are not within the %u of the entry", o->first_token,
-                        o->token_count, tokens);
-    if (o->first_layer > layers || o->layer_count > layers - o->first_layer)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "layers %u + %u are not within the %u of the entry", o->first_layer,
-                        o->layer_count, layers);
+    XKV_TRY(xkv_resolve_range(ctx, "tokens", g->token_count, o->first_token, &o->token_count));
+    XKV_TRY(xkv_resolve_range(ctx, "layers", g->layer_count, o->first_layer, &o->layer_count));
     if (o->hold > XKV_HOLD_ROWS)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "hold is %u, expected 0 .. 3", o->hold);
-    if (o->token_count == 0)
-        o->token_count = tokens - o->first_token;
-    if (o->layer_count == 0)
-        o->layer_count = layers - o->first_layer;
     return XKV_OK;
 }
 

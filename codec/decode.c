@@ -145,25 +145,13 @@ static uint64_t asked_bytes(const decoder *d, const member *m)
 /* Tell which groups are ready. On the thread of the call only. */
 static xkv_status announce(decoder *d)
 {
-    const xkv_read_options *o = d->o;
-
     for (; d->announced < d->count && is_done(d, d->announced); d->announced++) {
         const member *m = &d->members[d->announced];
         d->done += asked_bytes(d, m);
-        if (m->asked && ((o->group_ready && o->group_ready(o->group_ready_user, m->index) != 0) ||
-                         (o->progress && o->progress(o->progress_user, d->done, d->total) != 0)))
-            return xkv_fail(d->ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
+        if (m->asked)
+            XKV_TRY(xkv_read_announce(d->ctx, d->o, m->index, d->done, d->total));
     }
     return XKV_OK;
-}
-
-static void prefetch(const decoder *d, uint32_t m)
-{
-    const xkv_group *g = d->members[m].g;
-
-    xkv_container_prefetch(&d->entry->input, &d->entry->c, g, XKV_PART_COMPONENTS, XKV_PART_EXACT);
-    xkv_container_prefetch(&d->entry->input, &d->entry->c, g, XKV_PART_CHUNKS + d->first_chunk,
-                           XKV_PART_CHUNKS + d->first_chunk + d->chunks - 1);
 }
 
 /* Scratch for a group. */
@@ -217,7 +205,7 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
 
     XKV_TRY(wait_for(d, w, has_place, m));
     if (m + 1 < d->count)
-        prefetch(d, m + 1);
+        xkv_container_prefetch(&d->entry->input, &d->entry->c, d->members[m + 1].g, d->first_chunk, d->chunks);
     XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, d->members[m].g, stage_for(d, d->members[m].g), r));
     if (d->target.views)
         XKV_TRY(xkv_group_reader_for_rows(r));
@@ -302,14 +290,10 @@ static void add_member(decoder *d, uint32_t group, bool asked)
 /* The groups that are asked for, behind the cross stage if one of them needs it. */
 static xkv_status list_members(decoder *d)
 {
-    const xkv_group *groups = d->entry->c.groups;
     uint32_t first = d->o->first_group, end = first + d->o->group_count;
-    bool crossed = false;
 
     XKV_TRY(XKV_NEW(d->ctx, d->o->group_count + 1u, &d->members));
-    for (uint32_t i = first; i < end; i++)
-        crossed |= groups[i].codec == XKV_GROUP_DICT || xkv_group_is_cross(&groups[i]);
-    if (crossed) {
+    if (xkv_read_needs_cross(d->entry, d->o)) {
         XKV_TRY(xkv_cross_stage_open(d->ctx, d->entry, &d->cross));
         if (d->target.views)
             XKV_TRY(xkv_cross_stage_keep(d->ctx, d->entry, d->first_chunk, d->first_chunk + d->chunks - 1, &d->cross));
@@ -372,20 +356,35 @@ static xkv_status decode(decoder *d)
     return announce(d);
 }
 
+xkv_status xkv_resolve_range(xkv_ctx *ctx, const char *what, uint32_t total, uint32_t first, uint32_t *count)
+{
+    if (first > total || *count > total - first)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "%s %u + %u are not within the %u of the entry", what, first, *count,
+                        total);
+    if (*count == 0)
+        *count = total - first;
+    return XKV_OK;
+}
+
 xkv_status xkv_read_options_resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens, xkv_read_options *o)
 {
-    uint32_t groups = entry->c.group_count;
+    XKV_TRY(xkv_resolve_range(ctx, "tokens", tokens, o->first_token, &o->token_count));
+    return xkv_resolve_range(ctx, "groups", entry->c.group_count, o->first_group, &o->group_count);
+}
 
-    if (o->first_token > tokens || o->token_count > tokens - o->first_token)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "tokens %u + %u are not within the %u of the entry", o->first_token,
-                        o->token_count, tokens);
-    if (o->first_group > groups || o->group_count > groups - o->first_group)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "groups %u + %u are not within the %u of the entry", o->first_group,
-                        o->group_count, groups);
-    if (o->token_count == 0)
-        o->token_count = tokens - o->first_token;
-    if (o->group_count == 0)
-        o->group_count = groups - o->first_group;
+bool xkv_read_needs_cross(const xkv_entry *entry, const xkv_read_options *o)
+{
+    for (uint32_t i = o->first_group; i < o->first_group + o->group_count; i++)
+        if (entry->c.groups[i].codec == XKV_GROUP_DICT || xkv_group_is_cross(&entry->c.groups[i]))
+            return true;
+    return false;
+}
+
+xkv_status xkv_read_announce(xkv_ctx *ctx, const xkv_read_options *o, uint32_t group, uint64_t done, uint64_t total)
+{
+    if ((o->group_ready && o->group_ready(o->group_ready_user, group) != 0) ||
+        (o->progress && o->progress(o->progress_user, done, total) != 0))
+        return xkv_fail(ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
     return XKV_OK;
 }
 

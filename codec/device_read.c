@@ -75,14 +75,6 @@ static xkv_device_layout least_layout(const xkv_device_reading *r)
 
 /* --- Preparing ---------------------------------------------------------------------------------------------------- */
 
-static bool needs_cross(const xkv_device_reading *r)
-{
-    for (uint32_t i = r->o->first_group; i < r->o->first_group + r->o->group_count; i++)
-        if (r->entry->c.groups[i].codec == XKV_GROUP_DICT || xkv_group_is_cross(&r->entry->c.groups[i]))
-            return true;
-    return false;
-}
-
 /* Which chunks, and what the groups that the device takes need. */
 static xkv_status survey(xkv_device_reading *r)
 {
@@ -95,7 +87,7 @@ static xkv_status survey(xkv_device_reading *r)
     xkv_chunk_coded(c, r->first_chunk + r->chunks - 1, &unused, &r->cross_end);
     if (r->cross_end < r->cross_begin)
         r->cross_end = r->cross_begin;
-    if (needs_cross(r))
+    if (xkv_read_needs_cross(r->entry, r->o))
         XKV_TRY(xkv_cross_stage_open(r->ctx, r->entry, &r->cross));
     if (r->cross.g) {
         r->need.cross = r->cross.cross.coded;
@@ -270,7 +262,7 @@ static xkv_status get_memory(xkv_device_reading *r, const xkv_device_target *t, 
     XKV_TRY(xkv_device_load_tables(r->ctx, r->device));
     if (t->dict && t->dict->dict == r->entry->dict)
         r->dict = t->dict;
-    if (!r->dict && r->entry->dict && needs_cross(r))
+    if (!r->dict && r->entry->dict && xkv_read_needs_cross(r->entry, r->o))
         XKV_TRY(alloc_dict(r, b));
     return t->workspace ? given_workspace(r, t) : alloc_workspace(r, b);
 }
@@ -297,14 +289,8 @@ typedef struct progress {
 
 static xkv_status announce(xkv_device_reading *r, const xkv_group *g, progress *p)
 {
-    const xkv_read_options *o = r->o;
-    uint32_t index = (uint32_t)(g - r->entry->c.groups);
-
-    p->done += xkv_group_row_bytes(&r->entry->c.geometry, g, o->token_count);
-    if ((o->group_ready && o->group_ready(o->group_ready_user, index) != 0) ||
-        (o->progress && o->progress(o->progress_user, p->done, p->total) != 0))
-        return xkv_fail(r->ctx, XKV_ERROR_CANCELLED, "stopped by a callback");
-    return XKV_OK;
+    p->done += xkv_group_row_bytes(&r->entry->c.geometry, g, r->o->token_count);
+    return xkv_read_announce(r->ctx, r->o, (uint32_t)(g - r->entry->c.groups), p->done, p->total);
 }
 
 /* What the device has found wrong with a group the CPU has words for. */
@@ -366,15 +352,6 @@ static xkv_status next_group(xkv_device_reading *r, const xkv_group *g, bool ask
     return XKV_OK;
 }
 
-static void prefetch(const xkv_device_reading *r, const xkv_group *g)
-{
-    const xkv_entry *e = r->entry;
-
-    xkv_container_prefetch(&e->input, &e->c, g, XKV_PART_COMPONENTS, XKV_PART_EXACT);
-    xkv_container_prefetch(&e->input, &e->c, g, XKV_PART_CHUNKS + r->first_chunk,
-                           XKV_PART_CHUNKS + r->first_chunk + r->chunks - 1);
-}
-
 static xkv_status read_groups(xkv_device_reading *r, bool device)
 {
     const xkv_group *groups = r->entry->c.groups;
@@ -388,7 +365,7 @@ static xkv_status read_groups(xkv_device_reading *r, bool device)
         XKV_TRY(next_group(r, groups, false, true, &last, &p));
     for (uint32_t i = first; i < end; i++) {
         if (i + 1 < end)
-            prefetch(r, &groups[i + 1]);
+            xkv_container_prefetch(&r->entry->input, &r->entry->c, &groups[i + 1], r->first_chunk, r->chunks);
         XKV_TRY(next_group(r, &groups[i], true, device, &last, &p));
     }
     return finish(r, &last, &p);

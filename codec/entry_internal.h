@@ -49,9 +49,19 @@ XKV_MUST_CHECK xkv_status xkv_entry_decode(xkv_ctx *ctx, const xkv_entry *entry,
 XKV_MUST_CHECK xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                const xkv_view *views);
 
-/* Fill in what 0 stands for, of an entry of `tokens` rows, and check the ranges. Errors: ARGUMENT. */
+/* A range [first, first + *count) of the `total` tokens, groups or layers that an entry has: check it, and set a count
+ * of 0 to all from `first` on. Errors: ARGUMENT. */
+XKV_MUST_CHECK xkv_status xkv_resolve_range(xkv_ctx *ctx, const char *what, uint32_t total, uint32_t first,
+                                            uint32_t *count);
+/* The same for the ranges of a read of an entry of `tokens` rows. */
 XKV_MUST_CHECK xkv_status xkv_read_options_resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens,
                                                    xkv_read_options *o);
+
+/* Whether one of the groups that are asked for is decoded with the cross stage, or is the stage. */
+bool xkv_read_needs_cross(const xkv_entry *entry, const xkv_read_options *o);
+/* Tell that a group is ready, and the progress in bytes. Errors: CANCELLED when a callback asks to stop. */
+XKV_MUST_CHECK xkv_status xkv_read_announce(xkv_ctx *ctx, const xkv_read_options *o, uint32_t group, uint64_t done,
+                                            uint64_t total);
 
 /* Fail since the entry has no dictionary attached: MISMATCH naming its id [Q5]. */
 xkv_status xkv_dict_missing(xkv_ctx *ctx, const xkv_entry *entry);

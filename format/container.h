@@ -197,9 +197,9 @@ size_t xkv_utf8_prefix(const void *text, size_t size);
 /* Read part `p` of the payload into dst (p->size bytes) and check its checksum [P3]. Thread-safe. */
 XKV_MUST_CHECK xkv_status xkv_container_read_part(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c,
                                                   const xkv_part *p, void *dst);
-/* Have the input fetch parts first .. last of `g`, which are read soon. */
-void xkv_container_prefetch(const xkv_input *input, const xkv_container *c, const xkv_group *g, uint32_t first,
-                            uint32_t last);
+/* Have the input fetch what is read soon: of `g` all but its chunks, and `chunks` of these from first_chunk on. */
+void xkv_container_prefetch(const xkv_input *input, const xkv_container *c, const xkv_group *g, uint32_t first_chunk,
+                            uint32_t chunks);
 /* Check that the gaps between parts are zero [P1]. */
 XKV_MUST_CHECK xkv_status xkv_container_check_gaps(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c);
 

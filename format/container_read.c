@@ -372,16 +372,25 @@ xkv_status xkv_container_read_part(xkv_ctx *ctx, const xkv_input *input, const x
 }
 
 /* Parts lie in the order of the table [P1]; empty ones lie nowhere. */
-void xkv_container_prefetch(const xkv_input *input, const xkv_container *c, const xkv_group *g, uint32_t first,
-                            uint32_t last)
+static void prefetch_parts(const xkv_input *input, const xkv_container *c, const xkv_group *g, uint32_t first,
+                           uint32_t last)
 {
     while (first < last && g->parts[first].size == 0)
         first++;
     while (last > first && g->parts[last].size == 0)
         last--;
     uint64_t begin = g->parts[first].offset, end = g->parts[last].offset + g->parts[last].size;
-    if (input->prefetch && begin < end)
+    if (begin < end)
         input->prefetch(input->user, c->payload_offset + begin, end - begin);
+}
+
+void xkv_container_prefetch(const xkv_input *input, const xkv_container *c, const xkv_group *g, uint32_t first_chunk,
+                            uint32_t chunks)
+{
+    if (input->prefetch == NULL)
+        return;
+    prefetch_parts(input, c, g, XKV_PART_COMPONENTS, XKV_PART_EXACT);
+    prefetch_parts(input, c, g, XKV_PART_CHUNKS + first_chunk, XKV_PART_CHUNKS + first_chunk + chunks - 1);
 }
 
 xkv_status xkv_container_check_gaps(xkv_ctx *ctx, const xkv_input *input, const xkv_container *c)
