@@ -5,6 +5,7 @@
 #include "cpu/ops.h"
 #include "device_tables.h"
 #include "elements.h"
+#include "gpu/gpu_support.h"
 #include "rans.h"
 
 #include <math.h>
@@ -62,52 +63,17 @@ static uint32_t warp_decode(chunk *c, const uint8_t *data, size_t size)
 {
     uint8_t *exact = aligned_alloc(4, (size + 7) & ~(size_t)3);
     uint8_t *shrunk = realloc(exact, ((size + 3) & ~(size_t)3) + (size == 0));
-    uint32_t lanes = c->tokens < 32 ? c->tokens : 32, fault;
-    xkv_warp_reader r;
+    uint32_t fault;
 
     memcpy(shrunk, data, size);
-    fault = xkv_warp_open(&r, shrunk, (uint32_t)size, lanes);
-    for (uint32_t i = 0; i < COMPONENTS && fault == 0; i++) {
-        xkv_warp_code code = xkv_device_code(c->tables[i]);
-        if (!xkv_warp_decode_component(&r, &tables[code.table], code.shift, c->tokens, c->q[i]))
-            fault = XKV_WARP_TOO_SHORT;
-    }
-    if (fault == 0)
-        fault = xkv_warp_close(&r);
+    fault = gpu_decode(tables, shrunk, size, c->tokens, c->tables, COMPONENTS, c->q[0], MOST_TOKENS);
     free(shrunk);
     return fault;
 }
 
-/* As xkv_symbol of the CPU's tables. */
-static void make_encode_table(uint32_t index, xkv_warp_encode_table *t)
-{
-    const xkv_base_table *base = xkv_table_get(index).base;
-
-    memset(t, 0, sizeof *t);
-    t->reach = base->reach;
-    for (uint32_t i = 0; i <= 2 * base->reach + 1; i++) {
-        t->reciprocal[i] = base->encode[i].reciprocal;
-        t->packed[i] = base->encode[i].packed;
-    }
-}
-
 static size_t warp_encode(const chunk *c, uint8_t *data)
 {
-    uint32_t lanes = c->tokens < 32 ? c->tokens : 32, bound = 2 * COMPONENTS * c->tokens;
-    uint16_t *words = malloc(bound * sizeof *words);
-    xkv_warp_encode_table t;
-    xkv_warp_writer w = {.words = words, .next = bound};
-
-    for (uint32_t i = 0; i < 32; i++)
-        w.x[i] = XKV_WARP_RANS_LOW;
-    for (uint32_t i = COMPONENTS; i-- > 0;) {
-        make_encode_table(c->tables[i], &t);
-        xkv_warp_encode_component(&w, &t, xkv_device_code(c->tables[i]).shift, c->tokens, c->q[i]);
-    }
-    memcpy(data, w.x, 4 * lanes);
-    memcpy(data + 4 * lanes, words + w.next, (bound - w.next) * sizeof *words);
-    free(words);
-    return 4 * lanes + (bound - w.next) * sizeof *words;
+    return gpu_encode(c->q[0], MOST_TOKENS, c->tokens, c->tables, COMPONENTS, data);
 }
 
 static const uint32_t token_counts[] = {1, 2, 31, 32, 33, 63, 64, 65, 255, 256, 257, 300};

@@ -602,16 +602,23 @@ static void free_trained(trained *d)
     memory_free(&d->file);
 }
 
+static xkv_pack_options lossy_options(const trained *d)
+{
+    xkv_pack_options o = xkv_pack_options_default();
+
+    o.chunk_tokens = CHUNK;
+    o.dict = d->dict;
+    o.quality = 50;
+    return o;
+}
+
 /* The rows that are taken over keep their bits, the others have the error that whole packing gives them. */
 static void lines_of_lossy_entries(void **state)
 {
     (void)state;
     trained d = train();
     synthetic s = sample(2);
-    xkv_pack_options pack = xkv_pack_options_default();
-    pack.chunk_tokens = CHUNK;
-    pack.dict = d.dict;
-    pack.quality = 50;
+    xkv_pack_options pack = lossy_options(&d);
     assert_int_equal(put_sample(&s, 110, &pack).parent, 0);
     uint8_t *before = load_sample(&s, 110);
     xkv_put_report r = put_sample(&s, 180, &pack);
@@ -644,10 +651,7 @@ static void no_dictionary_is_decoded_for_it(void **state)
     (void)state;
     trained d = train();
     synthetic s = sample(2);
-    xkv_pack_options pack = xkv_pack_options_default();
-    pack.chunk_tokens = CHUNK;
-    pack.dict = d.dict;
-    pack.quality = 50;
+    xkv_pack_options pack = lossy_options(&d);
     put_sample(&s, 110, &pack);
     reopen_store(&t);
     assert_int_equal(put_sample(&s, 180, &pack).base_tokens, 96);
