@@ -20,7 +20,7 @@ void dtrtri_(const char *uplo, const char *diag, const int *n, double *a, const 
 #define MAX_QR_PASSES   6u
 #define MAX_EXPONENT    120 /* of the norm of X: singular values must fit in f32 with room for sums */
 #define RANDOM_SEED     UINT64_C(0x786b76)
-#define NULL_RATIO      1e-12  /* Ritz values below this share of the largest are rounding noise of f32 */
+#define NULL_RATIO      4e-12  /* Ritz values below this share of the largest are rounding noise of f32 */
 #define MAX_TRANSFORM   1e7    /* squared row norm up to which one pass leaves errors of 1e-8: see orthonormalise() */
 #define MAX_EIGEN_ORDER 32764u /* largest n with 2 n^2 + 6 n + 1 in an int */
 
