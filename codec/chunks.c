@@ -298,8 +298,8 @@ bool xkv_group_uses_cross(const xkv_group_reader *r)
 static size_t tile_coefficients(const xkv_group_reader *r)
 {
     if (r->synthesis.t)
-        return xkv_synthesis_scratch(&r->synthesis, XKV_TILE_ROWS);
-    return r->g->codec == XKV_GROUP_SVD ? (size_t)XKV_TILE_ROWS * r->g->rank : 0;
+        return xkv_synthesis_scratch(&r->synthesis, XKV_CHUNK_ROWS);
+    return r->g->codec == XKV_GROUP_SVD ? (size_t)XKV_CHUNK_ROWS * r->g->rank : 0;
 }
 
 xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_chunk_scratch *s)

@@ -96,6 +96,10 @@ XKV_MUST_CHECK xkv_status xkv_read_components(xkv_ctx *ctx, const xkv_entry *ent
 /* The exact rows of a group that is not lossless, sinks then window; allocated. */
 XKV_MUST_CHECK xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t **rows);
 
+/* Rows that are made of coefficients at a time: as many as a GEMM needs to be fast, and few enough for the one chunk of
+ * a short prompt to be shared by threads. */
+#define XKV_CHUNK_ROWS 128u
+
 /* --- A chunk ------------------------------------------------------------------------------------------------------ */
 
 /* What one thread needs to decode chunks. */
@@ -137,7 +141,7 @@ XKV_MUST_CHECK xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_c
 XKV_MUST_CHECK xkv_status xkv_chunk_load_planes(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
                                                 uint8_t *to);
 
-/* Rows x [t1 - t0][width] (K before RoPE) of at most XKV_TILE_ROWS tokens of a chunk that is not lossless. */
+/* Rows x [t1 - t0][width] (K before RoPE) of at most XKV_CHUNK_ROWS tokens of a chunk that is not lossless. */
 void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0, uint32_t t1,
                     float *x);
 

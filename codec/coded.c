@@ -183,75 +183,102 @@ out:
 
 /* --- Coefficients to rows ----------------------------------------------------------------------------------------- */
 
-static uint32_t count_coded(const uint8_t *tables, uint32_t rank)
-{
-    uint32_t coded = 0;
+/* Components [0, rank) that take part: all of the first `top`, and those that have a table. */
+typedef struct chosen {
+    const uint8_t *tables; /* [rank] */
+    uint32_t rank, top;
+} chosen;
 
-    for (uint32_t j = 0; j < rank; j++)
-        coded += tables[j] != 0;
-    return coded;
+static bool takes_part(const chosen *c, uint32_t j)
+{
+    return j < c->top || c->tables[j] != 0;
 }
 
-/* out = in * factor. */
-static float *scale_row(const float *in, size_t n, float factor, float *out)
+static uint32_t count_chosen(const chosen *c, uint32_t first)
 {
-    for (size_t i = 0; i < n; i++)
-        out[i] = in[i] * factor;
-    return out + n;
+    uint32_t count = 0;
+
+    for (uint32_t j = first; j < c->rank; j++)
+        count += takes_part(c, j);
+    return count;
 }
 
-static xkv_status make_rows(xkv_ctx *ctx, xkv_synthesis *s)
+/* Those rows of matrix [rank][stride], cut to `width` columns. */
+static xkv_status choose_rows(xkv_ctx *ctx, const chosen *c, const float *matrix, size_t stride, uint32_t width,
+                              xkv_basis_rows *out)
 {
-    const xkv_transform *t = s->t;
+    uint32_t first = 0, end;
     float *row;
 
-    XKV_TRY(XKV_NEW(ctx, (size_t)(s->coded + s->top) * t->width, &s->rows));
-    row = s->rows;
-    for (size_t j = 0; j < t->rank; j++)
-        if (s->tables[j] != 0)
-            row = scale_row(t->synthesis + j * t->width, t->width, s->step, row);
-    if (s->top > 0)
-        memcpy(row, t->synthesis, (size_t)s->top * t->width * sizeof *row);
+    while (first < c->rank && !takes_part(c, first))
+        first++;
+    for (end = first; end < c->rank && takes_part(c, end);)
+        end++;
+    *out = (xkv_basis_rows){
+        .run = matrix + first * stride, .stride = stride, .in_run = end - first, .in_rest = count_chosen(c, end)};
+    XKV_TRY(XKV_NEW(ctx, (size_t)out->in_rest * width, &out->rest));
+    row = out->rest;
+    for (uint32_t j = end; j < c->rank; j++)
+        if (takes_part(c, j)) {
+            memcpy(row, matrix + j * stride, width * sizeof *row);
+            row += width;
+        }
     return XKV_OK;
 }
 
-static xkv_status make_mix(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis *s)
+/* C [m][n] += A^T B, where A [rows][m] or B [rows][n] are such rows, and the other one has as many. */
+static void add_product_b(const xkv_kernels *k, size_t m, size_t n, const float *a, const xkv_basis_rows *b, float *c)
+{
+    if (b->in_run > 0)
+        k->gemm_tn(m, n, b->in_run, a, m, b->run, b->stride, 1, c, n);
+    if (b->in_rest > 0)
+        k->gemm_tn(m, n, b->in_rest, a + b->in_run * m, m, b->rest, n, 1, c, n);
+}
+
+static void add_product_a(const xkv_kernels *k, size_t m, size_t n, const xkv_basis_rows *a, const float *b, float *c)
+{
+    if (a->in_run > 0)
+        k->gemm_tn(m, n, a->in_run, a->run, a->stride, b, n, 1, c, n);
+    if (a->in_rest > 0)
+        k->gemm_tn(m, n, a->in_rest, a->rest, m, b + a->in_run * n, n, 1, c, n);
+}
+
+static xkv_status choose_mix(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis *s)
 {
     const xkv_cross_basis *b = cross->basis;
-    float *row;
+    chosen c = {cross->tables, cross->rank, 0};
 
-    XKV_TRY(XKV_NEW(ctx, (size_t)s->cross * s->top, &s->mix));
-    row = s->mix;
-    for (size_t i = 0; i < cross->rank; i++)
-        if (cross->tables[i] != 0)
-            row = scale_row(b->components + i * b->width + s->t->cross_at, s->top, cross->step, row);
-    return XKV_OK;
+    s->top = s->t->top;
+    s->cross = cross->coded;
+    s->cross_step = cross->step;
+    return choose_rows(ctx, &c, b->components + s->t->cross_at, b->width, s->top, &s->mix);
 }
 
 xkv_status xkv_synthesis_create(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step,
                                 const xkv_cross *cross, xkv_synthesis *s)
 {
-    *s = (xkv_synthesis){.t = t, .tables = tables, .step = step, .coded = count_coded(tables, t->rank)};
+    chosen c = {tables, t->rank, 0};
+
+    *s = (xkv_synthesis){.t = t, .tables = tables, .step = step};
     if (t->diagonal)
         return XKV_OK;
-    if (cross && t->top > 0 && cross->coded > 0) {
-        s->top = t->top;
-        s->cross = cross->coded;
-        XKV_TRY(make_mix(ctx, cross, s));
-    }
-    return make_rows(ctx, s);
+    if (cross && t->top > 0 && cross->coded > 0)
+        XKV_TRY(choose_mix(ctx, cross, s));
+    c.top = s->top;
+    s->lines = count_chosen(&c, 0);
+    return choose_rows(ctx, &c, t->synthesis, t->width, t->width, &s->rows);
 }
 
 void xkv_synthesis_free(xkv_ctx *ctx, xkv_synthesis *s)
 {
-    xkv_release(ctx, s->rows);
-    xkv_release(ctx, s->mix);
+    xkv_release(ctx, s->rows.rest);
+    xkv_release(ctx, s->mix.rest);
     *s = (xkv_synthesis){0};
 }
 
 size_t xkv_synthesis_scratch(const xkv_synthesis *s, uint32_t tokens)
 {
-    return s->t->diagonal ? 0 : (size_t)tokens * (s->coded + s->top + s->cross);
+    return (size_t)tokens * (s->lines + s->cross);
 }
 
 static void fill_mean(const xkv_transform *t, uint32_t tokens, float *x)
@@ -277,31 +304,43 @@ static void synthesize_diagonal(const xkv_synthesis *s, xkv_integers own, uint32
     }
 }
 
-/* Integers of `count` components as they are, [count][tokens]. */
-static void to_floats(xkv_integers in, uint32_t count, uint32_t tokens, float *a)
+/* The group's own coefficients a [lines][tokens], zeros where only the cross stage adds to one. */
+static void fill_own(const xkv_synthesis *s, xkv_integers own, uint32_t tokens, float *a)
 {
-    for (size_t i = 0; i < count; i++)
-        xkv_dequantize(xkv_coder_cpu(), in.q + i * in.stride, tokens, 1, a + i * tokens);
+    for (uint32_t j = 0; j < s->t->rank; j++) {
+        if (s->tables[j] != 0) {
+            xkv_dequantize(xkv_coder_cpu(), own.q, tokens, s->step, a);
+            own.q += own.stride;
+        } else if (j < s->top) {
+            memset(a, 0, tokens * sizeof *a);
+        } else {
+            continue;
+        }
+        a += tokens;
+    }
+}
+
+/* What the cross stage adds to the first of them. */
+static void add_cross(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers cross, uint32_t tokens, float *scratch,
+                      float *a)
+{
+    for (size_t i = 0; i < s->cross; i++)
+        xkv_dequantize(xkv_coder_cpu(), cross.q + i * cross.stride, tokens, s->cross_step, scratch + i * tokens);
+    add_product_a(k, s->top, tokens, &s->mix, scratch, a);
 }
 
 void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
                     float *a, float *x)
 {
-    uint32_t coded = s->coded + s->top;
-    float *top = a + (size_t)s->coded * tokens, *mixed = top + (size_t)s->top * tokens;
-
     fill_mean(s->t, tokens, x);
     if (s->t->diagonal) {
         synthesize_diagonal(s, own, tokens, x);
         return;
     }
-    if (coded == 0)
-        return;
-    to_floats(own, s->coded, tokens, a);
-    to_floats(cross, s->cross, tokens, mixed);
+    fill_own(s, own, tokens, a);
     if (s->top > 0)
-        k->gemm_tn(s->top, tokens, s->cross, s->mix, s->top, mixed, tokens, 0, top, tokens);
-    k->gemm_tn(tokens, s->t->width, coded, a, tokens, s->rows, s->t->width, 1, x, s->t->width);
+        add_cross(k, s, cross, tokens, a + (size_t)s->lines * tokens, a);
+    add_product_b(k, tokens, s->t->width, a, &s->rows, x);
 }
 
 /* --- A group ------------------------------------------------------------------------------------------------------ */

@@ -69,16 +69,25 @@ typedef struct xkv_cross {
     const uint8_t *coded_tables; /* [coded] */
 } xkv_cross;
 
+/* Rows [..][width] of a wider matrix, those that coefficients are multiplied with. The first run of them is used where
+ * it lies; few follow its first gap, and these are copied. */
+typedef struct xkv_basis_rows {
+    const float *run; /* belongs to somebody else */
+    size_t stride;    /* from one row of the run to the next */
+    uint32_t in_run, in_rest;
+    float *rest; /* [in_rest][width] */
+} xkv_basis_rows;
+
 /* What turns the integers of a group into rows. */
 typedef struct xkv_synthesis {
     const xkv_transform *t;
     const uint8_t *tables; /* [rank]; belongs to somebody else */
-    float step;
-    uint32_t coded; /* the group's own */
-    uint32_t top;   /* coefficients that the cross stage adds to; 0 without one */
-    uint32_t cross; /* its coded components */
-    float *rows;    /* [coded][width] components times step, then [top][width]; empty for a diagonal */
-    float *mix;     /* [cross][top] parts of the cross components, times their step */
+    float step, cross_step;
+    uint32_t top;        /* coefficients that the cross stage adds to; 0 without one */
+    uint32_t lines;      /* coefficients: those, and the group's own coded ones */
+    uint32_t cross;      /* coded components of the stage */
+    xkv_basis_rows rows; /* of the group's components, [lines][width]; empty for a diagonal */
+    xkv_basis_rows mix;  /* of the stage's, [cross][top] */
 } xkv_synthesis;
 
 /* `cross` NULL: none. */

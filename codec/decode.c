@@ -1,9 +1,10 @@
 /* decode.c - restoring an entry: groups in order, on all threads.
  *
- * The work is one list of numbered tasks: for each group one that opens it, then one for each of its chunks. Threads
- * take them in this order, so that the chunks of several groups may be decoded at the same time, and the next group is
- * opened and fetched meanwhile. A task waits for nothing but tasks before it: a chunk for its group to be open and, in
- * groups of codec dict, for all chunks of the cross stage, which is the first group; opening for a free place. */
+ * The work is one list of numbered tasks: for each group one that opens it, then one for each of its chunks, or of
+ * parts of these where there are too few to keep all threads busy. Threads take them in this order, so that the chunks of
+ * several groups may be decoded at the same time, and the next group is opened and fetched meanwhile. A task waits for
+ * nothing but tasks before it: a chunk for its group to be open and, in groups of codec dict, for all chunks of the
+ * cross stage, which is the first group; opening for a free place. */
 #include "chunks.h"
 #include "parts.h"
 #include "scatter.h"
@@ -12,6 +13,7 @@
 #include <time.h>
 
 enum {
+    TASKS_PER_THREAD = 4,        /* of a group, at least */
     MAX_PLACES = 8,              /* groups that are open at a time */
     MAX_OPEN_BYTES = 32u << 20,  /* of components that they have in memory, beyond two groups */
     CANCEL_NANOSECONDS = 5000000 /* how soon a task that waits finds out that the call is cancelled */
@@ -20,7 +22,7 @@ enum {
 /* What one thread needs. */
 typedef struct worker {
     xkv_chunk_scratch scratch; /* of the group whose task it ran last */
-    float *rows;               /* [XKV_TILE_ROWS][width] likewise */
+    float *rows;               /* [XKV_CHUNK_ROWS][width] likewise */
     const xkv_group *g;
     xkv_scatterer scatterer;
     uint64_t task; /* at hand */
@@ -32,7 +34,7 @@ typedef struct member {
     uint32_t index; /* in the entry */
     bool asked;     /* else only others need it */
     bool open, done;
-    uint32_t left; /* chunks that are not restored yet */
+    uint32_t left; /* slices that are not restored yet */
 } member;
 
 typedef struct decoder {
@@ -41,6 +43,8 @@ typedef struct decoder {
     const xkv_read_options *o;
     xkv_target target;
     uint32_t first_chunk, chunks; /* that have tokens asked for */
+    uint32_t slices;              /* tasks that restore a chunk, each some of its tiles: */
+    uint32_t slice_tokens;
     xkv_pool *pool;
     uint32_t threads;
     worker *workers; /* [threads] */
@@ -121,8 +125,8 @@ static bool is_done(decoder *d, uint32_t m)
     return done;
 }
 
-/* A chunk is restored. Behind the last one nobody uses the reader any more. */
-static void count_chunk(decoder *d, uint32_t m)
+/* A slice is restored. Behind the last one nobody uses the reader any more. */
+static void count_slice(decoder *d, uint32_t m)
 {
     bool last;
 
@@ -142,10 +146,10 @@ static uint64_t asked_bytes(const decoder *d, const member *m)
     return m->asked ? xkv_group_row_bytes(&d->entry->c.geometry, m->g, d->target.end - d->target.first) : 0;
 }
 
-/* Tell which groups are ready. On the thread of the call only. */
-static xkv_status announce(decoder *d)
+/* Tell which groups are ready, if this is the thread of the call. */
+static xkv_status announce(decoder *d, const worker *w)
 {
-    for (; d->announced < d->count && is_done(d, d->announced); d->announced++) {
+    for (; w == d->workers && d->announced < d->count && is_done(d, d->announced); d->announced++) {
         const member *m = &d->members[d->announced];
         d->done += asked_bytes(d, m);
         if (m->asked)
@@ -163,7 +167,7 @@ static xkv_status size_worker(const decoder *d, worker *w, const xkv_group_reade
     XKV_TRY(xkv_chunk_scratch_size(r, true, &w->scratch));
     xkv_release(d->ctx, w->rows);
     w->rows = NULL;
-    XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_TILE_ROWS * r->g->width, &w->rows));
+    XKV_TRY(XKV_NEW(d->ctx, (size_t)XKV_CHUNK_ROWS * r->g->width, &w->rows));
     w->g = r->g;
     return XKV_OK;
 }
@@ -223,51 +227,66 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
 static bool next_tile(const xkv_target *t, uint32_t end, uint32_t *t0, uint32_t *t1)
 {
     for (*t0 = *t1; *t0 < xkv_min64(end, t->end); *t0 = *t1) {
-        *t1 = (uint32_t)xkv_min64(end, (uint64_t)*t0 + XKV_TILE_ROWS);
+        *t1 = (uint32_t)xkv_min64(end, (uint64_t)*t0 + XKV_CHUNK_ROWS);
         if (*t1 > t->first)
             return true;
     }
     return false;
 }
 
-static xkv_status restore_chunk(decoder *d, worker *w, uint32_t m, uint32_t index)
+static xkv_status restore_tiles(decoder *d, worker *w, const xkv_group_reader *r, const xkv_chunk *chunk,
+                                uint32_t slice)
 {
-    const xkv_group_reader *r = reader_of(d, m);
-    uint32_t t0, t1;
-    xkv_chunk chunk;
+    uint64_t begin = chunk->t0 + (uint64_t)slice * d->slice_tokens;
+    uint32_t end = (uint32_t)xkv_min64(chunk->t1, begin + d->slice_tokens);
+    uint32_t t0, t1 = (uint32_t)xkv_min64(begin, end);
 
-    XKV_TRY(wait_for(d, w, is_open, m));
-    XKV_TRY(size_worker(d, w, r));
-    XKV_TRY(xkv_chunk_load(r, &w->scratch, d->first_chunk + index, &chunk));
-    if (r->g->codec == XKV_GROUP_LOSSLESS)
-        return xkv_scatter_exact(&d->target, &w->scatterer, r->g, chunk.matrix, chunk.t0, chunk.t1, w->rows);
-    if (!d->target.views || xkv_group_is_cross(r->g))
-        return XKV_OK;
-    for (t1 = chunk.t0; next_tile(&d->target, chunk.t1, &t0, &t1);) {
-        xkv_chunk_rows(r, &w->scratch, &chunk, t0, t1, w->rows);
+    while (next_tile(&d->target, end, &t0, &t1)) {
+        XKV_TRY(announce(d, w));
+        xkv_chunk_rows(r, &w->scratch, chunk, t0, t1, w->rows);
         XKV_TRY(xkv_scatter_rows(&d->target, &w->scatterer, r->g, w->rows, t0, t1));
     }
     return XKV_OK;
 }
 
-static xkv_status run_task(decoder *d, uint32_t number, uint64_t task)
+/* Each slice decodes all integers of its chunk, which take little beside the product. */
+static xkv_status restore_slice(decoder *d, worker *w, uint32_t m, uint32_t index, uint32_t slice)
 {
-    uint32_t m = (uint32_t)(task / (d->chunks + 1u)), at = (uint32_t)(task % (d->chunks + 1u));
-    worker *w = &d->workers[number];
+    const xkv_group_reader *r = reader_of(d, m);
+    bool whole = r->g->codec == XKV_GROUP_LOSSLESS || !d->target.views || xkv_group_is_cross(r->g);
+    xkv_chunk chunk;
+
+    if (whole && slice > 0)
+        return XKV_OK;
+    XKV_TRY(size_worker(d, w, r));
+    XKV_TRY(xkv_chunk_load(r, &w->scratch, d->first_chunk + index, &chunk));
+    if (r->g->codec == XKV_GROUP_LOSSLESS)
+        return xkv_scatter_exact(&d->target, &w->scatterer, r->g, chunk.matrix, chunk.t0, chunk.t1, w->rows);
+    return whole ? XKV_OK : restore_tiles(d, w, r, &chunk, slice);
+}
+
+static xkv_status run_task(decoder *d, worker *w, uint64_t task)
+{
+    uint32_t per_group = d->chunks * d->slices + 1u, m = (uint32_t)(task / per_group);
+    uint32_t at = (uint32_t)(task % per_group);
 
     w->task = task;
     if (at == 0)
         return open_group(d, w, m);
-    XKV_TRY(restore_chunk(d, w, m, at - 1));
-    count_chunk(d, m);
-    return number == 0 ? announce(d) : XKV_OK;
+    XKV_TRY(wait_for(d, w, is_open, m));
+    XKV_TRY(restore_slice(d, w, m, (at - 1) / d->slices, (at - 1) % d->slices));
+    count_slice(d, m);
+    return XKV_OK;
 }
 
 static xkv_status task(void *user, uint32_t number, uint64_t index)
 {
     decoder *d = user;
-    xkv_status status = run_task(d, number, index);
+    worker *w = &d->workers[number];
+    xkv_status status = run_task(d, w, index);
 
+    if (status == XKV_OK)
+        status = announce(d, w);
     if (status != XKV_OK) {
         pthread_mutex_lock(&d->mutex);
         d->failed = xkv_min64(d->failed, index);
@@ -283,7 +302,7 @@ static void add_member(decoder *d, uint32_t group, bool asked)
 {
     member *m = &d->members[d->count++];
 
-    *m = (member){.g = &d->entry->c.groups[group], .index = group, .asked = asked, .left = d->chunks};
+    *m = (member){.g = &d->entry->c.groups[group], .index = group, .asked = asked, .left = d->chunks * d->slices};
     d->total += asked_bytes(d, m);
 }
 
@@ -305,10 +324,21 @@ static xkv_status list_members(decoder *d)
     return XKV_OK;
 }
 
+/* Products are shared among the threads tile by tile where there are few chunks. */
+static void choose_slices(decoder *d)
+{
+    const xkv_container *c = &d->entry->c;
+    uint64_t tiles = xkv_ceil_div(xkv_min64(c->chunk_tokens, c->geometry.token_count), XKV_CHUNK_ROWS);
+    uint64_t wanted = d->threads > 1 ? xkv_ceil_div((uint64_t)TASKS_PER_THREAD * d->threads, d->chunks) : 1;
+
+    d->slices = (uint32_t)xkv_min64(tiles, wanted);
+    d->slice_tokens = (uint32_t)xkv_ceil_div(tiles, d->slices) * XKV_CHUNK_ROWS;
+}
+
 /* As many groups at a time as keep all threads busy, while their components take little memory. */
 static void choose_places(decoder *d)
 {
-    uint64_t largest = 1, wanted = 1 + xkv_ceil_div(2ull * d->threads, d->chunks);
+    uint64_t largest = 1, wanted = 1 + xkv_ceil_div(2ull * d->threads, (uint64_t)d->chunks * d->slices);
 
     for (uint32_t i = 0; i < d->count; i++)
         largest = xkv_max64(largest, (uint64_t)d->members[i].g->rank * d->members[i].g->width * sizeof(float));
@@ -325,6 +355,7 @@ static xkv_status init(decoder *d)
     XKV_TRY(XKV_NEW_ZERO(d->ctx, d->threads, &d->workers));
     for (uint32_t i = 0; i < d->threads; i++)
         XKV_TRY(xkv_scatterer_init(&d->target, &d->workers[i].scatterer));
+    choose_slices(d);
     XKV_TRY(list_members(d));
     choose_places(d);
     return XKV_NEW_ZERO(d->ctx, d->places, &d->readers);
@@ -352,8 +383,8 @@ static void fini(decoder *d)
 static xkv_status decode(decoder *d)
 {
     XKV_TRY(init(d));
-    XKV_TRY(xkv_pool_run(d->ctx, d->pool, (uint64_t)d->count * (d->chunks + 1u), task, d));
-    return announce(d);
+    XKV_TRY(xkv_pool_run(d->ctx, d->pool, d->count * (1u + (uint64_t)d->chunks * d->slices), task, d));
+    return announce(d, d->workers);
 }
 
 xkv_status xkv_resolve_range(xkv_ctx *ctx, const char *what, uint32_t total, uint32_t first, uint32_t *count)
