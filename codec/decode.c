@@ -1,9 +1,9 @@
 /* decode.c - restoring an entry: groups in order, on all threads.
  *
  * The work is one list of numbered tasks: for each group one that opens it, then one for each of its chunks, or of
- * parts of these where there are too few to keep all threads busy. Threads take them in this order, so that the chunks of
- * several groups may be decoded at the same time, and the next group is opened and fetched meanwhile. A task waits for
- * nothing but tasks before it: a chunk for its group to be open and, in groups of codec dict, for all chunks of the
+ * parts of these where there are too few to keep all threads busy. Threads take them in this order, so that the chunks
+ * of several groups may be decoded at the same time, and the next group is opened and fetched meanwhile. A task waits
+ * for nothing but tasks before it: a chunk for its group to be open and, in groups of codec dict, for all chunks of the
  * cross stage, which is the first group; opening for a free place. */
 #include "chunks.h"
 #include "parts.h"
@@ -78,6 +78,19 @@ static bool is_open(const decoder *d, uint32_t m)
 static bool has_place(const decoder *d, uint32_t m)
 {
     return m < d->places || d->members[m - d->places].done;
+}
+
+/* The first group that has rows. */
+static uint32_t first_member(const decoder *d)
+{
+    return d->cross.g ? 1 : 0;
+}
+
+/* Somebody waits for the first group: before it is ready the thread of the call, which has to tell, begins no product
+ * of a later one. */
+static bool may_go_on(const decoder *d, uint32_t m)
+{
+    return m <= first_member(d) || d->members[first_member(d)].done;
 }
 
 static struct timespec soon(void)
@@ -242,7 +255,6 @@ static xkv_status restore_tiles(decoder *d, worker *w, const xkv_group_reader *r
     uint32_t t0, t1 = (uint32_t)xkv_min64(begin, end);
 
     while (next_tile(&d->target, end, &t0, &t1)) {
-        XKV_TRY(announce(d, w));
         xkv_chunk_rows(r, &w->scratch, chunk, t0, t1, w->rows);
         XKV_TRY(xkv_scatter_rows(&d->target, &w->scatterer, r->g, w->rows, t0, t1));
     }
@@ -274,6 +286,9 @@ static xkv_status run_task(decoder *d, worker *w, uint64_t task)
     if (at == 0)
         return open_group(d, w, m);
     XKV_TRY(wait_for(d, w, is_open, m));
+    if (w == d->workers)
+        XKV_TRY(wait_for(d, w, may_go_on, m));
+    XKV_TRY(announce(d, w));
     XKV_TRY(restore_slice(d, w, m, (at - 1) / d->slices, (at - 1) % d->slices));
     count_slice(d, m);
     return XKV_OK;

@@ -218,9 +218,10 @@ static json_t *result_of(bench_plan *plan, const bench_subject *s, uint32_t thre
     bench_goal(plan, "first group, in shares of one group", threads, 1.3, false, share);
     bench_goal(plan, "memory beside destination and coefficients of two groups, MiB", threads, 64, false,
                r->peak > allowed ? (double)(r->peak - allowed) / (1 << 20) : 0);
-    return bench_json(json_pack("{s:i, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "threads", (int)threads, "seconds", warm,
-                                "percent_of_gemm", percent, "first_group_seconds", first, "first_group_share", share,
-                                "cold_seconds", r->cold, "memory_peak", (json_int_t)r->peak,
+    return bench_json(json_pack("{s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "threads", (int)threads,
+                                "seconds", warm, "percent_of_gemm", percent, "first_group_seconds", first,
+                                "first_group_share", share, "best_seconds", r->warm[0], "best_first_group_seconds",
+                                r->first[0], "cold_seconds", r->cold, "memory_peak", (json_int_t)r->peak,
                                 "coefficients_of_two_groups", (json_int_t)allowed));
 }
 
