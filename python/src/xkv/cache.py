@@ -76,7 +76,7 @@ class Planes:
     def __init__(self, geometry: Geometry, arrays: Sequence[Any], rows: Optional[Any] = None) -> None:
         """arrays[i]: plane i, [tokens, heads, head_dim] or [tokens, width], of any strides; read where they lie.
         rows: [tokens] where the tokens are in each array. Or arrays are Pages: the tensors of a paged cache."""
-        self.geometry = geometry
+        self.geometry, self.arrays = geometry, list(arrays)
         self.views: Union[Views, PageViews]
         if arrays and all(isinstance(pages, Pages) for pages in arrays):
             self.views = PageViews(geometry, arrays, 0, geometry.tokens)

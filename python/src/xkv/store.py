@@ -235,12 +235,7 @@ class Store(Owner):
 
     def match_keys(self, namespace: Namespace, keys: Sequence[bytes]) -> Match:
         """The same by an engine's keys [32 bytes]: keys[i] names everything up to and with page i."""
-        array = ffi.new("uint8_t[][32]", max(len(keys), 1))
-        for c, key in zip(array, keys):
-            if len(key) != 32:
-                raise ValueError(f"key: {len(key)} bytes, expected 32")
-            ffi.memmove(c, key, 32)
-        return self._found(lib.xkv_store_match_keys, namespace.pointer, array, len(keys))
+        return self._found(lib.xkv_store_match_keys, namespace.pointer, _key_array(keys), len(keys))
 
     def get(self, namespace: Namespace, id: int) -> Match:
         """The entry by its id. NotFoundError: there is none, or it is another namespace's."""
@@ -250,6 +245,12 @@ class Store(Owner):
         """Only ask: false, but with tokens and reason as match(); no use of the entry, and neither hit nor miss."""
         match, prompt = ffi.new("xkv_match *"), prompt_of(tokens)
         call(lib.xkv_store_match, self.pointer, namespace.pointer, prompt.pointer, min_tokens, match, ffi.NULL)
+        return Match(self, match, None)
+
+    def peek_keys(self, namespace: Namespace, keys: Sequence[bytes]) -> Match:
+        """Only ask, as peek()."""
+        match = ffi.new("xkv_match *")
+        call(lib.xkv_store_match_keys, self.pointer, namespace.pointer, _key_array(keys), len(keys), match, ffi.NULL)
         return Match(self, match, None)
 
     def _found(self, function: Any, *arguments: Any) -> Match:
@@ -371,6 +372,15 @@ def _key(key: Optional[bytes]) -> Any:
     if len(key) != 32:
         raise ValueError(f"key: {len(key)} bytes, expected 32")
     return ffi.new("uint8_t[]", key)
+
+
+def _key_array(keys: Sequence[bytes]) -> Any:
+    array = ffi.new("uint8_t[][32]", max(len(keys), 1))
+    for c, key in zip(array, keys):
+        if len(key) != 32:
+            raise ValueError(f"key: {len(key)} bytes, expected 32")
+        ffi.memmove(c, key, 32)
+    return array
 
 
 def _put_options(ttl: int, pin: bool, keys: Optional[Sequence[PageKey]]) -> Tuple[Any, List[object]]:

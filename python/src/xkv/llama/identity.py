@@ -1,17 +1,15 @@
 """What makes caches of llama.cpp differ: model, weights, settings of the context, adapter."""
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import Any, Dict, Iterator, Tuple
 
 import llama_cpp
 
-from .._files import Path
+from .._weights import weights_mark
 from ..model import Model
 from ..prompt import Namespace
 
-_SAMPLES, _SAMPLE = 64, 1 << 16  # of the weights: 4 MiB
 _TYPES = {0: "f32", 1: "f16", 30: "bf16", 8: "q8_0", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 20: "iq4_nl"}
 _ROPE = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast",
          "yarn_beta_slow", "yarn_orig_ctx")
@@ -65,17 +63,6 @@ def settings_of(llama: Any) -> Settings:
     if os.environ.get("LLAMA_ATTN_ROT_DISABLE"):
         settings["attn_rot"] = "off"
     return settings
-
-
-def weights_mark(path: Path) -> str:
-    """Hash of samples all over the file: the fingerprint covers its header only, which fine-tunes share."""
-    size = os.path.getsize(path)
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    with open(path, "rb") as file:
-        for i in range(_SAMPLES):
-            file.seek(max(size - _SAMPLE, 0) * i // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def adapter_of(llama: Any) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Union
 
 from .._call import logger
+from .._serving import put_within_reach
 from ..cache import Cache
 from ..dictionary import Dictionary
-from ..errors import TargetError, XkvError
+from ..errors import XkvError
 from ..store import Match, Store
 from ..store_types import PutReport
 from .identity import Identity
@@ -142,13 +143,7 @@ class Prefixes:
         took = f"; prefill {prefill_seconds:.3f} s for {len(tokens)} tokens" if prefill_seconds else ""
         options.setdefault("writer", f"xkv.llama{took}")
         with Cache.open(image, self.identity.model, name="the engine's state") as cache:
-            try:
-                return self.store.put_cache(self.namespace, cache, tokens, **options)
-            except TargetError as error:  # a prompt of a few tokens, whose sinks alone are more than that
-                logger.info("%d tokens are packed without the target: %s", len(tokens), error)
-                for target in ("ratio", "error", "energy"):
-                    options.pop(target, None)
-                return self.store.put_cache(self.namespace, cache, tokens, **options)
+            return put_within_reach(self.store, self.namespace, cache, tokens, options)
 
     def _opened_dictionary(self) -> Optional[Dictionary]:
         if self._dictionary is None or isinstance(self._dictionary, Dictionary):
