@@ -52,13 +52,13 @@ class Config:
 
 
 def rope_of_config(config: Mapping[str, Any], head_dim: int) -> Optional[Rope]:
-    """The rotary embedding by fields of a model's config.json: default, linear and llama3. None: not known, or one that
-    changes with the length; then keys are coded as they are."""
+    """The rotary embedding by fields of a model's config.json: default, linear and llama3. None: not known, one that
+    changes with the length, or more than one; then keys are coded as they are."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = scaling.get("rope_theta", config.get("rope_theta"))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     share = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if not isinstance(theta, (int, float)) or kind not in _SCALINGS:
+    if not isinstance(theta, (int, float)) or kind not in _SCALINGS or config.get("rope_local_base_freq"):
         return None
     pairs = int(head_dim * share) // 2
     plain = [float(theta) ** (-i / pairs) for i in range(pairs)]

@@ -67,7 +67,7 @@ class XkvSerializer(Serializer):  # type: ignore[misc]
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
         """The most that it can be; what was written is what LMCache stores."""
-        raw = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes))
+        raw = sum(int(np.prod(shape)) * int(dtype.itemsize) for shape, dtype in zip(layout_desc.shapes, layout_desc.dtypes))
         return raw + raw // 64 + _SLACK
 
 
