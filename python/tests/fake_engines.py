@@ -4,6 +4,7 @@ and the same tests run against the real classes, with torch tensors."""
 import abc
 import dataclasses
 import enum
+import json
 import os
 import sys
 import types
@@ -200,6 +201,16 @@ def genuine(raw):
     def heads(plane):
         return np.ascontiguousarray(plane.values.view(np.float16).reshape(-1, 3, 64))
     return [(np.concatenate([heads(k)[..., 0::2], heads(k)[..., 1::2]], -1), heads(v)) for k, v in zip(raw.K, raw.V)]
+
+
+def safetensors(arrays):
+    """A file with f16 arrays, [heads, tokens, dims] each."""
+    header, data = {}, b""
+    for name, array in arrays.items():
+        header[name] = {"dtype": "F16", "shape": list(array.shape), "data_offsets": [len(data), len(data) + array.nbytes]}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
 ROPE = {"rope_theta": 100000.0}  # of SmolLM2
