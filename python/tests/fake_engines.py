@@ -141,6 +141,12 @@ class KVConnectorMetadata(abc.ABC):  # noqa: B024
     pass
 
 
+class SupportsHMA(abc.ABC):
+    @abc.abstractmethod
+    def request_finished_all_groups(self, request, block_ids):
+        ...
+
+
 class KVConnectorBase_V1(abc.ABC):
     def __init__(self, vllm_config, role, kv_cache_config):
         self._connector_metadata: Any = None
@@ -187,7 +193,7 @@ class KVConnectorBase_V1(abc.ABC):
 
 def _vllm():
     _module("vllm.distributed.kv_transfer.kv_connector.v1.base", KVConnectorBase_V1=KVConnectorBase_V1,
-            KVConnectorMetadata=KVConnectorMetadata, KVConnectorRole=KVConnectorRole)
+            KVConnectorMetadata=KVConnectorMetadata, KVConnectorRole=KVConnectorRole, SupportsHMA=SupportsHMA)
 
 
 MODULES = {"sglang": _sglang, "lmcache": _lmcache, "vllm": _vllm}

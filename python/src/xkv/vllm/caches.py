@@ -19,7 +19,8 @@ class Layout:
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ValueError(f"xkv.vllm: {len(groups)} groups of layers with blocks of their own: models with sliding windows, "
-                             "Mamba or other state beside full attention are not supported")
+                             "Mamba or other state beside full attention are not supported (with --disable-hybrid-kv-cache-manager "
+                             "vLLM holds all tokens of sliding windows, too)")
         spec, self.names = groups[0].kv_cache_spec, sorted(groups[0].layer_names, key=_by_number)
         kind = type(spec).__name__
         if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):

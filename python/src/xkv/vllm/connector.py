@@ -4,7 +4,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Set, Tuple
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
 
 from .._serving import Config, Failures, SharedStore, missing
 from .caches import Layout
@@ -30,7 +35,7 @@ class _Running:
     held: List[Any] = field(default_factory=list)  # matches, which keep entries from eviction until they are loaded
 
 
-class XkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class XkvConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Nothing raises into the scheduler or a forward pass: what fails is a miss, is logged once and counted in `failures`.
     Loads are asynchronous unless "load_async" is false: the request waits, others go on."""
 
@@ -130,6 +135,10 @@ class XkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._forget(request.request_id)
         self._computed.pop(request.request_id, None)
         return False, None
+
+    def request_finished_all_groups(self, request: Any, block_ids: Tuple[List[int], ...]) -> Tuple[bool, Optional[Dict[str, Any]]]:
+        """The same where vLLM's manager of hybrid caches is on; there is one group all the same."""
+        return self.request_finished(request, block_ids[0])
 
     def _forget(self, request: str) -> None:
         running = self._running.pop(request, None)
