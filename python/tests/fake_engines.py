@@ -6,11 +6,14 @@ import dataclasses
 import enum
 import json
 import os
+import re
+import shlex
 import sys
 import types
 from typing import Any, List, Optional
 
 import numpy as np
+from conftest import REPOSITORY
 
 REAL = bool(os.environ.get("XKV_REAL_ENGINES"))
 
@@ -197,6 +200,19 @@ def _vllm():
 
 
 MODULES = {"sglang": _sglang, "lmcache": _lmcache, "vllm": _vllm}
+
+
+# --- What users are told ---
+
+def readme(option):
+    """The JSON behind an option in the commands of README.md, which are complete ones."""
+    text = (REPOSITORY / "README.md").read_text()
+    section = text[text.index("\n### vLLM\n"):text.index("\n### What these three share\n")]
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", section, re.S):
+        words = shlex.split(block, comments=True)
+        found += [json.loads(value) for name, value in zip(words, words[1:]) if name == option]
+    return found
 
 
 # --- Genuine rows ---

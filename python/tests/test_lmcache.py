@@ -1,4 +1,5 @@
 """xkv.lmcache: objects through the native connector's interface and through the serde."""
+import importlib
 import os
 import select
 import types
@@ -32,7 +33,7 @@ def finished(connector, number):
     """As LMCache's thread waits: on the descriptor, then for what is done."""
     poller = select.poll()
     poller.register(connector.event_fd(), select.POLLIN)
-    assert poller.poll(20000)
+    assert poller.poll(180000)
     (done,) = connector.drain_completions()
     assert done[0] == number and not poller.poll(0)
     return done[1:]
@@ -180,3 +181,23 @@ def test_descriptors_are_closed(connect):
     with pytest.raises(OSError):
         os.fstat(descriptor)
     connector.close()
+
+
+def test_readme(tmp_path):
+    """The two configurations there, as written but for folders: on random rows of the size they tell."""
+    plugin, other = fake_engines.readme("--l2-adapter")
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2, 32, 32, 1024)).astype(np.float32)
+    chunk = (rows.view(np.uint32) >> 16).astype(np.uint16)  # bf16
+    connector = getattr(importlib.import_module(plugin["module_path"]), plugin["class_name"])(
+        **{**plugin["adapter_params"], "store": str(tmp_path / "store")})
+    restored = np.zeros_like(chunk)
+    finished(connector, connector.submit_batch_set([HASH.format(0)], views([chunk])))
+    assert finished(connector, connector.submit_batch_get([HASH.format(0)], views([restored])))[2] == [True]
+    connector.close()
+    assert other["type"] == "fs" and other["serde"].pop("type") == "xkv"
+    f16 = rows.astype(np.float16)
+    unpacked = np.zeros_like(f16)
+    through(serde.create(other["serde"]), f16, unpacked)
+    for got, put in (((restored.astype(np.uint32) << 16).view(np.float32), rows), (unpacked.astype(np.float32), rows)):
+        assert 0 < np.linalg.norm(got - put) / np.linalg.norm(put) < 0.13

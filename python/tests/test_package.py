@@ -53,7 +53,7 @@ def snippets():
 
 def test_readme(tmp_path, monkeypatch):
     """The snippets of the section, one after the other, as written. tests/engine/live.py has those with llama_cpp,
-    test_transformers.py those with transformers."""
+    test_transformers.py those with transformers; test_vllm.py, test_lmcache.py and test_sglang.py have the commands."""
     shutil.copy(ENGINE_FILE, tmp_path / "chat.ggsq")
     (tmp_path / "caches").mkdir()
     shutil.copy(ENGINE_FILE, tmp_path / "caches")

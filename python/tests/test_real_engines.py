@@ -92,9 +92,12 @@ def lmcache_object(array):
 
 def lmcache_wait(descriptor):
     import select
+
+    from lmcache.v1.platform import consume_fd
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
-    assert poller.poll(30000)
+    assert poller.poll(180000)
+    consume_fd(descriptor)
 
 
 def lmcache_adapter(tmp_path, **options):
@@ -250,14 +253,9 @@ class VllmEngine:
         request = self.scheduler.requests[name]
         return [7] if request.num_computed_tokens >= request.num_tokens else []
 
-    def run(self, rows, steps=200):
-        import time
-        for _ in range(steps):
-            if not self.scheduler.has_unfinished_requests():
-                return
+    def run(self, rows):
+        while self.scheduler.has_unfinished_requests():
             self.step(rows)
-            time.sleep(0.02)
-        raise AssertionError("requests are not finished")
 
     def held(self, blocks, tokens):
         parts = [cache[list(blocks)].permute(0, 2, 1, 3).reshape(-1, 3, 128)[:tokens] for cache in self.caches.values()]

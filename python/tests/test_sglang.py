@@ -1,4 +1,5 @@
 """xkv.sglang: what SGLang's cache controller calls, in its order, on its host pool."""
+import importlib
 import threading
 import types
 
@@ -263,3 +264,22 @@ def test_threads_load_and_save_at_once(opened, tokens):
         thread.join()
     assert not any(wrong) and wrong and backend._shared.store.stat().evictions > 0
     assert not backend.failures.counts, backend.failures.counts
+
+
+def test_readme(opened, raw, tokens, tmp_path):
+    """The configuration there, as written but for the folder."""
+    (told,) = fake_engines.readme("--hicache-storage-backend-extra-config")
+    assert told.pop("hicache_storage_pass_prefix_keys") is True  # SGLang takes it out
+    assert told.pop("store") == "/var/cache/xkv"
+    backend_class = getattr(importlib.import_module(told["module_path"]), told["class_name"])
+    backend = backend_class(config(tmp_path / "store", **told), {})
+    cache, keys = genuine(raw), keys_of(tokens)
+    pool, buffer = pool_of("page_first", len(cache))
+    backend.register_mem_pool_host(pool)
+    fill("page_first", buffer, range(5), cache)
+    assert all(backend.batch_set_v1(keys, slots(range(5)), HiCacheStorageExtraInfo(prefix_keys=[])))
+    assert all(backend.batch_get_v1(keys, slots(range(5, 10)), None))
+    errors = [np.linalg.norm(held("page_first", buffer, range(5, 10), layer, kind).astype(np.float32) - pair[kind])
+              / np.linalg.norm(pair[kind].astype(np.float32)) for layer, pair in enumerate(cache) for kind in range(2)]
+    assert 0 < np.mean(errors) < 0.3
+    backend.close()

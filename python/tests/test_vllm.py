@@ -1,4 +1,5 @@
 """xkv.vllm: what vLLM's scheduler and model runner call, in their order, on paged caches."""
+import importlib
 import pickle
 import time
 import types
@@ -135,7 +136,7 @@ class Engine:
     def load(self, wanted, blocks, external):
         """Allocate, and step until all workers are done with it; blocks that failed."""
         self.allocated(wanted, blocks, external)
-        invalid, waiting, end = set(), set(range(len(self.workers))), time.monotonic() + 60
+        invalid, waiting, end = set(), set(range(len(self.workers))), time.monotonic() + 300
         while waiting and time.monotonic() < end:
             for rank, (done, failed) in enumerate(self.step()):
                 invalid |= failed
@@ -394,3 +395,22 @@ def test_rope_of_a_configuration():
                    {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
                    {"rope_theta": 1e4, "rope_local_base_freq": 1e4}):
         assert rope_of_config(config, 64) is None
+
+
+def test_readme(start, raw, tokens, tmp_path):
+    """The configuration there, as written but for the folder."""
+    (told,) = fake_engines.readme("--kv-transfer-config")
+    assert (told["kv_connector_module_path"], told["kv_role"], told["kv_load_failure_policy"]) == (
+        "xkv.vllm", "kv_both", "recompute")
+    assert getattr(importlib.import_module(told["kv_connector_module_path"]), told["kv_connector"]) is xkv.vllm.XkvConnector
+    extra = told["kv_connector_extra_config"]
+    assert extra.pop("store") == "/var/cache/xkv"
+    engine = start(**extra)
+    cache = genuine(raw)
+    engine.prefill(request("a", tokens), cache, FIRST)
+    longer = request("b", [*tokens, 5])
+    assert engine.load(longer, SECOND, engine.scheduler.get_num_new_matched_tokens(longer, 0)[0]) == set()
+    errors = [[np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b.astype(np.float32)) for a, b in zip(got, pair)]
+              for got, pair in zip(engine.rows(SECOND, 160), cache)]
+    assert 0 < np.mean(errors) < 0.3
+    assert engine.scheduler._shared.store.stat().bytes < sum(k.nbytes + v.nbytes for k, v in cache) / 3
