@@ -1,7 +1,6 @@
 """The adapters between real classes of vLLM, LMCache and SGLang: their factories, keys, pools, schedulers. Opt-in:
 tests/engine/serving.sh installs what they need without GPUs."""
 import json
-import types
 
 import fake_engines
 import numpy as np
@@ -349,7 +348,7 @@ def test_vllm_refuses_hybrids(vllm_engine):
               KVCacheGroupSpec(["a.1"], SlidingWindowSpec(**common, sliding_window=64))]
     for chosen, reason in ((groups, "2 groups"), (groups[1:], "SlidingWindowSpec")):
         with pytest.raises(ValueError, match=reason):
-            Layout(KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=chosen), types.SimpleNamespace(), "BHNC", 16)
+            Layout(KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=chosen), None, "BHNC", BLOCK)
     fp8 = KVCacheGroupSpec(["a.0"], FullAttentionSpec(**{**common, "dtype": torch.uint8}))
     with pytest.raises(ValueError, match="fp8"):
-        Layout(KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[fp8]), types.SimpleNamespace(), "BHNC", 16)
+        Layout(KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[fp8]), None, "BHNC", BLOCK)

@@ -30,9 +30,9 @@ LAYOUTS = {
 }
 
 
-def pool_of(layout, layers, dtype=np.float16):
+def pool_of(layout, layers, pages=PAGES):
     """A host pool, as far as the adapter looks at it, and its memory."""
-    buffer = np.zeros(LAYOUTS[layout][0](PAGES * PAGE, layers), dtype)
+    buffer = np.zeros(LAYOUTS[layout][0](pages * PAGE, layers), np.float16)
     return types.SimpleNamespace(layout=layout, page_size=PAGE, layer_num=layers, head_num=3, head_dim=64, v_head_dim=64,
                                  kv_buffer=fake_engines.tensor(buffer)), buffer
 

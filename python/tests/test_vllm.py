@@ -101,7 +101,8 @@ class Engine:
     def step(self, new=(), cached=(), scheduled=None, resumed=(), finished=()):
         """One step of the engine: the metadata of the scheduler, pickled to the workers. Their outputs."""
         output = types.SimpleNamespace(
-            scheduled_new_reqs=[types.SimpleNamespace(req_id=r, block_ids=(list(b),), num_computed_tokens=n) for r, b, n in new],
+            scheduled_new_reqs=[types.SimpleNamespace(req_id=r, block_ids=(list(b),), num_computed_tokens=n)
+                                for r, b, n in new],
             scheduled_cached_reqs=types.SimpleNamespace(
                 req_ids=[r for r, _, _ in cached], resumed_req_ids=set(resumed),
                 new_block_ids=[None if b is None else (list(b),) for _, b, _ in cached],
@@ -231,7 +232,8 @@ def test_ranks(start, raw, tokens):
     assert engine.scheduler.get_num_new_matched_tokens(longer, 0) == (160, True)
     assert engine.load(longer, SECOND, 160) == set()
     for rank, expected in enumerate((cache, mirrored)):
-        assert all(np.array_equal(a, b) for got, pair in zip(engine.rows(SECOND, 160, rank), expected) for a, b in zip(got, pair))
+        for got, pair in zip(engine.rows(SECOND, 160, rank), expected):
+            assert all(np.array_equal(a, b) for a, b in zip(got, pair))
     store, identity = engine.scheduler._shared.store, engine.scheduler._identity
     second = identity.ranks(identity.prefix_of(longer))[1]
     engine.scheduler.request_finished(longer, [])

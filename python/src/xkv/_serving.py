@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Type
 from ._call import Callbacks, logger
 from .cache import Cache, Planes
 from .dictionary import Dictionary
-from .errors import MissingFileError, TargetError
+from .errors import FormatError, MissingFileError, TargetError
 from .geometry import Plane, Rope
 from .packing import pack_options
 from .prompt import Namespace, PromptLike
@@ -184,20 +184,16 @@ class SharedStore:
 
 
 def _open_or_make(config: Config) -> Store:
-    try:
-        return Store.open(config.store)
-    except MissingFileError:
-        pass
     with _one_at_a_time(os.path.dirname(os.path.realpath(config.store))):
         try:
             return Store.open(config.store)
-        except MissingFileError:
+        except (MissingFileError, FormatError):  # there is none, or an empty folder; else init() says what is there
             return Store.init(config.store, cap=config.cap)
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: str) -> Iterator[None]:
-    """Among processes: the ranks of an engine start together."""
+    """Among processes: the ranks of an engine start together, and one would see what another has half made."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -26,6 +26,12 @@ class Pages:
     first_layer: int = 0
 
 
+def check_page_tokens(who: str, tokens: int) -> None:
+    """ValueError: pages, or blocks, of more tokens than PageViews can have."""
+    if not 1 <= tokens <= lib.XKV_MAX_BLOCK_TOKENS:
+        raise ValueError(f"{who}: pages of {tokens} tokens are not supported: at most {lib.XKV_MAX_BLOCK_TOKENS}")
+
+
 class PageViews:
     """xkv_view[plane_count] of tokens [first, first + count) of a sequence in pages, which are kept."""
 

@@ -21,7 +21,7 @@ from ._page_store import At, PageStore
 from ._serving import Config, Failures, SharedStore, missing, rope_of_model
 from ._weights import model_fingerprint
 from .geometry import Plane
-from .pages import Pages
+from .pages import Pages, check_page_tokens
 from .prompt import Namespace
 
 # Of the host pool's buffer, by --hicache-mem-layout: K kinds, L layers, B pages, N slots of a page, H heads, D dims.
@@ -144,6 +144,7 @@ class _Pool:
 
     def __init__(self, host: Any) -> None:
         self.page_tokens, self.layers = int(host.page_size), int(host.layer_num)
+        check_page_tokens("xkv.sglang", self.page_tokens)
         axes, mla = _LAYOUTS.get(str(host.layout)), hasattr(host, "kv_lora_rank")
         if axes is None or (mla and host.layout == "page_head"):
             raise ValueError(f"xkv.sglang: the host layout {host.layout} is not supported; take page_first")

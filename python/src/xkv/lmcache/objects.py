@@ -19,7 +19,9 @@ class Objects:
             raise ValueError(f"layers {layers}, heads {heads}, head_dim {head_dim}, mla_latent {mla_latent}: no such cache")
         self._type, self._layers, self._split = NUMPY_TYPES[dtype], layers, mla_latent
         self._kinds, self._width = (1 if mla_latent else 2), heads * head_dim
-        parts = [("latent", mla_latent), ("K-rope", head_dim - mla_latent)] if mla_latent else [("K", head_dim), ("V", head_dim)]
+        parts = [("K", head_dim), ("V", head_dim)]
+        if mla_latent:
+            parts = [("latent", mla_latent), ("K-rope", head_dim - mla_latent)]
         self.planes = [Plane(layer, kind, heads, dims, dtype) for layer in range(layers) for kind, dims in parts]
         self.settings = f"dtype={dtype} layers={layers} heads={heads} head_dim={head_dim} latent={mla_latent}"
 

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from .._arrays import as_array
 from ..geometry import Plane
-from ..pages import Pages
+from ..pages import Pages, check_page_tokens
 
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -19,21 +19,22 @@ class Layout:
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ValueError(f"xkv.vllm: {len(groups)} groups of layers with blocks of their own: models with sliding windows, "
-                             "Mamba or other state beside full attention are not supported (with --disable-hybrid-kv-cache-manager "
-                             "vLLM holds all tokens of sliding windows, too)")
+                             "Mamba or other state beside full attention are not supported (with "
+                             "--disable-hybrid-kv-cache-manager vLLM holds all tokens of sliding windows, too)")
         spec, self.names = groups[0].kv_cache_spec, sorted(groups[0].layer_names, key=_by_number)
         kind = type(spec).__name__
         if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):
             raise ValueError(f"xkv.vllm: a cache of {kind} is not supported")
         dtype = str(spec.dtype).rpartition(".")[2]
         mode = getattr(spec, "kv_quant_mode", 0)
-        if dtype not in _TYPES or int(getattr(mode, "value", mode)) != 0 or getattr(spec, "cache_dtype_str", None) == "fp8_ds_mla":
+        if dtype not in _TYPES or int(getattr(mode, "value", mode)) != 0:
             raise ValueError(f"xkv.vllm: a cache of {dtype}, quantized: fp8 and other quantized caches are not supported")
         if getattr(spec, "num_head_slots", None) or getattr(spec, "state_content_bytes", None) or (
                 getattr(spec, "tokens_per_state", 1) != 1):
             raise ValueError("xkv.vllm: packed states in place of K and V are not supported")
         if int(spec.block_size) != block_tokens:
             raise ValueError(f"xkv.vllm: layers have blocks of {spec.block_size} tokens, the scheduler of {block_tokens}")
+        check_page_tokens("xkv.vllm", block_tokens)
         self.heads, self.head_dim, self.dtype = int(spec.num_kv_heads), int(spec.head_size), _TYPES[dtype]
         self.kinds, self.widths = self._parts(kind, spec, hf_config)
         self.axes, self.block_tokens = axes, block_tokens

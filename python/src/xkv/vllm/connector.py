@@ -53,6 +53,7 @@ class XkvConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._identity = Identity(vllm_config, config, layout)
         self._shared = SharedStore(config)
         self._running: Dict[str, _Running] = {}
+        self._prefixes: Dict[str, Prefix] = {}
         self._computed: Dict[str, int] = {}  # tokens that vLLM had itself when it asked last
         self._loads: List[Transfer] = []
         self._worker: Optional[Worker] = None
@@ -76,8 +77,8 @@ class XkvConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @missing(lambda _: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Tuple[Optional[int], bool]:
         """Tokens beyond the computed ones that all ranks have stored: whole blocks, at least one token short of the prompt."""
-        prefix = self._identity.prefix_of(request)
         self._computed[request.request_id] = num_computed_tokens
+        prefix = self._prefix(request)
         if prefix is None or getattr(request, "skip_reading_prefix_cache", False):
             return 0, False
         stored = min(self._shared.store.peek(namespace, prefix.prompt()).tokens for namespace in self._identity.ranks(prefix))
@@ -85,9 +86,18 @@ class XkvConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         found = usable - num_computed_tokens
         return (found, self._load_async) if found >= max(self._min_tokens, 1) else (0, False)
 
+    def _prefix(self, request: Any) -> Optional[Prefix]:
+        """The same object as long as the prompt is the same: vLLM asks for waiting requests again and again."""
+        known = self._prefixes.get(request.request_id)
+        if known is None or len(known.tokens) != len(request.prompt_token_ids or ()):
+            known = self._identity.prefix_of(request)
+            if known is not None:
+                self._prefixes[request.request_id] = known
+        return known
+
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The blocks that vLLM promises to whom get_num_new_matched_tokens() promised tokens."""
-        prefix = self._identity.prefix_of(request)
+        prefix = self._prefix(request)
         if prefix is None:
             return
         self._forget(request.request_id)
@@ -134,9 +144,11 @@ class XkvConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished(self, request: Any, block_ids: List[int]) -> Tuple[bool, Optional[Dict[str, Any]]]:
         self._forget(request.request_id)
         self._computed.pop(request.request_id, None)
+        self._prefixes.pop(request.request_id, None)
         return False, None
 
-    def request_finished_all_groups(self, request: Any, block_ids: Tuple[List[int], ...]) -> Tuple[bool, Optional[Dict[str, Any]]]:
+    def request_finished_all_groups(self, request: Any,
+                                    block_ids: Tuple[List[int], ...]) -> Tuple[bool, Optional[Dict[str, Any]]]:
         """The same where vLLM's manager of hybrid caches is on; there is one group all the same."""
         return self.request_finished(request, block_ids[0])
 

@@ -35,7 +35,8 @@ class Identity:
 
     def __init__(self, vllm_config: Any, config: Config, layout: Layout) -> None:
         parallel, model = vllm_config.parallel_config, vllm_config.model_config
-        if getattr(parallel, "decode_context_parallel_size", 1) > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        sliced = ("decode_context_parallel_size", "prefill_context_parallel_size")
+        if any(getattr(parallel, name, 1) > 1 for name in sliced):
             raise ValueError("xkv.vllm: context parallel ranks hold parts of the tokens, which is not supported")
         self.rank, self.world = int(parallel.rank), int(parallel.world_size)
         self._fingerprint = model_fingerprint(config.model or str(model.model), str(getattr(model, "revision", None) or ""))

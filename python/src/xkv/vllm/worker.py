@@ -110,7 +110,8 @@ class Worker:
     def _save(self, transfer: Transfer) -> None:
         blocks = transfer.blocks[:-(-transfer.end // self._layout.block_tokens)]
         pages = self._caches.pages(blocks) if self._caches.on_host else self._caches.fetched(blocks)
-        saved = self.hook.save(self._identity.own(transfer.prefix), transfer.prefix.prompt(), self._geometry(transfer.end), pages)
+        namespace, prompt = self._identity.own(transfer.prefix), transfer.prefix.prompt()
+        saved = self.hook.save(namespace, prompt, self._geometry(transfer.end), pages)
         if saved.outcome == "dropped":
             self.failures.note("save", "no room in the queue")
 
