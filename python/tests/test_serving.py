@@ -60,7 +60,7 @@ def test_processes_make_a_store_together(tmp_path):
                "shared, pages = t.pages_of(sys.argv[1])\n"
                "me = int(sys.argv[2])\n"
                "for i in range(me * 5, me * 5 + 5): pages.put([t.key(i)], 16, [0], lambda _: t.page_rows(i))\n"
-               "end = time.monotonic() + 300\n"
+               "end = time.monotonic() + 60\n"
                "while pages.leading([t.key(i) for i in range(20)]) < 20 and time.monotonic() < end: time.sleep(0.05)\n"
                "for i in range(20):\n"
                "    got = [t.np.zeros_like(rows) for rows in t.page_rows(i)]\n"
@@ -145,7 +145,8 @@ def test_a_longer_genuine_cache(tmp_path, longer, engine, pack):
     """Lossless: bit for bit; else within the error that was asked for, which is over K and V together."""
     cache, tokens = genuine(longer), np.array(longer.tokens)
     options = {"pack": pack} if pack else {}
-    rows = {"vllm": through_vllm, "sglang": through_sglang, "lmcache": through_lmcache}[engine](tmp_path, cache, tokens, options)
+    through = {"vllm": through_vllm, "sglang": through_sglang, "lmcache": through_lmcache}[engine]
+    rows = through(tmp_path, cache, tokens, options)
     if not pack:
         assert all(np.array_equal(a, b) for got, pair in zip(rows, cache) for a, b in zip(got, pair))
     else:

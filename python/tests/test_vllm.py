@@ -175,6 +175,7 @@ def test_a_prompt_comes_back(start, raw, tokens, layout, load_async):
     assert other.load(longer, [*SECOND, 21], 160) == set()
     for got, pair in zip(other.rows(SECOND, 160), cache):
         assert all(np.array_equal(a, b) for a, b in zip(got, pair))
+    assert other.workers[0]._worker._layout.names == list(other.tensors[0]), "layers in order, not layer 10 behind layer 1"
     for parts in other.parts():
         assert not any(parts[0][[i for i in range(BLOCKS) if i not in SECOND]].ravel()), "other blocks were touched"
     # The very prompt: its last token is computed, so its last block is not loaded.
