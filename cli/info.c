@@ -102,12 +102,9 @@ const char *info_engine_name(const xkv_entry *entry)
 bool info_is_whole_only(xkv_ctx *ctx, const xkv_entry *entry)
 {
     const xkv_framing *framing = xkv_entry_framing(entry);
-    xkv_framing *cut = NULL;
-    if (framing == NULL || xkv_entry_geometry(entry)->token_count == 0)
-        return false;
-    xkv_status status = xkv_framing_first(ctx, framing, xkv_entry_geometry(entry), 1, &cut);
-    xkv_framing_free(ctx, cut);
-    return status == XKV_ERROR_UNSUPPORTED;
+    uint32_t whole_only = 0;
+    return framing != NULL &&
+           xkv_framing_is_whole_only(ctx, framing, xkv_entry_geometry(entry), &whole_only) == XKV_OK && whole_only;
 }
 
 double info_ratio(const xkv_entry_info *info)

@@ -245,14 +245,15 @@ static const char *reason_text(uint32_t reason)
                                         "the dictionary of the entry is not in the store",
                                         "the entry is damaged",
                                         "the entry is being removed",
-                                        "only a newer program can read the entry"};
+                                        "only a newer program can read the entry",
+                                        "the entry can only be restored whole, and the prompt parts from it before"};
     return reason < sizeof texts / sizeof *texts ? texts[reason] : "unknown";
 }
 
 static const char *reason_name(uint32_t reason)
 {
-    static const char *const names[] = {"found",         "none",    "short", "expired",
-                                        "no dictionary", "corrupt", "gone",  "newer"};
+    static const char *const names[] = {"found",   "none", "short", "expired",   "no dictionary",
+                                        "corrupt", "gone", "newer", "whole only"};
     return reason < sizeof names / sizeof *names ? names[reason] : "unknown";
 }
 

@@ -262,3 +262,13 @@ xkv_status xkv_framing_first(xkv_ctx *ctx, const xkv_framing *framing, const xkv
     *framing_p = cut;
     return XKV_OK;
 }
+
+xkv_status xkv_framing_is_whole_only(xkv_ctx *ctx, const xkv_framing *framing, const xkv_geometry *geometry,
+                                     uint32_t *whole_only)
+{
+    xkv_framing *cut = NULL;
+    xkv_status status = geometry->token_count > 0 ? xkv_framing_first(ctx, framing, geometry, 1, &cut) : XKV_OK;
+    xkv_framing_free(ctx, cut);
+    *whole_only = status == XKV_ERROR_UNSUPPORTED;
+    return *whole_only ? XKV_OK : status;
+}

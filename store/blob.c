@@ -21,6 +21,7 @@
 #define READ_VERSION     1u
 #define FEATURE_SEALED   1u
 #define FEATURE_EXTENDS  2u
+#define FEATURE_WHOLE    4u
 #define LINK_BYTES       64u
 
 static const uint8_t magic[8] = {0x89, 'X', 'K', 'B', '\r', '\n', 0x1a, '\n'};
@@ -209,7 +210,8 @@ static void encode_head(const xkv_blob_head *h, uint8_t bytes[XKV_BLOB_HEAD])
     xkv_store16(bytes + 10, READ_VERSION);
     xkv_store32(bytes + 12, h->kind);
     xkv_store64(bytes + 16, h->file_size);
-    xkv_store32(bytes + 24, (h->sealed ? FEATURE_SEALED : 0) | (h->extends ? FEATURE_EXTENDS : 0));
+    xkv_store32(bytes + 24, (h->sealed ? FEATURE_SEALED : 0) | (h->extends ? FEATURE_EXTENDS : 0) |
+                                (h->whole_only ? FEATURE_WHOLE : 0));
     xkv_store32(bytes + 28, h->tokens);
     xkv_store32(bytes + 32, h->symbols);
     xkv_store32(bytes + 36, h->names);
@@ -260,8 +262,8 @@ static xkv_status check_head(xkv_ctx *ctx, const xkv_blob_head *h, uint64_t size
         problem = "unknown kind [SB3]";
     else if (h->file_size != (h->sealed ? xkv_sealed_size(size) : size))
         problem = "its size differs from that of the file [SB3]";
-    else if (h->extends && h->kind != XKV_BLOB_ENTRY)
-        problem = "only entries extend others [SB2]";
+    else if ((h->extends || h->whole_only) && h->kind != XKV_BLOB_ENTRY)
+        problem = "only entries extend others, or cannot be cut [SB2]";
     else if (h->kind == XKV_BLOB_DICT ? h->symbols + h->names + h->tokens != 0
                                       : h->symbols == 0 || h->symbols > XKV_MAX_SYMBOLS || h->names > XKV_MAX_SYMBOLS)
         problem = "impossible number of symbols or page keys [SB4]";
@@ -298,7 +300,7 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
     XKV_TRY(read_head_bytes(ctx, file, b));
     if (xkv_load16(b + 10) > READ_VERSION)
         return xkv_fail(ctx, XKV_ERROR_VERSION, "blob: version %u [SB2]", xkv_load16(b + 10));
-    if (xkv_load32(b + 24) > (FEATURE_SEALED | FEATURE_EXTENDS))
+    if (xkv_load32(b + 24) > (FEATURE_SEALED | FEATURE_EXTENDS | FEATURE_WHOLE))
         return xkv_fail(ctx, XKV_ERROR_FEATURE, "blob: unknown features [SB2]");
     bool sealed = xkv_is_sealed_input(file);
     if (xkv_load16(b + 10) == 0 || (xkv_load32(b + 24) & FEATURE_SEALED) != sealed ||
@@ -323,6 +325,7 @@ xkv_status xkv_blob_read_head(xkv_ctx *ctx, const xkv_input *file, xkv_blob_head
     memcpy(head->key, b + 136, 32);
     head->sealed = sealed;
     head->extends = (xkv_load32(b + 24) & FEATURE_EXTENDS) != 0;
+    head->whole_only = (xkv_load32(b + 24) & FEATURE_WHOLE) != 0;
     return check_head(ctx, head, file->size);
 }
 

@@ -33,8 +33,9 @@ typedef struct xkv_blob_head {
     uint64_t body_checksum; /* of the checksums of what lies between head and payload */
     uint8_t dict[16];       /* entry: the dictionary it needs, or zero; dictionary: its id */
     uint8_t space[32], key[32];
-    bool extends; /* it goes on where another entry ends: xkv_blob_read_link() */
-    bool sealed;  /* encrypted; then with */
+    bool extends;    /* it goes on where another entry ends: xkv_blob_read_link() */
+    bool whole_only; /* of its tokens only all can be restored */
+    bool sealed;     /* encrypted; then with */
     uint8_t nonce[XKV_SEAL_NONCE];
 } xkv_blob_head;
 

@@ -66,7 +66,7 @@ xkv_status xkv_item_check_head(xkv_ctx *ctx, const xkv_item *item, const xkv_blo
     if (head->kind != XKV_BLOB_ENTRY || head->file_size != item->file_size || head->symbols != item->symbols ||
         head->tokens != item->tokens || head->names != item->names || memcmp(head->key, item->key, 32) != 0 ||
         memcmp(head->space, item->space, 32) != 0 || memcmp(head->dict, item->dict, 16) != 0 ||
-        head->extends != (item->parent != 0))
+        head->extends != (item->parent != 0) || head->whole_only != (item->whole_only != 0))
         return xkv_fail(ctx, XKV_ERROR_CORRUPT, "blob: it is not what its record says [SB6]");
     return XKV_OK;
 }

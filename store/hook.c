@@ -204,6 +204,11 @@ static void judge(xkv_hook *hook, const xkv_match *m, const xkv_hook_match_optio
         return;
     }
     f->offered_tokens = whole_pages((uint32_t)xkv_min64(m->tokens, most), o->page_tokens);
+    if (m->whole_only && f->offered_tokens < m->tokens) {
+        f->reason = XKV_MATCH_WHOLE_ONLY;
+        f->offered_tokens = 0;
+        return;
+    }
     uint32_t load = f->offered_tokens - o->have_tokens;
     f->load_seconds = xkv_cost_expect(&hook->cost, share_of(m->bytes, load, m->entry_tokens), load);
     f->recompute_seconds = o->seconds_per_token * load;
@@ -234,6 +239,8 @@ static uint64_t *match_counter(xkv_hook_counters *c, uint32_t reason)
         return &c->misses_gone;
     case XKV_MATCH_NEWER:
         return &c->misses_newer;
+    case XKV_MATCH_WHOLE_ONLY:
+        return &c->misses_whole_only;
     case XKV_HOOK_DECLINED:
         return &c->matches_declined;
     default:

@@ -39,7 +39,8 @@ typedef struct lookup {
     int fds[XKV_LINE_MAX];       /* their blobs; open when the reason is FOUND */
     uint32_t count, bad;         /* bad: the one that is to blame for a miss */
     bool has_dicts;              /* whether the dictionaries they need are there */
-    uint32_t common; /* leading tokens that the best entry shares with the prompt, also when they are too few */
+    bool rows_only;  /* rows are wanted, of whichever tokens: also those of entries that can only be restored whole */
+    uint32_t common; /* leading tokens that the best entry shares with the prompt, also when they are of no use */
     xkv_match match;
     uint64_t declined[ATTEMPTS]; /* entries that are of no use and stay: others may serve in their place */
     uint32_t declined_count;
@@ -111,7 +112,7 @@ static void note_best(lookup *l, uint32_t reason)
 }
 
 /* What a lookup that may write would remove, one that may not steps over. */
-static xkv_status serves(xkv_txn *txn, void *user, uint64_t id, bool *yes)
+static xkv_status serves(xkv_txn *txn, void *user, uint64_t id, uint32_t most, bool *yes)
 {
     lookup *l = user;
     *yes = false;
@@ -120,10 +121,12 @@ static xkv_status serves(xkv_txn *txn, void *user, uint64_t id, bool *yes)
             return XKV_OK;
     }
     XKV_TRY(get_found(txn, l, id));
-    *yes = !l->store->read_only || !xkv_is_expired(l->line[0].expires, l->now);
+    const bool expired = l->store->read_only && xkv_is_expired(l->line[0].expires, l->now);
+    const bool longer = !l->rows_only && l->line[0].whole_only && l->line[0].symbols > most;
+    *yes = !expired && !longer;
     if (*yes)
         return XKV_OK;
-    note_best(l, XKV_MATCH_EXPIRED);
+    note_best(l, expired ? XKV_MATCH_EXPIRED : XKV_MATCH_WHOLE_ONLY);
     l->match.id = 0; /* what goes wrong from here on is not its fault */
     return XKV_OK;
 }
@@ -148,7 +151,7 @@ static xkv_status find_page(xkv_txn *txn, lookup *l, uint32_t i, uint64_t *id, u
     for (bool yes = false; !yes;) {
         l->match.id = 0; /* no entry is to blame for a page key */
         XKV_TRY(xkv_txn_next(txn, &at, 17, &key, value));
-        XKV_TRY(serves(txn, l, xkv_key_u64(&key, 17), &yes));
+        XKV_TRY(serves(txn, l, xkv_key_u64(&key, 17), UINT32_MAX, &yes));
     }
     *id = xkv_key_u64(&key, 17);
     *tokens = (uint32_t)xkv_load64(value);
@@ -283,6 +286,7 @@ static xkv_status settle_miss(xkv_ctx *ctx, lookup *l, xkv_status status, bool *
         return XKV_OK;
     case XKV_MATCH_NO_DICTIONARY:
     case XKV_MATCH_NEWER:
+    case XKV_MATCH_WHOLE_ONLY:
         *again = decline(l);
         return XKV_OK;
     default:
@@ -371,6 +375,10 @@ static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)
         l->match.reason = XKV_MATCH_NEWER;
     else if (status == XKV_OK && l->match.tokens < l->min_tokens)
         l->match.reason = XKV_MATCH_SHORT;
+    else if (status == XKV_OK && l->line[0].whole_only && !l->rows_only && l->match.tokens < l->line[0].tokens)
+        l->match.reason = XKV_MATCH_WHOLE_ONLY;
+    if (l->match.tokens > l->common)
+        l->common = l->match.tokens;
     if (status != XKV_OK || l->match.reason != XKV_MATCH_FOUND)
         close_blobs(l, l->count);
     return status;
@@ -379,6 +387,7 @@ static xkv_status attempt(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)
 static void note_entry(lookup *l)
 {
     l->match.entry_tokens = l->line[0].tokens;
+    l->match.whole_only = l->line[0].whole_only;
     l->match.bytes = packed_share(l);
     l->match.raw_bytes = xkv_item_raw_share(&l->line[0], l->match.tokens);
 }
@@ -399,7 +408,6 @@ static xkv_status search(xkv_ctx *ctx, lookup *l, xkv_txn_fn find)
         l->match = l->best;
         return XKV_OK;
     }
-    l->common = l->match.tokens;
     if (l->match.reason != XKV_MATCH_FOUND)
         l->match.tokens = l->match.keys = 0;
     note_entry(l);
@@ -564,7 +572,8 @@ xkv_status xkv_store_look(xkv_ctx *ctx, xkv_store *store, uint64_t id, xkv_hit *
 xkv_status xkv_store_nearest(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns, const uint32_t *symbols,
                              uint32_t count, uint32_t *tokens, xkv_hit **hit_p)
 {
-    lookup l = {.store = store, .ns = ns, .symbols = symbols, .symbol_count = count, .min_tokens = 1};
+    lookup l = {
+        .store = store, .ns = ns, .symbols = symbols, .symbol_count = count, .min_tokens = 1, .rows_only = true};
     XKV_TRY(search(ctx, &l, find_by_symbols));
     *tokens = l.match.tokens;
     return make_hit(ctx, &l, hit_p);

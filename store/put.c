@@ -233,6 +233,7 @@ static void head_of(const xkv_item *item, xkv_blob_head *head)
         .created = item->created,
         .expires = item->expires,
         .raw_bytes = item->raw_bytes,
+        .whole_only = item->whole_only != 0,
     };
     memcpy(head->dict, item->dict, 16);
     memcpy(head->space, item->space, 32);
@@ -268,6 +269,15 @@ static void note_entry(const xkv_entry *entry, xkv_item *item)
     item->raw_bytes = info.raw_bytes;
     if (info.needs_dict)
         memcpy(item->dict, info.dictionary_id, 16);
+}
+
+/* Whether first tokens of the engine's file can be restored too; what has none is read by rows. */
+static xkv_status note_cuts(xkv_ctx *ctx, put *p, const xkv_framing *framing, const xkv_geometry *g)
+{
+    if (framing != NULL)
+        XKV_TRY(xkv_framing_is_whole_only(ctx, framing, g, &p->item.whole_only));
+    xkv_ctx_begin(ctx); /* the reason is no error of the put */
+    return XKV_OK;
 }
 
 /* Everything of the item that follows from the prompt. */
@@ -312,7 +322,9 @@ static xkv_status put_opened(xkv_ctx *ctx, put *p, const xkv_namespace *ns, cons
     XKV_TRY(xkv_symbols_make(ctx, prompt, &symbols));
     note_prompt(p, ns, &symbols);
     note_entry(entry, &p->item);
-    xkv_status status = try_existing(ctx, p);
+    xkv_status status = note_cuts(ctx, p, xkv_entry_framing(entry), g);
+    if (status == XKV_OK)
+        status = try_existing(ctx, p);
     if (status == XKV_OK && !p->report.existed)
         status = copy_and_commit(ctx, p, input);
     xkv_symbols_free(ctx, &symbols);
@@ -426,7 +438,9 @@ static xkv_status put_planes(xkv_ctx *ctx, put *p, const xkv_namespace *ns, cons
     XKV_TRY(check_names(ctx, p->o, prompt->token_count));
     XKV_TRY(xkv_symbols_make(ctx, prompt, &symbols));
     note_prompt(p, ns, &symbols);
-    xkv_status status = try_existing(ctx, p);
+    xkv_status status = note_cuts(ctx, p, from->framing, from->geometry);
+    if (status == XKV_OK)
+        status = try_existing(ctx, p);
     if (status == XKV_OK && !p->report.existed)
         status = pack_rest_or_all(ctx, p, ns, from);
     xkv_symbols_free(ctx, &symbols);
@@ -533,6 +547,7 @@ static xkv_status check_entry(xkv_ctx *ctx, put *p, xkv_entry *entry, const xkv_
         XKV_TRY(xkv_entry_extend(ctx, entry, p->parent.entry, link->base, link->fram, link->fram_size));
     p->item.raw_bytes = xkv_geometry_raw_bytes(xkv_entry_geometry(entry));
     XKV_TRY(check_foreign(ctx, xkv_entry_geometry(entry), symbols));
+    XKV_TRY(note_cuts(ctx, p, xkv_entry_framing(entry), xkv_entry_geometry(entry)));
     return verify_foreign(ctx, p->store, entry);
 }
 

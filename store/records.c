@@ -113,7 +113,7 @@ static bool has_known_fields(const uint8_t *key, const uint8_t *value)
     case XKV_TABLE_ITEM:
         id = xkv_key_id(XKV_TABLE_ITEM, xkv_load64(value));
         return memcmp(id.bytes, key, id.size) == 0 && xkv_load32(value + 68) <= 1 && xkv_load32(value + 80) <= 1 &&
-               xkv_load64(value + 208) == 0;
+               xkv_load32(value + 208) <= 1 && xkv_load32(value + 212) == 0;
     default:
         return true;
     }
@@ -207,7 +207,8 @@ void xkv_item_encode(const xkv_item *item, uint8_t value[XKV_ITEM_SIZE])
     memcpy(value + 128, item->space, 32);
     memcpy(value + 160, item->key, 32);
     memcpy(value + 192, item->dict, 16);
-    xkv_store64(value + 208, 0);
+    xkv_store32(value + 208, item->whole_only);
+    xkv_store32(value + 212, 0);
 }
 
 void xkv_item_decode(const uint8_t value[XKV_ITEM_SIZE], xkv_item *item)
@@ -224,6 +225,7 @@ void xkv_item_decode(const uint8_t value[XKV_ITEM_SIZE], xkv_item *item)
     memcpy(item->space, value + 128, 32);
     memcpy(item->key, value + 160, 32);
     memcpy(item->dict, value + 192, 16);
+    item->whole_only = xkv_load32(value + 208);
 }
 
 uint64_t xkv_item_raw_share(const xkv_item *item, uint32_t tokens)

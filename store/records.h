@@ -97,6 +97,7 @@ typedef struct xkv_item {
     uint32_t pinned, names;
     uint32_t base_tokens; /* taken from there */
     uint32_t children;    /* entries that extend it */
+    uint32_t whole_only;  /* of its tokens only all can be restored */
     uint8_t blob[32], space[32], key[32];
     uint8_t dict[16];
 } xkv_item;

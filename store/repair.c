@@ -152,6 +152,7 @@ static void note_head(found *f)
     item->tokens = h->tokens;
     item->symbols = h->symbols;
     item->names = h->names;
+    item->whole_only = h->whole_only;
     memcpy(item->space, h->space, 32);
     memcpy(item->key, h->key, 32);
     memcpy(item->dict, h->dict, 16);

@@ -132,8 +132,9 @@ static xkv_status ascend(xkv_txn *txn, uint64_t *node, xkv_key *from)
     return XKV_OK;
 }
 
-/* Go through the entries below a node, but for those below the edge at `without`. NOT_FOUND: none serves. */
-static xkv_status hunt_below(xkv_txn *txn, hunt *h, uint64_t top, const place *without)
+/* Go through the entries below a node, but for those below the edge at `without`; all agree with the prompt in at most
+ * `most` symbols. NOT_FOUND: none serves. */
+static xkv_status hunt_below(xkv_txn *txn, hunt *h, uint64_t top, const place *without, uint32_t most)
 {
     uint64_t node = top;
     xkv_key from = xkv_key_end(node);
@@ -154,7 +155,7 @@ static xkv_status hunt_below(xkv_txn *txn, hunt *h, uint64_t top, const place *w
             from = xkv_key_end(node);
             continue;
         }
-        XKV_TRY(h->serves(txn, h->user, edge.entry, &serves));
+        XKV_TRY(h->serves(txn, h->user, edge.entry, most, &serves));
         if (serves)
             return XKV_OK;
     }
@@ -162,18 +163,39 @@ static xkv_status hunt_below(xkv_txn *txn, hunt *h, uint64_t top, const place *w
     return XKV_ERROR_NOT_FOUND;
 }
 
-/* All entries below the last edge agree with the prompt equally far; those beside it as far as its node; and so on
- * upwards. */
-static xkv_status hunt_upwards(xkv_txn *txn, hunt *h, uint64_t root, place at, const xkv_edge *edge)
+/* The entry that ends at a node, if there is one and it serves: else NOT_FOUND. */
+static xkv_status hunt_end(xkv_txn *txn, const hunt *h, uint64_t node, uint32_t depth)
 {
-    xkv_status status = edge->child != 0 ? hunt_below(txn, h, edge->child, NULL) : XKV_ERROR_NOT_FOUND;
-    while (status == XKV_ERROR_NOT_FOUND && at.node != root && h->edges > 0) {
-        xkv_node up = {0};
-        status = hunt_below(txn, h, at.node, &at);
-        if (status != XKV_ERROR_NOT_FOUND)
-            return status;
-        XKV_TRY(must(txn, at.node, get_node(txn, at.node, &up)));
-        at = (place){up.parent, up.symbol, false};
+    xkv_edge edge = {0};
+    bool serves = false;
+    XKV_TRY(get_edge(txn, &(place){.node = node, .at_end = true}, &edge));
+    XKV_TRY(h->serves(txn, h->user, edge.entry, depth, &serves));
+    return serves ? XKV_OK : XKV_ERROR_NOT_FOUND;
+}
+
+/* The edge that leads to a node, and where it hangs. */
+static xkv_status edge_to(xkv_txn *txn, uint64_t node, place *at, xkv_edge *edge)
+{
+    xkv_node up = {0};
+    XKV_TRY(must(txn, node, get_node(txn, node, &up)));
+    *at = (place){up.parent, up.symbol, false};
+    return must(txn, node, get_edge(txn, at, edge));
+}
+
+/* All entries below the last edge, which is `edge` at `at`, agree with the prompt equally far; those beside it as far
+ * as its node; and so on upwards. Where too many are in the way, the next entries that end on this way are left. */
+static xkv_status hunt_upwards(xkv_txn *txn, hunt *h, uint64_t root, place at, xkv_edge edge, uint32_t count)
+{
+    const uint32_t most = edge.depth < count ? edge.depth : count;
+    xkv_status status = edge.child != 0 ? hunt_below(txn, h, edge.child, NULL, most) : XKV_ERROR_NOT_FOUND;
+    while (status == XKV_ERROR_NOT_FOUND && at.node != root) {
+        const uint64_t node = at.node;
+        const place below = at;
+        const uint32_t depth = edge.depth;
+        XKV_TRY(edge_to(txn, node, &at, &edge));
+        if (edge.depth >= depth || edge.child != node)
+            return fail_tree(txn, node); /* or the walk might not end */
+        status = h->edges > 0 ? hunt_below(txn, h, node, &below, edge.depth) : hunt_end(txn, h, node, edge.depth);
     }
     return status;
 }
@@ -186,8 +208,8 @@ xkv_status xkv_trie_find_serving(xkv_txn *txn, uint64_t root, const uint32_t *sy
     xkv_edge edge;
     bool yes = false;
     XKV_TRY(descend(txn, root, symbols, count, &at, &edge));
-    XKV_TRY(serves(txn, user, edge.entry, &yes));
-    return yes ? XKV_OK : hunt_upwards(txn, &h, root, at, &edge);
+    XKV_TRY(serves(txn, user, edge.entry, UINT32_MAX, &yes));
+    return yes ? XKV_OK : hunt_upwards(txn, &h, root, at, edge, count);
 }
 
 /* --- Inserting ---------------------------------------------------------------------------------------------------- */
@@ -284,11 +306,9 @@ static xkv_status join(xkv_txn *txn, uint64_t node, const place *only, const xkv
 static xkv_status rename_up(xkv_txn *txn, uint64_t root, uint64_t node, uint64_t gone, uint64_t instead)
 {
     for (uint32_t depth = UINT32_MAX; node != root;) {
-        xkv_node up = {0};
+        place p = {0};
         xkv_edge edge = {0};
-        XKV_TRY(must(txn, node, get_node(txn, node, &up)));
-        place p = {up.parent, up.symbol, false};
-        XKV_TRY(must(txn, node, get_edge(txn, &p, &edge)));
+        XKV_TRY(edge_to(txn, node, &p, &edge));
         if (edge.depth >= depth || edge.child != node)
             return fail_tree(txn, node); /* or the walk might not end */
         if (edge.entry == gone) {
@@ -296,7 +316,7 @@ static xkv_status rename_up(xkv_txn *txn, uint64_t root, uint64_t node, uint64_t
             XKV_TRY(put_edge(txn, &p, &edge));
         }
         depth = edge.depth;
-        node = up.parent;
+        node = p.node;
     }
     return XKV_OK;
 }

@@ -14,8 +14,9 @@ XKV_MUST_CHECK xkv_status xkv_trie_find(xkv_txn *txn, uint64_t root, const uint3
                                         uint64_t *id);
 
 /* Calls `serves` with entries that are ever less like the symbols, until it takes one: those that it declines are
- * stepped over, up to a few thousand of them. */
-typedef xkv_status (*xkv_serves_fn)(xkv_txn *txn, void *user, uint64_t id, bool *serves);
+ * stepped over; after a few thousand of them only entries whose symbols all begin the prompt are asked for. `most`: it
+ * has at most so many leading symbols in common with the prompt; of the first one that is not known. */
+typedef xkv_status (*xkv_serves_fn)(xkv_txn *txn, void *user, uint64_t id, uint32_t most, bool *serves);
 XKV_MUST_CHECK xkv_status xkv_trie_find_serving(xkv_txn *txn, uint64_t root, const uint32_t *symbols, uint32_t count,
                                                 xkv_serves_fn serves, void *user);
 

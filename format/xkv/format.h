@@ -387,6 +387,11 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_framing_views(xkv_ctx *ctx, const xkv_fram
 XKV_API XKV_MUST_CHECK xkv_status xkv_framing_first(xkv_ctx *ctx, const xkv_framing *framing,
                                                     const xkv_geometry *geometry, uint32_t token_count,
                                                     xkv_framing **framing_p);
+
+/* *whole_only: non-zero when that is UNSUPPORTED, and then xkv_ctx_error() says why: a window that has slid, rows that
+ * are not packed. Errors: MEMORY, CORRUPT. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_framing_is_whole_only(xkv_ctx *ctx, const xkv_framing *framing,
+                                                            const xkv_geometry *geometry, uint32_t *whole_only);
 XKV_API void xkv_framing_free(xkv_ctx *ctx, xkv_framing *framing);
 
 /* Write a safetensors image of `geometry`: K and V of layer i as layer.{i}.key / layer.{i}.value ([tokens, heads, dim]

@@ -248,7 +248,8 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_hook_flush(xkv_ctx *ctx, xkv_hook *hook, u
 typedef struct xkv_hook_counters {
     /* Matches; each call adds 1 to one of these. */
     uint64_t matches_found, matches_declined;
-    uint64_t misses_none, misses_short, misses_expired, misses_no_dictionary, misses_corrupt, misses_gone, misses_newer;
+    uint64_t misses_none, misses_short, misses_expired, misses_no_dictionary, misses_corrupt, misses_gone, misses_newer,
+        misses_whole_only;
     uint64_t matches_failed; /* an error was returned */
     uint64_t found_tokens;   /* reusable, over all found */
     double match_seconds;

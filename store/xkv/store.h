@@ -225,7 +225,8 @@ typedef enum xkv_match_reason {
     XKV_MATCH_NO_DICTIONARY = 4, /* the best entry needs a dictionary that is not in the store */
     XKV_MATCH_CORRUPT = 5,       /* the best entry or its record is damaged; it was put into quarantine */
     XKV_MATCH_GONE = 6,          /* the best entry is just being removed */
-    XKV_MATCH_NEWER = 7          /* the best entry can be read by a newer program only; it stays */
+    XKV_MATCH_NEWER = 7,         /* the best entry can be read by a newer program only; it stays */
+    XKV_MATCH_WHOLE_ONLY = 8 /* the best entry can be restored only as a whole, and the prompt parts from it before */
 } xkv_match_reason;
 
 typedef struct xkv_match {
@@ -233,19 +234,22 @@ typedef struct xkv_match {
     uint32_t tokens;       /* leading tokens of the prompt that can be restored; 0 unless FOUND */
     uint32_t entry_tokens; /* of the entry that serves them */
     uint32_t keys;         /* xkv_store_match_keys(): leading keys that are stored */
-    uint64_t id;           /* of the entry; also for EXPIRED, NO_DICTIONARY, CORRUPT, GONE and NEWER when it is known */
+    uint64_t id;           /* of the entry; also for EXPIRED, NO_DICTIONARY, CORRUPT, GONE, NEWER and WHOLE_ONLY when it
+                              is known */
     uint64_t bytes;        /* of the entry's blob, and of its share of those that it extends */
     uint64_t raw_bytes;    /* of the matched tokens, as the engine holds them */
+    uint32_t whole_only;   /* non-zero: fewer of these tokens cannot be restored to the engine's file (a window that has
+                              slid); they are then all of the entry's */
 } xkv_match;
 
 typedef struct xkv_hit xkv_hit;
 
 /* Find the entry with the longest common prefix with `prompt`, compared token by token, and keep it from eviction, by
- * other processes too, until xkv_hit_close(). What cannot serve (expired, damaged, without its dictionary, ...) is
- * stepped over; it is the reason of the miss if no other entry serves. What is not FOUND is a miss: XKV_OK with the
- * reason. `min_tokens`:
- * shorter ones are misses. `hit_p` may be NULL, only to ask: that is no use of the entry and counts neither as hit nor
- * as miss. Errors: ARGUMENT, IO, MEMORY. */
+ * other processes too, until xkv_hit_close(). What cannot serve (expired, damaged, without its dictionary, longer
+ * than the common prefix and only to be restored whole, ...) is stepped over; it is the reason of the miss if no other
+ * entry serves. What is not FOUND is a miss: XKV_OK with the reason. `min_tokens`: shorter ones are misses. `hit_p` may
+ * be NULL, only to ask: that is no use of the entry and counts neither as hit nor as miss. Errors: ARGUMENT, IO,
+ * MEMORY. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_store_match(xkv_ctx *ctx, xkv_store *store, const xkv_namespace *ns,
                                                   const xkv_prompt *prompt, uint32_t min_tokens, xkv_match *match,
                                                   xkv_hit **hit_p);

@@ -47,6 +47,25 @@ run 0 xkv-store get -q -f -o back --id 1 s
 same a back
 rm -f back back2 first a.xkv
 
+# Where a window has slid only the whole can be restored: what a prompt shares with it before its end is no match.
+make_ggsq tokens=300 seed=9 window=50 >slid
+run 0 xkv-store init t
+run 0 xkv-store put t slid
+run 0 xkv-store match t prompt
+out_is '300 of 302 tokens, entry 1 of 300 tokens, SIZE'
+run 0 xkv-store get -q -o back t prompt
+same slid back
+run 7 xkv-store match t part
+out_is '0 of 120 tokens: the entry can only be restored whole, and the prompt parts from it before'
+run 7 xkv-store match --json t part
+out_has '"reason":"whole only","tokens":0,"prompt_tokens":120,"entry_tokens":300,"id":1,'
+run 7 xkv-store get -q -o none t part
+err_is 'xkv-store: the entry can only be restored whole, and the prompt parts from it before'
+run 0 xkv-store put t part # another one, which can be cut, serves
+run 0 xkv-store match t 100,107,114,5
+out_is '3 of 4 tokens, entry 2 of 120 tokens, SIZE'
+rm -rf t slid back
+
 # Misses say why.
 run 7 xkv-store match s 1,2,3
 out_is '0 of 3 tokens: nothing stored begins like it'

@@ -166,7 +166,7 @@ static inline void put_checkpoints(bytes *b)
 }
 
 /* Address of element (t, h, d) of a view, as xkv/format.h defines it. */
-static inline uint8_t *element(const xkv_view *v, uint32_t t, uint32_t h, uint32_t d)
+static inline uint8_t *view_element(const xkv_view *v, uint32_t t, uint32_t h, uint32_t d)
 {
     return (uint8_t *)v->data + (v->rows ? v->rows[t] : t) * v->token_stride + h * v->head_stride + d * v->dim_stride;
 }
@@ -175,7 +175,7 @@ static inline uint8_t *element(const xkv_view *v, uint32_t t, uint32_t h, uint32
 static inline uint8_t *row_element(const xkv_view *v, const xkv_plane *p, uint32_t t, uint32_t i)
 {
     uint32_t dim = v->head_dim ? v->head_dim : p->head_dim;
-    return element(v, t, i / dim, i % dim / xkv_dtype_block(v->dtype));
+    return view_element(v, t, i / dim, i % dim / xkv_dtype_block(v->dtype));
 }
 
 #define FOR_EACH_BLOCK(p, tokens, t, e)                                                                                \

@@ -69,8 +69,8 @@ static void test_views(void **state)
                                              10 + t * row + H * D * 4 + flat * 2};
                     const uint32_t v_at[] = {10 + t * row + H * D * 2 + flat * 4, (flat * N + t) * 4,
                                              ((h * N + t) * D + d) * 4, 10 + t * row + flat * 4};
-                    assert_ptr_equal(element(&v[0], t, h, d), image + k_at[layout]);
-                    assert_ptr_equal(element(&v[1], t, h, d), image + v_at[layout]);
+                    assert_ptr_equal(view_element(&v[0], t, h, d), image + k_at[layout]);
+                    assert_ptr_equal(view_element(&v[1], t, h, d), image + v_at[layout]);
                 }
     }
 }

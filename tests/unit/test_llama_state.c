@@ -95,8 +95,8 @@ static void test_offsets(void **state)
     assert_int_equal(v1->heads * v1->head_dim, 2);
     uint64_t size;
     const uint8_t *data = xkv_cache_data(cache, &size);
-    assert_ptr_equal(element(&xkv_cache_views(cache)[3], 2, 0, 1), data + 180 + 2 * 4 + 2);
-    assert_ptr_equal(element(&xkv_cache_views(cache)[2], 1, 0, 3), data + 120 + 8 + 6);
+    assert_ptr_equal(view_element(&xkv_cache_views(cache)[3], 2, 0, 1), data + 180 + 2 * 4 + 2);
+    assert_ptr_equal(view_element(&xkv_cache_views(cache)[2], 1, 0, 3), data + 120 + 8 + 6);
     assert_int_equal(xkv_geometry_raw_bytes(g), 24 + 24 + 12 + 12);
     xkv_cache_free(ctx, cache);
 }
@@ -162,9 +162,9 @@ static void test_transposed(void **state)
     uint64_t size;
     const uint8_t *data = xkv_cache_data(cache, &size);
     const xkv_view *v0 = &xkv_cache_views(cache)[1];
-    assert_ptr_equal(element(v0, 0, 0, 0), data + 156);
-    assert_ptr_equal(element(v0, 1, 0, 0), data + 156 + 2);
-    assert_ptr_equal(element(v0, 1, 0, 1), data + 156 + 3 * 2 + 2);
+    assert_ptr_equal(view_element(v0, 0, 0, 0), data + 156);
+    assert_ptr_equal(view_element(v0, 1, 0, 0), data + 156 + 2);
+    assert_ptr_equal(view_element(v0, 1, 0, 1), data + 156 + 3 * 2 + 2);
     xkv_cache_free(ctx, cache);
 }
 
@@ -185,7 +185,7 @@ static void test_cells_out_of_order(void **state)
     uint64_t size;
     const uint8_t *data = xkv_cache_data(cache, &size);
     const uint64_t k0 = 28 + 5 * 12 + 8 + 12;
-    assert_ptr_equal(element(xkv_cache_views(cache), 2, 0, 0), data + k0 + 4 * 8);
+    assert_ptr_equal(view_element(xkv_cache_views(cache), 2, 0, 0), data + k0 + 4 * 8);
     xkv_cache_free(ctx, cache);
 }
 
@@ -369,8 +369,8 @@ static void assert_latent_planes(const xkv_model *model, bool latent_first, bool
     uint64_t size;
     const uint8_t *k1 = xkv_cache_data(cache, &size) + 120;
     const xkv_view *views = xkv_cache_views(cache);
-    assert_ptr_equal(element(&views[n + latent], 2, 0, 0), k1 + 2 * 8 + (latent_first ? 0 : 2));
-    assert_ptr_equal(element(&views[n + latent + 1], 2, 0, 0), k1 + 2 * 8 + (latent_first ? 6 : 0));
+    assert_ptr_equal(view_element(&views[n + latent], 2, 0, 0), k1 + 2 * 8 + (latent_first ? 0 : 2));
+    assert_ptr_equal(view_element(&views[n + latent + 1], 2, 0, 0), k1 + 2 * 8 + (latent_first ? 6 : 0));
     assert_framing_is_file(ctx, cache, file.data, file.size);
     xkv_cache_free(ctx, cache);
 }
@@ -600,7 +600,8 @@ static void test_layers_of_two_caches(void **state)
         assert_int_equal(k->kind, XKV_PLANE_K);
         assert_int_equal(k->heads * k->head_dim, widths[i]);
         assert_int_equal(k->rope, widths[i] == 8 ? LOCAL : FULL);
-        assert_ptr_equal(element(&xkv_cache_views(cache)[2 * i], 1, 0, 0), data + k_offsets[i] + 12 + 2 * widths[i]);
+        assert_ptr_equal(view_element(&xkv_cache_views(cache)[2 * i], 1, 0, 0),
+                         data + k_offsets[i] + 12 + 2 * widths[i]);
     }
     assert_framing_is_file(ctx, cache, file.data, file.size);
     xkv_cache_free(ctx, cache);

@@ -77,7 +77,7 @@ static void test_heads_first(void **state)
     assert_int_equal(g->planes[0].heads, 2);
     assert_int_equal(g->planes[1].head_dim, 2);
     assert_int_equal(g->positions[2], 2);
-    assert_ptr_equal(element(xkv_cache_views(cache), 2, 1, 3), data_of(cache) + ((1 * 3 + 2) * 4 + 3) * 2);
+    assert_ptr_equal(view_element(xkv_cache_views(cache), 2, 1, 3), data_of(cache) + ((1 * 3 + 2) * 4 + 3) * 2);
     xkv_cache_free(ctx, cache);
 }
 
@@ -91,7 +91,7 @@ static void test_tokens_first(void **state)
     assert_int_equal(g->planes[0].heads, 3);
     assert_int_equal(g->positions[0], 5);
     assert_int_equal(g->positions[1], 6);
-    assert_ptr_equal(element(xkv_cache_views(cache), 1, 2, 3), data_of(cache) + ((1 * 3 + 2) * 4 + 3) * 2);
+    assert_ptr_equal(view_element(xkv_cache_views(cache), 1, 2, 3), data_of(cache) + ((1 * 3 + 2) * 4 + 3) * 2);
     xkv_cache_free(ctx, cache);
 }
 

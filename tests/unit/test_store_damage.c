@@ -793,7 +793,7 @@ static void blobs_that_break_a_rule(void **state)
 static void blobs_of_a_newer_program_stay(void **state)
 {
     (void)state;
-    static const bad_blob newer[] = {{"version", 10, 2, true, false}, {"features", 24, 4, true, false}};
+    static const bad_blob newer[] = {{"version", 10, 2, true, false}, {"features", 24, 8, true, false}};
     for (size_t i = 0; i < 2; i++) {
         const saved_file *f = &saved[2];
         xkv_repair_report r;

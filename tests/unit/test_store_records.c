@@ -327,9 +327,9 @@ static void reserved_fields_are_refused(void **state)
         uint8_t table;
         size_t at;
         uint8_t value;
-    } fields[] = {{XKV_TABLE_EDGE, 20, 1},  {XKV_TABLE_EDGE, 23, 1},   {XKV_TABLE_NODE, 12, 1},
-                  {XKV_TABLE_ITEM, 68, 2},  {XKV_TABLE_ITEM, 71, 1},   {XKV_TABLE_ITEM, 80, 2},
-                  {XKV_TABLE_ITEM, 208, 1}, {XKV_TABLE_ITEM, 215, 128}};
+    } fields[] = {{XKV_TABLE_EDGE, 20, 1},  {XKV_TABLE_EDGE, 23, 1},  {XKV_TABLE_NODE, 12, 1},
+                  {XKV_TABLE_ITEM, 68, 2},  {XKV_TABLE_ITEM, 71, 1},  {XKV_TABLE_ITEM, 80, 2},
+                  {XKV_TABLE_ITEM, 208, 2}, {XKV_TABLE_ITEM, 212, 1}, {XKV_TABLE_ITEM, 215, 128}};
     char saved[sizeof t.path + 8];
     snprintf(saved, sizeof saved, "%s.saved", t.path);
     copy_store(t.path, saved);

@@ -48,6 +48,7 @@ class HookCounters:
     misses_corrupt: int
     misses_gone: int
     misses_newer: int
+    misses_whole_only: int
     matches_failed: int
     found_tokens: int
     match_seconds: float

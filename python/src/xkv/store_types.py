@@ -8,7 +8,7 @@ from .packing import PackReport
 
 Bytes = bytes  # fields are named as in C, where `bytes` is a number of them
 MATCH_REASONS = {0: "found", 1: "none", 2: "short", 3: "expired", 4: "no dictionary", 5: "corrupt", 6: "gone",
-                 7: "newer", 100: "declined"}
+                 7: "newer", 8: "whole only", 100: "declined"}
 
 
 @dataclass(frozen=True)
