@@ -11,6 +11,7 @@ enum { MAX_PANELS = 64 }; /* charts of single groups */
 
 /* An entry while its section is made. */
 typedef struct subject {
+    xkv_ctx *ctx;
     const char *name;
     const xkv_entry *entry;
     const xkv_geometry *g;
@@ -202,6 +203,76 @@ static void add_dictionary_fact(report *r, const subject *s)
                   s->dict != NULL ? "" : " (not at hand: name it by -D to see what it was trained on)");
 }
 
+/* A run of equal layers behind `*text`, "512x5 0 ...": how many, and their window; 0: that was the last one. */
+static uint32_t next_run(const char **text, uint32_t *window)
+{
+    char *end;
+    *window = (uint32_t)strtoul(*text, &end, 10);
+    if (end == *text)
+        return 0;
+    uint32_t count = *end == 'x' ? (uint32_t)strtoul(end + 1, &end, 10) : 1;
+    *text = end;
+    return count;
+}
+
+/* "0-4, 6" of layers: text grows by them. */
+static void name_layers(cli_text *t, uint32_t first, uint32_t count)
+{
+    size_t used = strlen(t->text);
+    const char *comma = used > 0 ? ", " : "";
+    if (used > sizeof t->text - 28)
+        snprintf(t->text + used, sizeof t->text - used, "%s", t->text[used - 1] == '.' ? "" : ", ...");
+    else if (count == 1)
+        snprintf(t->text + used, sizeof t->text - used, "%s%u", comma, first);
+    else
+        snprintf(t->text + used, sizeof t->text - used, "%s%u-%u", comma, first, first + count - 1);
+}
+
+/* How far back the attention of which layers reaches, as the model says. */
+static void add_windows(report *r, const subject *s)
+{
+    const char *text = string_value(s, "model.windows", "");
+    uint32_t window, run, first = 0, widest = 0;
+    cli_text layers = {""};
+    for (; (run = next_run(&text, &window)) > 0 && first < s->g->layer_count; first += run) {
+        widest = window > widest ? window : widest;
+        if (window > 0)
+            name_layers(&layers, first, run);
+    }
+    if (widest > 0)
+        html_fact(r->sections.f, "Sliding windows", "%s tokens, layers %s", html_count(widest).text, layers.text);
+}
+
+static bool has_planes(const subject *s, uint32_t layer)
+{
+    for (uint32_t i = 0; i < s->g->plane_count; i++)
+        if (s->g->planes[i].layer == layer)
+            return true;
+    return false;
+}
+
+/* What of the engine's file can be restored, and which layers are in it byte for byte. */
+static void add_restoring(report *r, const subject *s)
+{
+    FILE *f = r->sections.f;
+    cli_text carried = {""};
+    if (xkv_entry_framing(s->entry) == NULL)
+        html_fact(f, "Restores", "rows: it was packed from memory");
+    else if (info_is_whole_only(s->ctx, s->entry))
+        html_fact(f, "Restores", "whole prefix only: %s", xkv_ctx_error(s->ctx));
+    else
+        html_fact(f, "Restores", "any number of first tokens");
+    for (uint32_t i = 0, run; i < s->g->layer_count; i += run) {
+        for (run = 0; i + run < s->g->layer_count && !has_planes(s, i + run); run++)
+            ;
+        if (run > 0)
+            name_layers(&carried, i, run);
+        run += run == 0;
+    }
+    if (carried.text[0] != '\0' && xkv_entry_framing(s->entry) != NULL)
+        html_fact(f, "Carried byte for byte", "layers %s", carried.text);
+}
+
 static void add_facts(report *r, const subject *s, bool verified)
 {
     FILE *f = r->sections.f;
@@ -215,6 +286,8 @@ static void add_facts(report *r, const subject *s, bool verified)
     html_fact(f, "Engine", "%s", info_engine_name(s->entry));
     html_fact(f, "Element types", "%s", s->g->plane_count > 0 ? info_element_types(s->g).text : "-");
     html_fact(f, "Exact tokens", "%u sinks, %u window", i->sinks, i->window);
+    add_restoring(r, s);
+    add_windows(r, s);
     html_fact(f, "Chunks", "%u of %u tokens", i->chunk_count, i->chunk_tokens);
     if (s->g->token_count > 0)
         html_fact(f, "Positions", "%d to %d", (int)s->g->positions[0], (int)s->g->positions[s->g->token_count - 1]);
@@ -317,7 +390,7 @@ static void add_section(report *r, const subject *s, bool verified)
 
 cli_exit report_add_entry(cli *c, report *r, const char *name, const xkv_entry *entry, bool verified)
 {
-    subject s = {.name = name, .entry = entry, .g = xkv_entry_geometry(entry)};
+    subject s = {.ctx = c->ctx, .name = name, .entry = entry, .g = xkv_entry_geometry(entry)};
     xkv_entry_get_info(entry, &s.info);
     s.dict = dictionary_of(c, &s.info);
     s.coded_tokens = s.g->token_count - s.info.sinks - s.info.window;

@@ -5,13 +5,14 @@
 #include "container.h"
 #include "xkv/codec.h"
 
-enum { XKV_MAX_OWN_VALUES = 12 };
+enum { XKV_MAX_OWN_VALUES = 12, XKV_WINDOWS_TEXT = 1024 };
 
 /* A list in the making. Strings and bytes are not copied: they must live until the container is begun. Values are added
  * in ascending order of their keys [M3]; empty ones are left out. */
 typedef struct xkv_values {
     xkv_meta_value list[XKV_MAX_OWN_VALUES];
     uint8_t numbers[XKV_MAX_OWN_VALUES][8];
+    char windows[XKV_WINDOWS_TEXT];
     uint32_t count;
 } xkv_values;
 
@@ -19,7 +20,7 @@ void xkv_values_add_string(xkv_values *v, const char *key, const char *text); /*
 void xkv_values_add_bytes(xkv_values *v, const char *key, const void *bytes, size_t size);
 void xkv_values_add_u64(xkv_values *v, const char *key, uint64_t number);
 void xkv_values_add_f64(xkv_values *v, const char *key, double number);
-/* model.architecture, model.fingerprint, model.name; NULL: nothing. */
+/* model.architecture, model.fingerprint, model.name, model.windows; NULL: nothing. */
 void xkv_values_add_model(xkv_values *v, const xkv_model *model);
 
 #endif

@@ -78,6 +78,41 @@ flip_bit damaged.xkv $(($(stat -c %s damaged.xkv) - 60000))
 run 3 xkv-info -f --report page.html damaged.xkv
 rm page.html
 
+# What can be restored of a model with windows: 6 layers, every other one reaches back 64 tokens.
+python3 - >windows.gguf <<'END'
+import struct, sys
+def string(text):
+    return struct.pack("<Q", len(text)) + text.encode()
+numbers = {"block_count": 6, "context_length": 4096, "embedding_length": 32, "attention.head_count": 2,
+           "attention.head_count_kv": 2, "rope.dimension_count": 16, "attention.key_length": 16, "attention.value_length": 16,
+           "attention.sliding_window": 64, "attention.sliding_window_pattern": 2}
+fields = [string("general.architecture") + struct.pack("<I", 8) + string("gemma3")]
+fields += [string(f"gemma3.{key}") + struct.pack("<II", 4, value) for key, value in numbers.items()]
+data = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(fields)
+sys.stdout.buffer.write(data + bytes(-len(data) % 32))
+END
+for window in 50 300; do
+    make_ggsq tokens=300 layers=6 width=32 window=$window >windows
+    run 0 xkv-pack -q -f --model windows.gguf --error 0.1 windows -o windows.xkv
+    run 0 xkv-info --json windows.xkv
+    out_has '"model.windows": ?"64 0 64 0 64 0"'
+    run 0 xkv-info -f --report page.html windows.xkv
+    page page.html
+    out_has '^64 tokens, layers 0, 2, 4$'
+    if [ "$window" -eq 50 ]; then
+        out_has '^whole prefix only: cannot cut .* window does not hold the same tokens \[LS11\]$'
+        out_has '^layers 0, 2, 4$'
+    else
+        out_has '^any number of first tokens$'
+        grep -q 'Carried byte for byte' page.html && fail 'layers are carried that are packed'
+    fi
+done
+run 0 xkv-info -f --report page.html svd.xkv
+page page.html
+out_has '^any number of first tokens$'
+grep -q 'Sliding windows' page.html && fail 'windows where there are none'
+rm page.html windows windows.gguf windows.xkv
+
 # Names and values that would be markup, turn the text around, or are no text.
 name='<script>alert("x&y")</script>'\'
 from='Smollm2 135M 8k Lc100K Mix1 Ep2'
