@@ -16,7 +16,7 @@ if ! "$work/venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python3 -m venv --clear "$work/venv" >"$work/venv.log" 2>&1 || skip 'python3 -m venv does not work (Debian: python3-venv)'
 fi
 pip=("$work/venv/bin/python" -m pip --quiet --disable-pip-version-check --retries 1 --timeout 20)
-"${pip[@]}" install 'scikit-build-core>=1.0' 'cffi>=1.15' 'numpy>=1.22' 'pytest>=7' 'mypy>=1.8' ml_dtypes >"$work/pip.log" 2>&1 ||
+"${pip[@]}" install 'scikit-build-core>=1.0' 'cffi>=1.15' 'numpy>=1.22' 'pytest>=7' 'mypy>=1.8' ml_dtypes xxhash zstandard >"$work/pip.log" 2>&1 ||
     { tail -n 3 "$work/pip.log"; skip 'what the package and its tests need cannot be installed from PyPI'; }
 
 # From here on every failure is one of the package. Python code is taken from the installed copy, not from the tree.

@@ -1,7 +1,10 @@
 """Caches, packing, entries, dictionaries, on a genuine cache that another reader reads too."""
+import sys
+import types
+
 import numpy as np
 import pytest
-from conftest import DATA, ENGINE_FILE
+from conftest import DATA, ENGINE_FILE, REPOSITORY
 
 import xkv
 
@@ -24,7 +27,7 @@ def test_cache_is_what_another_reader_reads(cache, raw):
 
 def test_model_facts(model):
     assert (model.architecture, len(model.layers), model.latent_dim) == ("llama", 30, 0)
-    assert model.layers[0] == xkv.ModelLayer(3, 64, 64, 0)
+    assert model.layers[0] == xkv.ModelLayer(3, 64, 64, 0, 0)
     expected = xkv.Rope.of(100000.0, 64, "interleaved")
     assert model.ropes[0].style == "interleaved"
     assert np.allclose(model.ropes[0].inv_freq, expected.inv_freq, rtol=1e-6)
@@ -197,3 +200,70 @@ def test_version_is_the_headers():
     header = (DATA.parents[1] / "format" / "xkv" / "common.h").read_text()
     for part, name in zip(xkv.__version__.split("."), ("MAJOR", "MINOR", "PATCH")):
         assert f"#define XKV_VERSION_{name} {part}\n" in header
+
+
+# --- Groups, against a decoder that was written from the specification alone ---
+
+@pytest.fixture(scope="module")
+def second():
+    pytest.importorskip("zstandard")
+    pytest.importorskip("xxhash")
+    sys.path.insert(0, str(REPOSITORY / "tests" / "reference_decoder"))
+    import codec
+    import container
+    return types.SimpleNamespace(codec=codec, read=lambda packed: container.read_container(packed.data, container.KIND_ENTRY))
+
+
+@pytest.mark.parametrize("options", [dict(profile="svd", error=0.2), dict(profile="scalar", error=0.2)])
+def test_components_are_those_of_another_decoder(cache, second, options):
+    packed = xkv.pack(cache, **options)
+    box = second.read(packed)
+    decode = {second.codec.SCALAR: second.codec.scalar, second.codec.SVDQ: second.codec.svdq}
+    with xkv.open(packed) as entry:
+        rows = entry.read(dtype="f32")
+        for number, (group, info) in enumerate(zip(box.groups, entry.groups)):
+            planes = [box.planes[index] for index in group.planes]
+            coefficients, basis, mean = decode[group.codec](box, group, planes, None)
+            components = entry.components(number)
+            assert np.allclose(components["deviation"], np.sqrt(np.mean(coefficients ** 2, axis=0)), rtol=1e-5)
+            assert entry.coding(number).coded == np.count_nonzero(components["table"])
+            assert np.array_equal(components["table"] > 0, components["bits"] > 0)
+            parts = entry.part_sizes(number)
+            assert [part.size for part in group.parts] == list(parts) and sum(parts) == info.packed_bytes
+            assert 0 <= sum(parts[2:]) - components["bits"].sum() / 8 <= 0.01 * sum(parts[2:]) + 160 * len(parts[2:])
+            # Coefficients times components are the rows that are restored: V, which is not rotated.
+            restored = mean + (coefficients * basis if basis.ndim == 1 else coefficients @ basis)
+            first = 0
+            for index, plane in zip(group.planes, planes):
+                if plane.kind == 1:
+                    got = rows[index].reshape(-1, plane.width)[box.sinks:]
+                    assert np.allclose(got, restored[:, first:first + plane.width], atol=2e-3 * np.abs(got).max())
+                first += plane.width
+        with pytest.raises(IndexError, match="group 99"):
+            entry.part_sizes(99)
+
+
+def test_lossless_groups_have_no_components(lossless):
+    with xkv.open(lossless) as entry, pytest.raises(ValueError, match="no quantized components"):
+        entry.components(0)
+
+
+def test_a_dictionary_describes_itself(cache, dictionary, second, dictionary_bytes):
+    box = second.codec.Dictionary(dictionary_bytes)
+    assert [plane.kind for plane in dictionary.geometry.planes] == ["K", "V"] * 30
+    groups = dictionary.groups
+    assert [group.codec for group in groups] == ["dict"] * 30 + ["cross"] and dictionary.info.cross_components == 240
+    assert [len(basis.synthesis) for basis in box.bases] == [group.rank for group in groups[:-1]]
+    assert [box.cross.part(group).shape[1] for group in range(30)] == [dictionary.leading(group) for group in range(30)]
+    assert dictionary.values["model.name"] == cache.model.name
+    with pytest.raises(IndexError):
+        dictionary.leading(31)
+
+
+def test_what_a_slid_window_allows(tmp_path):
+    """tests/golden: a cache whose windows have slid, and one that holds all."""
+    golden = REPOSITORY / "tests" / "golden"
+    with xkv.open(golden / "scalar-windows.xkv") as entry, xkv.open(golden / "scalar.xkv") as plain:
+        assert (entry.whole_only, plain.whole_only) == (True, False)
+        assert len(plain.restore(5)) < len(plain.restore())
+    assert xkv.open(xkv.pack(xkv.Planes.of_layers([(np.ones((9, 1, 8), np.float16),) * 2]))).whole_only is False

@@ -31,6 +31,53 @@ def test_all_names_exist():
         assert hasattr(xkv, name)
 
 
+# Public functions of the C library that the package does not call, and why.
+NOT_FROM_PYTHON = {
+    "xkv_ctx_memory_used": "contexts are the package's own; set_memory_limit() bounds them",
+    "xkv_ctx_memory_peak": "likewise",
+    "xkv_ctx_trim": "likewise",
+    "xkv_device_open": "restores into a device's memory wait for an engine that asks for them from Python",
+    "xkv_device_close": "likewise",
+    "xkv_device_get_info": "likewise",
+    "xkv_device_options_default": "likewise",
+    "xkv_device_target_default": "likewise",
+    "xkv_device_dict_create": "likewise",
+    "xkv_device_dict_free": "likewise",
+    "xkv_device_read": "likewise",
+    "xkv_device_read_size": "likewise",
+    "xkv_backend_get_info": "likewise",
+    "xkv_entry_find_value": "Entry.values is a dict",
+    "xkv_dtype_name": "the package's types are named by the same words",
+    "xkv_dtype_size": "numpy knows",
+    "xkv_dtype_bytes": "numpy knows",
+    "xkv_dtype_block": "Plane.dtype says it",
+    "xkv_plane_kind_name": "Plane.kind is one",
+    "xkv_geometry_raw_bytes": "EntryInfo.raw_bytes",
+    "xkv_framing_first": "Entry.restore(tokens)",
+    "xkv_framing_views": "likewise",
+    "xkv_framing_free": "framings stay inside entries and caches",
+    "xkv_framing_safetensors": "numpy's own packages write safetensors",
+    "xkv_unpack_file": "unpack_file() is the same from open(), so that progress and Ctrl-C work alike",
+    "xkv_file_input": "files are read back by open()",
+    "xkv_file_copy_to_fd": "for tools that write to standard output",
+}
+
+
+def test_every_public_function_can_be_reached():
+    """Of the installed headers: called somewhere in the package, or on the list above."""
+    declared = set()
+    for header in REPOSITORY.glob("*/xkv/*.h"):
+        text = re.sub(r"/\*.*?\*/", " ", header.read_text(), flags=re.S)
+        for declaration in re.findall(r"XKV_API[^;]*;", text):
+            declared.update(re.findall(r"\b(xkv_\w+)\s*\(", declaration))
+        declared.update(re.findall(r"static inline [\w ]*\*?(xkv_\w+)\(", text))
+    package = "".join(path.read_text() for path in (PACKAGE / "src" / "xkv").rglob("*.py"))
+    called = set(re.findall(r"\b_?lib\.(xkv_\w+)", package))
+    called.update(re.findall(r"\b(xkv_\w+)\(", (PACKAGE / "src" / "ffi" / "support.c").read_text()))
+    assert len(declared) > 150
+    assert declared - called == set(NOT_FROM_PYTHON)
+
+
 def test_a_source_distribution_is_complete(tmp_path, monkeypatch):
     """It holds the C sources as files, so that it builds without the repository."""
     build = pytest.importorskip("scikit_build_core.build")

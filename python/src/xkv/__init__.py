@@ -14,10 +14,11 @@ from .append import append
 from .attention import Attention, AttentionInfo, merge
 from .cache import Cache, Planes
 from .dictionary import Dictionary, DictionaryInfo, train, train_file
-from .entry import Entry, EntryInfo, GroupCoding, GroupInfo, unpack_file
+from .entry import Entry, EntryInfo, GroupCoding, unpack_file
 from .entry import open_entry as open  # noqa: A001
 from .errors import XkvError
 from .geometry import Geometry, Plane, Rope
+from .groups import GroupInfo
 from .hook import Hook, HookCounters, HookMatch, Saved
 from .model import Metric, Model, ModelLayer
 from .packing import Packed, PackReport, ProfileEstimate, pack, pack_file

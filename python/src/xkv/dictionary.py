@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ from ._files import Input, Path, Source, to_bytes, to_file
 from ._native import ffi, lib
 from ._structs import fill, record
 from .cache import Cache
+from .geometry import Geometry
+from .groups import GroupInfo, Value, check_group, groups_of, values_of
 from .model import Metric, Model
 
 if TYPE_CHECKING:
@@ -89,10 +91,29 @@ class Dictionary(Owner):
         lib.xkv_dict_get_info(self.pointer, info)
         return record(DictionaryInfo, info)
 
+    @property
+    def geometry(self) -> Geometry:
+        """Its planes, without tokens."""
+        return Geometry.from_c(lib.xkv_dict_geometry(self.pointer))
+
+    @property
+    def groups(self) -> List[GroupInfo]:
+        """Of codec dict; the last one may be the cross stage."""
+        return groups_of(lib.xkv_dict_get_group, self.pointer, self.info.group_count)
+
+    @property
+    def values(self) -> Dict[str, Value]:
+        """The metadata: model, writer, settings."""
+        return values_of(lib.xkv_dict_get_value, self.pointer, lib.xkv_dict_value_count(self.pointer))
+
+    def leading(self, group: int) -> int:
+        """How many leading coefficients of a group the cross stage codes in its stead; 0 without one."""
+        check_group(group, self.info.group_count)
+        return int(lib.xkv_dict_leading(self.pointer, group))
+
     def sigma(self, group: int) -> npt.NDArray[np.float32]:
         """Standard deviations of a group's coefficients in training, by falling size."""
-        if not 0 <= group < self.info.group_count:
-            raise IndexError(f"group {group} of {self.info.group_count}")
+        check_group(group, self.info.group_count)
         count = ffi.new("uint32_t *")
         values = lib.xkv_dict_sigma(self.pointer, group, count)
         return np.frombuffer(ffi.buffer(values, 4 * count[0]), np.float32).copy()

@@ -4,6 +4,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
+import numpy.typing as npt
+
 from ._arrays import Array, Views, empty_planes
 from ._call import Callbacks, Context, Handle, Owner, Progress, borrowed, call, call_with
 from ._files import Input, Path, Source, Span, span, to_mapped_file
@@ -11,14 +14,12 @@ from ._native import ffi, lib
 from ._structs import record
 from .dictionary import Dictionary
 from .geometry import NUMPY_TYPES, Geometry, Tokens, index_of, int32_array, pointer_to
+from .groups import GroupInfo, Value, check_group, groups_of, values_of
 from .model import Model
 from .packing import Packed
 from .pages import Pages, PageViews
 
-CODECS = {0: "lossless", 1: "svd", 2: "dict", 3: "scalar", 4: "svdq", 6: "cross"}
-REASONS = ("asked", "no gain", "not finite", "exact kind", "no tokens", "not trained")
-
-Value = Union[str, int, float, bytes]
+COMPONENT = np.dtype([("bits", np.float64), ("deviation", np.float64), ("table", np.uint32)], align=True)
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,6 @@ class EntryInfo:
     lossless: bool        # every group is
     needs_dict: bool
     dictionary_id: bytes  # its content id; zero when it needs none
-
-
-@dataclass(frozen=True)
-class GroupInfo:
-    """Planes that are coded together."""
-
-    codec: str                 # "lossless", "svd", "dict", "scalar", "svdq", "cross" (holds no planes)
-    reason: Optional[str]      # lossless groups: why
-    planes: Tuple[int, ...]    # indices into the geometry's, ascending
-    errors: Tuple[float, ...]  # relative error of each
-    rank: int
-    width: int                 # elements of the group's row
-    raw_bytes: int
-    packed_bytes: int
-    energy: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -93,33 +78,44 @@ class EntryReader:
     @property
     def groups(self) -> List[GroupInfo]:
         """In the order in which they are read."""
-        out, info = [], ffi.new("xkv_group_info *")
-        for i in range(self.info.group_count):
-            lib.xkv_entry_get_group(self.entry_pointer, i, info)
-            n = info.plane_count
-            reason = REASONS[info.reason] if info.codec == 0 and info.reason < len(REASONS) else None
-            out.append(record(GroupInfo, info, codec=CODECS.get(info.codec, str(info.codec)), reason=reason,
-                              planes=tuple(info.planes[0:n]) if n else (),
-                              errors=tuple(info.errors[0:n]) if n else ()))
-        return out
+        return groups_of(lib.xkv_entry_get_group, self.entry_pointer, self.info.group_count)
 
     def coding(self, group: int) -> GroupCoding:
         """Read how a group is quantized; the dictionary is not needed."""
-        if not 0 <= group < self.info.group_count:
-            raise IndexError(f"group {group} of {self.info.group_count}")
+        check_group(group, self.info.group_count)
         coding = ffi.new("xkv_group_coding *")
         call(lib.xkv_entry_read_coding, self.entry_pointer, group, coding)
         return record(GroupCoding, coding)
 
+    def components(self, group: int) -> npt.NDArray[Any]:
+        """[rank] of a group of codec dict, cross, scalar or svdq, each with `bits` (exact code length of its integers),
+        `deviation` (root mean square of its coefficients as decoded) and `table`; all 0 where it is not coded. Decodes the
+        group's integers, for which the dictionary is not needed. ValueError: another codec."""
+        check_group(group, self.info.group_count)
+        out = np.zeros(self.groups[group].rank, COMPONENT)
+        call(lib.xkv_entry_read_components, self.entry_pointer, group, ffi.cast("xkv_component *", out.ctypes.data))
+        return out
+
+    def part_sizes(self, group: int) -> Tuple[int, ...]:
+        """Bytes of a group's side part, of its exact rows, and of each of its chunks."""
+        check_group(group, self.info.group_count)
+        return tuple(int(lib.xkv_entry_part_size(self.entry_pointer, group, part))
+                     for part in range(2 + self.info.chunk_count))
+
+    @property
+    def whole_only(self) -> bool:
+        """Whether restore() gives all tokens or none: of a window that has slid, earlier ones are not there. Planes can be
+        read in part all the same; False without an engine's file."""
+        framing, out = lib.xkv_entry_framing(self.entry_pointer), ffi.new("uint32_t *")
+        if framing:
+            call(lib.xkv_framing_is_whole_only, framing, lib.xkv_entry_geometry(self.entry_pointer), out)
+        return bool(out[0])
+
     @property
     def values(self) -> Dict[str, Value]:
         """The metadata: model, engine, writer, settings."""
-        out: Dict[str, Value] = {}
-        value = ffi.new("xkv_value *")
-        for i in range(lib.xkv_entry_value_count(self.entry_pointer)):
-            lib.xkv_entry_get_value(self.entry_pointer, i, value)
-            out[ffi.string(value.key).decode("utf-8", "replace")] = _value(value)
-        return out
+        count = lib.xkv_entry_value_count(self.entry_pointer)
+        return values_of(lib.xkv_entry_get_value, self.entry_pointer, count)
 
     def check_model(self, model: Model) -> None:
         """MismatchError: another model made it. Fingerprints are compared, else layers and widths."""
@@ -242,15 +238,6 @@ def unpack_file(entry_file: Source, engine_file: Path, *, tokens: int = 0, overw
     """Entry to engine file, or its first tokens (0: all). It appears when it is complete and right."""
     with open_entry(entry_file, dictionary) as entry:
         entry.restore_file(engine_file, tokens, overwrite=overwrite, progress=progress)
-
-
-def _value(value: Any) -> Value:
-    data = bytes(ffi.buffer(value.bytes, value.size)) if value.bytes and value.size else b""
-    if value.type == lib.XKV_VALUE_U64:
-        return int(value.u64)
-    if value.type == lib.XKV_VALUE_F64:
-        return float(value.f64)
-    return data.decode("utf-8", "replace") if value.type == lib.XKV_VALUE_STRING else data
 
 
 def _chosen(out: Sequence[Any], wanted: Sequence[bool]) -> List[Optional[Array]]:

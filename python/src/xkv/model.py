@@ -21,6 +21,7 @@ class ModelLayer:
     head_dim_k: int      # 0: the layer has no cache
     head_dim_v: int
     rope: Optional[int]  # index into Model.ropes
+    window: int          # tokens that its attention reaches back (sliding window); 0: all
 
 
 class Model(Owner):
@@ -93,7 +94,7 @@ class Model(Owner):
         for i in range(self.pointer.layer_count):
             layer = self.pointer.layers[i]
             rope = None if layer.rope == lib.XKV_NO_ROPE else layer.rope
-            out.append(ModelLayer(layer.kv_heads, layer.head_dim_k, layer.head_dim_v, rope))
+            out.append(ModelLayer(layer.kv_heads, layer.head_dim_k, layer.head_dim_v, rope, layer.window))
         return tuple(out)
 
     @property

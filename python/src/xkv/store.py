@@ -54,7 +54,7 @@ class Match(EntryReader):
         self.id = int(match.id)                      # of the entry
         self.bytes = int(match.bytes)                # of its blob, and of its share of those that it extends
         self.raw_bytes = int(match.raw_bytes)        # of the matched tokens, as the engine holds them
-        self.whole_only = bool(match.whole_only)     # of these tokens restore() gives all or none
+        self._whole_only = bool(match.whole_only)
         self.keys = int(match.keys)                  # match_keys(): leading keys that are stored
         self._entry: Any = None
         self._geometry: Optional[Geometry] = None
@@ -76,6 +76,11 @@ class Match(EntryReader):
         self._entry = None
         if self._handle is not None:
             self._handle.close()
+
+    @property
+    def whole_only(self) -> bool:
+        """Whether restore() gives all of these tokens or none, as Entry.whole_only."""
+        return self._whole_only
 
     def _hit(self) -> Handle:
         if self._handle is None:
