@@ -6,7 +6,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { WIDTH = 960, LEFT = 72, RIGHT = 820, TOP = 26, FOOT = 380, MAX_METHODS = 12, MAX_POINTS = 64, STYLES = 6 };
+enum { WIDTH = 960, LEFT = 72, RIGHT = 820, TOP = 26, FOOT = 380, MAX_METHODS = 12, MAX_POINTS = 64, STYLES = 8 };
 
 /* One way to pack, at several ratios. */
 typedef struct method {

@@ -19,7 +19,7 @@ from sequence_file import SequenceFile
 from test_engine import raw16_bytes
 from texts import START, default_texts, last_part
 from tools import tool, train
-from xkv.fidelity import compare, log_softmax
+from xkv.fidelity import compare, log_softmax, means
 
 XKV_GROUP = 4   # layers of the published system that is measured beside
 MARGIN = 1.005  # the packer's search for a ratio ends up to 0.5 % below what was asked
@@ -173,20 +173,6 @@ def format_row(row):
     error = row.get("error_metric")
     return ("| {prompt} | {tokens} | {method} | {ratio:.2f} | {kl:.5f} | {kl_p99:.4f} | {top1:.3f} | {delta_nll:+.4f} "
             "| {entry_bytes:.0f} | ").format(**row) + ("" if error is None else f"{error:.4f}") + " |"
-
-
-def means(rows):
-    """One row a method over all prompts of the same length, where there is more than one."""
-    out = []
-    for key in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
-        same = [row for row in rows if (row["method"], row["tokens"]) == key]
-        if len(same) > 1:
-            mean = dict(prompt=f"mean of {len(same)}", tokens=key[1], method=key[0])
-            for field in ("ratio", "kl", "kl_p99", "top1", "delta_nll", "entry_bytes", "error_metric"):
-                values = [row[field] for row in same if row.get(field) is not None]
-                mean[field] = float(np.mean(values)) if values else None
-            out.append(mean)
-    return out
 
 
 def parse_profile(text):

@@ -1,10 +1,13 @@
 """Restoring a packed prompt against the engine's prefill of it, turn about in one process: the library restores the
 engine's file in memory, with dictionary and entry already opened, as an engine that links it would. Run through run.sh:
-run.sh speed MODEL --dict FILE."""
+run.sh speed MODEL --dict FILE [--tokens N...] [--json FILE]."""
 import argparse
 import ctypes
+import importlib.metadata
+import json
 import os
 import pathlib
+import platform
 import statistics
 import tempfile
 import time
@@ -67,20 +70,10 @@ def seconds_of(action):
     return time.perf_counter() - start
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", choices=models.SOURCES)
-    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for converted models and texts")
-    parser.add_argument("--dict", type=pathlib.Path, required=True, help="dictionary (.xkvd)")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--ratio", type=float, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-
-    model_file = models.joined_model(args.model, args.cache)
-    model = engine.Model(str(model_file))  # as it is used: with quantized weights
-    tokens = model.tokenize(default_texts(args.cache)["shrew"])[:args.tokens]
-    context = engine.Context(model, args.tokens + 8, engine.F16, True)
+def measure(args, model, model_file, text, length):
+    """A row of JSON: medians over all rounds."""
+    tokens = model.tokenize(text[:12 * length])[:length]
+    context = engine.Context(model, length + 8, engine.F16, True)
     with tempfile.TemporaryDirectory(prefix="xkv-speed-") as work:
         raw, entry = pathlib.Path(work, "raw.ggsq"), pathlib.Path(work, "entry.xkv")
         context.prefill(tokens)
@@ -95,9 +88,34 @@ def main():
             prefill.append(seconds_of(lambda: context.prefill(tokens)))
             restore.append(seconds_of(library.restore))
         ratio = raw16_bytes(SequenceFile(raw)) / entry.stat().st_size
-    a, b = statistics.median(prefill), statistics.median(restore)
-    print(f"{args.model}, {args.tokens} tokens at {ratio:.2f}x: prefill {a:.3f} s, restore {b:.3f} s, "
-          f"{a / b:.1f} times faster (medians of {args.rounds})")
+    context.close()
+    row = dict(tokens=length, ratio=ratio, prefill_seconds=statistics.median(prefill),
+               restore_seconds=statistics.median(restore), rounds=args.rounds)
+    print("{model}, {tokens} tokens at {ratio:.2f}x: prefill {prefill_seconds:.3f} s, restore {restore_seconds:.3f} s, "
+          "{times:.1f} times faster (medians of {rounds})".format(
+              model=args.model, times=row["prefill_seconds"] / row["restore_seconds"], **row), flush=True)
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", choices=models.SOURCES)
+    parser.add_argument("--cache", type=pathlib.Path, required=True, help="folder for converted models and texts")
+    parser.add_argument("--dict", type=pathlib.Path, required=True, help="dictionary (.xkvd)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="lengths of the prompt")
+    parser.add_argument("--ratio", type=float, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=pathlib.Path, help="write the results here, for python -m xkv.fidelity --from")
+    args = parser.parse_args()
+
+    model_file = models.joined_model(args.model, args.cache)
+    model = engine.Model(str(model_file))  # as it is used: with quantized weights
+    text = default_texts(args.cache)["shrew"]
+    speeds = [measure(args, model, model_file, text, length) for length in args.tokens]
+    if args.json:
+        results = dict(model=args.model, engine="llama-cpp-python " + importlib.metadata.version("llama-cpp-python"),
+                       machine=f"{platform.machine()}, {os.cpu_count()} cores", speeds=speeds)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
