@@ -33,7 +33,7 @@ print() { # PAGES FOLDED: on how many at least, and what is folded on the screen
     if command -v pdftotext >/dev/null && command -v pdftoppm >/dev/null; then
         run 0 pdftotext -layout "$pdf" -
         out_has "$2"
-        run 0 pdftoppm -r 80 -f 1 -l 3 -png "$pdf" "$shots/$page-print"
+        run 0 pdftoppm -r 80 -f 2 -l 3 -png "$pdf" "$shots/$page-print"
         for picture in "$shots/$page"-print-*.png; do # light, also where the screen is dark
             run 0 python3 "$here/check_screenshot.py" "$picture" ffffff
         done
