@@ -36,7 +36,7 @@ repaired=$(ls repaired)
 mkdir content
 python3 -m zipfile -e "repaired/$repaired" content
 for file in xkv/py.typed xkv/report.css xkv/_native.abi3.so; do
-    [ -s "content/$file" ] || die "$file is not in the wheel"
+    [ -f "content/$file" ] || die "$file is not in the wheel"
 done
 for library in openblas zstd xxhash lmdb crypto sodium; do
     compgen -G "content/xkv.libs/lib$library*" >/dev/null || die "lib$library is not in the wheel"
