@@ -452,6 +452,21 @@ static xkv_status cut_memory(cutter *c, const memory *m)
     return copy_up_to(c, m->end); /* the counts of empty streams */
 }
 
+static xkv_status cut_token_ids(cutter *c)
+{
+    const state *s = c->s;
+    uint32_t count = s->id_count < c->kept ? s->id_count : c->kept;
+    if (s->ids_wrapped) {
+        XKV_TRY(copy_up_to(c, s->ids - 4 * XKV_LLAMA_WRAPPING));
+        XKV_TRY(replace_u32(c, count + XKV_LLAMA_WRAPPING));
+    }
+    XKV_TRY(copy_up_to(c, s->ids - 4));
+    XKV_TRY(replace_u32(c, count));
+    XKV_TRY(copy_literal(c, 4 * (uint64_t)count));
+    skip_literal(c, 4 * (uint64_t)(s->id_count - count));
+    return XKV_OK;
+}
+
 /* The outputs of a session belong to its last tokens: a cut one has none. */
 static xkv_status cut_outputs(cutter *c)
 {
@@ -466,13 +481,8 @@ static xkv_status cut_outputs(cutter *c)
 static xkv_status cut_all(cutter *c)
 {
     const state *s = c->s;
-    if (s->engine != XKV_ENGINE_LLAMA_BLOB) {
-        uint32_t id_count = s->id_count < c->kept ? s->id_count : c->kept;
-        XKV_TRY(copy_up_to(c, s->ids - 4));
-        XKV_TRY(replace_u32(c, id_count));
-        XKV_TRY(copy_literal(c, 4 * (uint64_t)id_count));
-        skip_literal(c, 4 * (uint64_t)(s->id_count - id_count));
-    }
+    if (s->engine != XKV_ENGINE_LLAMA_BLOB)
+        XKV_TRY(cut_token_ids(c));
     XKV_TRY(cut_outputs(c));
     for (uint32_t i = 0; i < s->memory_count; i++)
         XKV_TRY(cut_memory(c, &s->memories[i]));
@@ -496,7 +506,7 @@ static xkv_status check_cut(xkv_ctx *ctx, const xkv_llama_problem *problem, cons
     if (problem->status != XKV_OK)
         return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "cannot cut: offset %llu of the framing: %s [LS11]",
                         (unsigned long long)problem->offset, problem->detail);
-    const char *reason = s->ids_packed                 ? "its token field is packed"
+    const char *reason = s->ids_packed                 ? "its token field is not understood"
                          : s->tail == XKV_TAIL_UNKNOWN ? "it holds a part that is not understood"
                                                        : memory_reason(&s->memories[0], g->token_count);
     if (!reason && s->memory_count == 2 && memory_reason(&s->memories[1], g->token_count))

@@ -109,13 +109,27 @@ static bool step_over(walk *w, uint64_t n, const char *field)
 
 /* --- Parts of the file -------------------------------------------------------------------------------------------- */
 
+/* A server's token field: unwrapped where it has no media, else it is not understood. */
+static void unwrap_token_ids(state *s, const uint8_t *words)
+{
+    const uint32_t ids = s->id_count - XKV_LLAMA_WRAPPING;
+    s->ids_wrapped = s->id_count >= XKV_LLAMA_WRAPPING && xkv_load32(words + 4) == 1 && xkv_load32(words + 8) == ids &&
+                     xkv_load32(words + 12 + 4 * (uint64_t)ids) == 0;
+    s->ids_packed = !s->ids_wrapped;
+    if (s->ids_wrapped) {
+        s->ids += 12;
+        s->id_count = ids;
+    }
+}
+
 static bool walk_token_ids(walk *w, state *s)
 {
     if (!take_u32(w, "version", &s->version) || !take_u32(w, "n_token_count", &s->id_count))
         return false;
     s->ids = w->offset;
     const uint8_t *ids = take(w, 4 * (uint64_t)s->id_count, "tokens");
-    s->ids_packed = ids && s->id_count > 0 && xkv_load32(ids) == UINT32_MAX;
+    if (ids && s->id_count > 0 && xkv_load32(ids) == UINT32_MAX)
+        unwrap_token_ids(s, ids);
     return ids != NULL;
 }
 

@@ -9,6 +9,9 @@
 #define XKV_LLAMA_TENSOR_HEAD 12u
 #define XKV_LLAMA_CELL        12u
 
+/* Words of a server's token field beside the ids: -1, version 1 and their number in front, no media behind. */
+#define XKV_LLAMA_WRAPPING 4u
+
 /* What the layout has or has not, where neither magic nor version tells. */
 typedef struct xkv_llama_form {
     bool streams;       /* memories begin with n_stream */
@@ -44,6 +47,7 @@ typedef struct xkv_llama_state {
     xkv_llama_form form;
     uint64_t ids; /* offset of the token ids */
     uint32_t id_count;
+    bool ids_wrapped;             /* the ids lie in a server's form, between XKV_LLAMA_WRAPPING words */
     bool ids_packed;              /* the token field is not a list of ids */
     uint64_t architecture;        /* sessions: offset of the name's characters */
     uint32_t architecture_size;   /* and how many there are */

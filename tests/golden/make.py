@@ -116,12 +116,15 @@ def session_bytes(architecture, outputs):
     return data + struct.pack("<Q", logits.size) + logits.astype("<f4").tobytes() + struct.pack("<Q", 0)
 
 
-def write_state(path, positions, layers, session=None, outputs=None, windows=None, **how):
+def write_state(path, positions, layers, session=None, outputs=None, windows=None, served=False, **how):
     """A llama.cpp state file. session: the architecture, if it is one; windows: tokens that the cache of the first
-    layer holds, behind that of the others."""
+    layer holds, behind that of the others; served: token ids as a server saves them."""
     version = how.get("version", 3)
     data = struct.pack("<II", 0x6767736e, version + 7) if session else struct.pack("<II", 0x67677371, version)
-    data += struct.pack("<I", len(positions)) + (np.arange(len(positions)) * 37 % 1000).astype("<i4").tobytes()
+    ids = (np.arange(len(positions)) * 37 % 1000).astype("<i4")
+    if served:
+        ids = np.concatenate([[-1, 1, len(ids)], ids, [0]]).astype("<i4")
+    data += struct.pack("<I", len(ids)) + ids.tobytes()
     data += session_bytes(session, outputs) if session else b""
     data += memory_bytes(positions, layers[1:] if windows else layers, **how)
     if windows:
@@ -260,6 +263,7 @@ class Maker:
         self.pack(longer, "--profile", "scalar", "--error", 0.05, style="gemma3")
         text = self.sequence("scalar-positions", 40, "qwen2", extension=bytes(12))
         self.pack(text, "--profile", "scalar", "--error", 0.05, style="qwen2")
+        self.pack(self.sequence("scalar-slot", 40, served=True), "--profile", "scalar", "--error", 0.05)
 
 
 def main():

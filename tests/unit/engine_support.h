@@ -28,6 +28,7 @@ typedef struct sequence {
     int streams;              /* 0: the form without n_stream */
     int used;                 /* the stream that has the cells */
     uint32_t ids;             /* token ids 100, 101, ... */
+    int served;               /* in the form of servers: -1, version 1, their number, ids, no media */
     uint32_t cells;           /* cells */
     const int32_t *at;        /* their positions; NULL: 0, 1, ... */
     uint32_t extension;
@@ -106,6 +107,20 @@ static inline void put_memory(bytes *b, const sequence *s)
     }
 }
 
+static inline void put_token_ids(bytes *b, const sequence *s)
+{
+    put32(b, s->served ? s->ids + 4 : s->ids);
+    if (s->served) {
+        put32(b, UINT32_MAX);
+        put32(b, 1);
+        put32(b, s->ids);
+    }
+    for (uint32_t i = 0; i < s->ids; i++)
+        put32(b, 100 + i);
+    if (s->served)
+        put32(b, 0);
+}
+
 static inline void put_session_fields(bytes *b, const sequence *s)
 {
     put32(b, (uint32_t)strlen(s->architecture));
@@ -131,9 +146,7 @@ static inline void put_sequence(bytes *b, const sequence *s)
     } else {
         put32(b, s->kind == SESSION_FILE ? 0x6767736e : 0x67677371);
         put32(b, s->kind == SESSION_FILE ? s->version + 7 : s->version);
-        put32(b, s->ids);
-        for (uint32_t i = 0; i < s->ids; i++)
-            put32(b, 100 + i);
+        put_token_ids(b, s);
     }
     if (s->kind == SESSION_FILE)
         put_session_fields(b, s);

@@ -169,9 +169,12 @@ static void test_cut_is_shorter_save(void **state)
                 s.v_trans = v_trans;
                 s.ids = s.cells = 6;
                 s.v_row = v_trans ? 4 : 6;
-                sequence less = s;
-                less.ids = less.cells = kept;
-                assert_cut_is_shorter_save(&s, &less);
+                for (int served = 0; served < 2; served++) {
+                    s.served = served;
+                    sequence less = s;
+                    less.ids = less.cells = kept;
+                    assert_cut_is_shorter_save(&s, &less);
+                }
             }
 }
 

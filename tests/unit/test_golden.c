@@ -38,6 +38,7 @@ static const golden goldens[] = {
     {"svdq-windows", "ggsq", 0, NULL},
     {"scalar-windows", "ggsq", 0, NULL},
     {"scalar-positions", "ggsq", 0, NULL},
+    {"scalar-slot", "ggsq", 0, NULL},
 };
 
 /* --- Agreement of two decoders: spec/codec.md, section 3 --- */

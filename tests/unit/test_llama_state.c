@@ -69,6 +69,15 @@ static void assert_opens(const sequence *s)
     xkv_cache_free(ctx, cache);
 }
 
+static void assert_cannot_cut(const xkv_cache *cache, const char *reason)
+{
+    xkv_framing *cut;
+    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), xkv_cache_geometry(cache), 1, &cut),
+                     XKV_ERROR_UNSUPPORTED);
+    assert_non_null(strstr(xkv_ctx_error(ctx), "only restore its whole prefix"));
+    assert_non_null(strstr(xkv_ctx_error(ctx), reason));
+}
+
 /* Offsets counted by hand from the layout, not by code. */
 static void test_offsets(void **state)
 {
@@ -207,21 +216,40 @@ static void test_checkpoints(void **state)
     assert_opens(&s);
 }
 
-static void test_packed_token_field(void **state)
+static void test_served_token_field(void **state)
 {
     (void)state;
     sequence s = plain_sequence();
-    put_sequence(&file, &s);
-    xkv_store32(file.data + 12, UINT32_MAX);
-    xkv_cache *cache = open_file(NULL);
-    assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
-    assert_int_equal(xkv_cache_geometry(cache)->token_id_count, 0);
-    assert_int_equal(xkv_cache_geometry(cache)->plane_count, 4);
-    assert_framing_is_file(ctx, cache, file.data, file.size);
-    xkv_framing *cut;
-    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), xkv_cache_geometry(cache), 1, &cut),
-                     XKV_ERROR_UNSUPPORTED);
-    xkv_cache_free(ctx, cache);
+    s.served = 1;
+    for (s.ids = 0; s.ids < 4; s.ids++) {
+        put_sequence(&file, &s);
+        assert_opens(&s);
+    }
+}
+
+/* Another version, media, a count that does not end the field, and fields too short to have one. */
+static void test_token_field_not_understood(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t ids, offset, value;
+    } cases[] = {{2, 16, 2}, {2, 20, 1}, {2, 20, 3}, {2, 20, UINT32_MAX - 3}, {2, 32, 1}, {0, 20, 1}, {0, 8, 4 - 1}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        sequence s = plain_sequence();
+        s.served = cases[i].offset != 8;
+        s.ids = s.served ? cases[i].ids : cases[i].value;
+        put_sequence(&file, &s);
+        xkv_store32(file.data + 12, UINT32_MAX);
+        if (s.served)
+            xkv_store32(file.data + cases[i].offset, cases[i].value);
+        xkv_cache *cache = open_file(NULL);
+        assert_engine(cache, XKV_ENGINE_LLAMA_SEQUENCE);
+        assert_int_equal(xkv_cache_geometry(cache)->token_id_count, 0);
+        assert_int_equal(xkv_cache_geometry(cache)->plane_count, 4);
+        assert_framing_is_file(ctx, cache, file.data, file.size);
+        assert_cannot_cut(cache, "its token field");
+        xkv_cache_free(ctx, cache);
+    }
 }
 
 /* --- Sessions and blobs ------------------------------------------------------------------------------------------- */
@@ -533,15 +561,6 @@ static sequence window_cache(void)
     s.layers = 3;
     s.k_row = 16;
     return s;
-}
-
-static void assert_cannot_cut(const xkv_cache *cache, const char *reason)
-{
-    xkv_framing *cut;
-    assert_int_equal(xkv_framing_first(ctx, xkv_cache_framing(cache), xkv_cache_geometry(cache), 1, &cut),
-                     XKV_ERROR_UNSUPPORTED);
-    assert_non_null(strstr(xkv_ctx_error(ctx), "only restore its whole prefix"));
-    assert_non_null(strstr(xkv_ctx_error(ctx), reason));
 }
 
 /* Prompts no longer than the window: both caches hold the same cells, and all layers are planes. */
@@ -1013,7 +1032,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_transposed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_cells_out_of_order, setup, teardown),
         cmocka_unit_test_setup_teardown(test_checkpoints, setup, teardown),
-        cmocka_unit_test_setup_teardown(test_packed_token_field, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_served_token_field, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_token_field_not_understood, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sessions, setup, teardown),
         cmocka_unit_test_setup_teardown(test_session_offsets, setup, teardown),
         cmocka_unit_test_setup_teardown(test_session_truncation, setup, teardown),
