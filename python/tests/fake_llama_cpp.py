@@ -15,6 +15,7 @@ class Context:
 
     def __init__(self, state=b"\x01\0\0\0\0\0\0\0", with_prefix=True):
         self.state, self.with_prefix, self.refuse = state, with_prefix, False
+        self.whole, self.cut, self.cuts = b"", None, True  # whole: with what windows have left behind
 
     def data(self, sequence):
         return (struct.pack("<Ii", PREFIX, sequence) if self.with_prefix else b"") + self.state
@@ -72,7 +73,21 @@ def set_data(ctx, source, size, sequence):
 
 
 def remove(ctx, sequence, first, last):
-    ctx.state = b"\x01\0\0\0\0\0\0\0"
+    """ctx.cut: behind which token; 0 or less forgets all. An engine that does not cut still forgets all."""
+    ctx.cut = first
+    if first <= 0:
+        ctx.state = b"\x01\0\0\0\0\0\0\0"
+    return ctx.cuts or first <= 0
+
+
+def get_context_size(ctx):
+    return 4 + 5 + len(ctx.whole or ctx.state)
+
+
+def get_context_data(ctx, target, size):
+    data = struct.pack("<I", 5) + b"llama" + (ctx.whole or ctx.state)
+    ctypes.memmove(target, data, min(len(data), size))
+    return len(data)
 
 
 def module():
@@ -80,6 +95,7 @@ def module():
     fake.LLAMA_STATE_SEQ_MAGIC, fake.LLAMA_STATE_SEQ_VERSION, fake.LLAMA_DEFAULT_SEED = 0x67677371, 3, 0xFFFFFFFF
     fake.llama_state_seq_get_size, fake.llama_state_seq_get_data, fake.llama_state_seq_set_data = get_size, get_data, set_data
     fake.llama_get_memory, fake.llama_memory_seq_rm = lambda ctx: ctx, remove
+    fake.llama_state_get_size, fake.llama_state_get_data = get_context_size, get_context_data
     fake.LlamaState = LlamaState
     cache = types.ModuleType("llama_cpp.llama_cache")
     cache.BaseLlamaCache = type("BaseLlamaCache", (), {"__init__": lambda self: None})

@@ -1,4 +1,5 @@
 """xkv.llama without an engine: what is handed over and taken, misses and their reasons."""
+import importlib.util
 import re
 import shutil
 import struct
@@ -6,7 +7,7 @@ import struct
 import fake_llama_cpp
 import numpy as np
 import pytest
-from conftest import ENGINE_FILE, GGUF
+from conftest import ENGINE_FILE, GGUF, REPOSITORY
 
 fake_llama_cpp.install()
 
@@ -77,7 +78,7 @@ def test_one_token_is_left_to_compute(store, tokens):
 
 @pytest.mark.parametrize("settings, reason", [
     (dict(flash_attn_type=0), "flash on instead of off"), (dict(type_k=8, type_v=8), "k f16 instead of q8_0"),
-    (dict(rope_freq_base=20000.0), "none of the 1 stored entries"), (dict(swa_full=True), "none of the 1 stored entries")])
+    (dict(rope_freq_base=20000.0), "none of the 1 stored entries"), (dict(swa_full=True), "swa window instead of full")])
 def test_other_settings(store, tokens, settings, reason):
     xkv.llama.Prefixes(holding(tokens), store).save()
     llama = fake_llama_cpp.Llama(GGUF, **settings)
@@ -126,6 +127,73 @@ def test_an_engine_that_refuses(store, tokens):
     llama.ctx.refuse = True
     restored = xkv.llama.Prefixes(llama, store).restore(tokens.tolist())
     assert not restored and "refuses" in restored.reason and llama.n_tokens == 0
+
+
+# --- Models with sliding windows ---
+
+WINDOWED, WITHIN = (REPOSITORY / "tests" / "golden" / f"{name}-windows.ggsq" for name in ("scalar", "svdq"))
+
+
+@pytest.fixture
+def windows_model(tmp_path):
+    """That of the golden files: one layer of two has a window."""
+    spec = importlib.util.spec_from_file_location("golden_make", REPOSITORY / "tests" / "golden" / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    make.write_gguf(tmp_path / "windows.gguf", "gemma3", make.HEAD_DIM, base=make.FULL_BASE,
+                    **{"attention.sliding_window": 64, "attention.sliding_window_pattern": 2})
+    return tmp_path / "windows.gguf"
+
+
+def sequence_file(path):
+    """(token ids, memory state)"""
+    data = path.read_bytes()
+    (count,) = struct.unpack_from("<I", data, 8)
+    return np.frombuffer(data, np.int32, count, 12).tolist(), data[12 + 4 * count:]
+
+
+def test_a_window_is_restored_as_a_whole(store, windows_model):
+    """Of 100 tokens the window holds the last 64: what it takes to go on, or to compute the last token again."""
+    ids, memory = sequence_file(WINDOWED)
+    llama = fake_llama_cpp.Llama(windows_model, memory)
+    llama.input_ids[:100], llama.n_tokens = ids, 100
+    xkv.llama.Prefixes(llama, store).save()
+    for prompt, tokens in ((ids, 99), ([*ids, 7], 100), ([*ids, 7, 8], 100)):
+        empty = fake_llama_cpp.Llama(windows_model)
+        restored = xkv.llama.Prefixes(empty, store).restore(prompt)
+        assert (restored.tokens, empty.n_tokens, empty.ctx.cut) == (tokens, tokens, tokens)
+        assert empty.ctx.state == memory
+    for prompt in (ids[:99], [*ids[:98], 7, 8]):
+        empty = fake_llama_cpp.Llama(windows_model)
+        restored = xkv.llama.Prefixes(empty, store).restore(prompt)
+        assert not restored and empty.n_tokens == 0 and "whole prefix" in restored.reason
+    full = fake_llama_cpp.Llama(windows_model, swa_full=True)
+    assert "swa window instead of full" in xkv.llama.Prefixes(full, store).restore([*ids, 7]).reason
+
+
+def test_an_engine_that_cannot_cut(store, windows_model):
+    ids, memory = sequence_file(WINDOWED)
+    llama = fake_llama_cpp.Llama(windows_model, memory)
+    llama.input_ids[:100], llama.n_tokens = ids, 100
+    xkv.llama.Prefixes(llama, store).save()
+    empty = fake_llama_cpp.Llama(windows_model)
+    empty.ctx.cuts = False
+    restored = xkv.llama.Prefixes(empty, store).restore(ids)
+    assert not restored and "cannot cut" in restored.reason and empty.n_tokens == 0 and empty.ctx.state != memory
+
+
+def test_what_windows_have_left_behind_is_kept(store, windows_model):
+    """With swa_full the engine has all tokens in all layers, and says so of the whole context only."""
+    ids, memory = sequence_file(WITHIN)
+    llama = fake_llama_cpp.Llama(windows_model, b"what the window reaches", swa_full=True)
+    llama.ctx.whole = memory
+    llama.input_ids[:50], llama.n_tokens = ids, 50
+    assert xkv.llama.Prefixes(llama, store).save().tokens == 50
+    empty = fake_llama_cpp.Llama(windows_model, swa_full=True)
+    assert xkv.llama.Prefixes(empty, store).restore([*ids[:30], 7, 8]).tokens == 30
+    model = xkv.Model.from_gguf(windows_model)
+    lossless = xkv.pack(xkv.Cache.open(WITHIN, model), profile="lossless")
+    assert empty.ctx.state == bytes(xkv.open(lossless).restore(30)[12 + 4 * 30:])
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -31,6 +31,10 @@ class Stub(http.server.BaseHTTPRequestHandler):
     """POST /slots/0?action=save|restore. `held` is what the slot holds."""
     folder: pathlib.Path
     held = b""
+    model = GGUF
+
+    def do_GET(self):
+        self.reply(*((200, dict(model_path=str(self.model))) if self.path == "/props" else (404, {})))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -121,6 +125,23 @@ def test_through_the_server(folder, tmp_path, server):
     assert handler.held == original
     assert [path.name for path in folder.iterdir()] == ["a.bin.xkvslot"]
     assert slots.main(["restore", "none.bin", *common]) == 1
+
+
+def test_a_server_of_another_model(folder, tmp_path, server, capsys):
+    """The file beside it has the same header before other weights."""
+    handler, url = server
+    other = tmp_path / "other.gguf"
+    other.write_bytes(GGUF.read_bytes() + b"other weights")
+    common = ["--folder", str(folder), "--store", str(tmp_path / "s"), "--server", url]
+    assert slots.main(["save", "a.bin", *common, "--model", str(GGUF)]) == 0
+    handler.held = b"untouched"
+    handler.model = other
+    assert slots.main(["restore", "a.bin", *common, "--model", str(GGUF)]) == 1
+    assert "which is not" in capsys.readouterr().err
+    assert slots.main(["restore", "a.bin", *common, "--model", str(other)]) == 1, "stored by other weights"
+    assert handler.held == b"untouched" and not (folder / "a.bin").exists()
+    handler.model = "/where/this/machine/cannot/see.gguf"
+    assert slots.main(["restore", "a.bin", *common, "--model", str(GGUF)]) == 0
 
 
 def test_watching(folder, tmp_path):

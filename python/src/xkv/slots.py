@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from ._weights import weights_mark
 from .cache import Cache
 from .dictionary import Dictionary
 from .errors import TruncatedError, XkvError
@@ -127,14 +128,22 @@ class Server:
 
     def act(self, slot: int, action: str, name: str) -> Dict[str, Any]:
         """action: "save" or "restore". Its reply."""
-        return self._post(f"/slots/{slot}?action={action}", dict(filename=name))
+        return self._ask(f"/slots/{slot}?action={action}", dict(filename=name))
+
+    def check_model(self, path: pathlib.Path) -> None:
+        """SlotError when the server says that it runs another file than `path`, as far as that file can be seen here."""
+        running = pathlib.Path(str(self._ask("/props").get("model_path", "")))
+        if running.is_file() and weights_mark(running) != weights_mark(path):
+            raise SlotError(f"the server at {self.url} runs {running}, which is not {path}")
 
     def tokenize(self, text: str) -> List[int]:
         """As the server does for a completion."""
-        return list(self._post("/tokenize", dict(content=text, add_special=True))["tokens"])
+        return list(self._ask("/tokenize", dict(content=text, add_special=True))["tokens"])
 
-    def _post(self, path: str, body: Dict[str, Any]) -> Dict[str, Any]:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    def _ask(self, path: str, body: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+        """GET, or POST of a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                 return dict(json.load(reply))
@@ -187,7 +196,8 @@ def open_slots(args: argparse.Namespace) -> Slots:
     if args.dictionary and args.command != "restore":
         store.put_dictionary(args.dictionary)
         options["dictionary"] = Dictionary.open(args.dictionary)
-    return Slots(args.folder, store, Model.from_gguf(args.model), settings=args.settings, **options)
+    settings = f"weights={weights_mark(args.model)} {args.settings}".rstrip()
+    return Slots(args.folder, store, Model.from_gguf(args.model), settings=settings, **options)
 
 
 def say(text: str) -> None:
@@ -196,6 +206,8 @@ def say(text: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     slots, server = open_slots(args), Server(args.server)
+    if args.command != "watch":
+        server.check_model(args.model)
     if args.command == "save":
         server.act(args.slot, "save", args.name)
         put = slots.pack(args.name, args.keep)

@@ -40,6 +40,8 @@ def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     engine.add_argument("--type-k", choices=CACHE_TYPES, default="f16", help="type of cached keys [f16]")
     engine.add_argument("--type-v", choices=CACHE_TYPES, default="f16", help="type of cached values [f16]")
     engine.add_argument("--no-flash-attn", action="store_true", help="without flash attention")
+    engine.add_argument("--no-swa-full", action="store_true", help="keep no more than sliding windows reach: takes less "
+                        "memory, but what is stored can only be reused as a whole")
     engine.add_argument("--rope-freq-base", type=float, default=0.0, help="[as the model says]")
     engine.add_argument("--threads", type=int, help="[all]")
     parser.add_argument("--cap", type=int, default=0, help="a new store evicts above so many bytes [never]")
@@ -70,8 +72,8 @@ class Run:
                              f"{args.max_tokens}")
         self.llama = llama_cpp.Llama(
             str(args.model), n_ctx=args.n_ctx or -(-needed // 256) * 256, type_k=CACHE_TYPES[args.type_k],
-            type_v=CACHE_TYPES[args.type_v], flash_attn=not args.no_flash_attn, rope_freq_base=args.rope_freq_base,
-            n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
+            type_v=CACHE_TYPES[args.type_v], flash_attn=not args.no_flash_attn, swa_full=not args.no_swa_full,
+            rope_freq_base=args.rope_freq_base, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
 
     def open_store(self) -> Optional[Prefixes]:
         """None: the store cannot be used; the prompt is computed without it."""

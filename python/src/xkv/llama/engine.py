@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._files import Path, encoded
-from .state import EngineError, load_sequence, memory_offset, save_sequence
+from .state import EngineError, cut_sequence, has_windows, load_sequence, memory_offset, save_context, save_sequence
 
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml types
 BATCH = 256
@@ -114,8 +114,9 @@ class Context:
         return out
 
     def image(self, tokens: Sequence[int]) -> bytearray:
-        """The sequence file of the tokens that were evaluated, in memory."""
-        return save_sequence(self.handle, tokens)
+        """The sequence file of the tokens that were evaluated, in memory; all of them in layers with windows, too."""
+        save = save_context if has_windows(self.model.handle) else save_sequence
+        return save(self.handle, tokens)
 
     def set_image(self, image: bytearray) -> None:
         """Restore a sequence file in memory, which is used up."""
@@ -140,8 +141,7 @@ class Context:
 
     def cut(self, count: int) -> None:
         """Forget all but the first `count` tokens."""
-        if not llama_cpp.llama_memory_seq_rm(self.memory, 0, count, -1):
-            raise EngineError("the engine cannot cut the sequence")
+        cut_sequence(self.handle, count)
         self.used = count
 
     def _decode(self, tokens: Sequence[int], want_logits: bool) -> None:

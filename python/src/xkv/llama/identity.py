@@ -1,6 +1,7 @@
 """What makes caches of llama.cpp differ: model, weights, settings of the context, adapter."""
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any, Dict, Iterator, Tuple
 
@@ -26,6 +27,8 @@ class Identity:
         self.settings = settings_of(llama)
         self.settings["weights"] = weights_mark(self.path)
         self.adapter = adapter_of(llama)
+        windows = any(layer.window for layer in self.model.layers)
+        self.keeps_windows = windows and self.settings["swa"] == "full"  # also what they have left behind
 
     def namespace(self, salt: bytes = b"") -> Namespace:
         return self._namespace(self.settings, salt)
@@ -35,14 +38,13 @@ class Identity:
         return _text(self.settings)
 
     def relatives(self, salt: bytes = b"") -> Iterator[Tuple[str, Namespace]]:
-        """Namespaces of the same model with one or two other usual settings, and what differs: to explain a miss."""
-        for kind in ("f16", "q8_0", "q4_0", "bf16", "f32"):
-            for flash in ("on", "off"):
-                other = {**self.settings, "k": kind, "v": kind, "flash": flash}
-                if other == self.settings:
-                    continue
-                changed = [f"{name} {other[name]} instead of {self.settings[name]}" for name in other
-                           if other[name] != self.settings[name]]
+        """Namespaces of the same model with other usual settings, and what differs: to explain a miss."""
+        kinds = ("f16", "q8_0", "q4_0", "bf16", "f32")
+        for kind, flash, swa in itertools.product(kinds, ("on", "off"), ("full", "window")):
+            other = {**self.settings, "k": kind, "v": kind, "flash": flash, "swa": swa}
+            changed = [f"{name} {other[name]} instead of {self.settings[name]}" for name in other
+                       if other[name] != self.settings[name]]
+            if changed:
                 yield ", ".join(changed), self._namespace(other, salt)
 
     def _namespace(self, settings: Settings, salt: bytes) -> Namespace:

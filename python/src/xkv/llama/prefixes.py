@@ -11,11 +11,11 @@ from .._call import logger
 from .._serving import put_within_reach
 from ..cache import Cache
 from ..dictionary import Dictionary
-from ..errors import XkvError
+from ..errors import UnsupportedError, XkvError
 from ..store import Match, Store
 from ..store_types import PutReport
 from .identity import Identity
-from .state import EngineError, load_sequence, save_sequence
+from .state import EngineError, cut_sequence, load_sequence, save_context, save_sequence
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,6 +72,7 @@ class Prefixes:
             sizes = found.match.bytes, found.match.raw_bytes
         try:
             load_sequence(self.llama.ctx, image)
+            cut_sequence(self.llama.ctx, found.tokens)
         except EngineError as error:
             self.llama.n_tokens = 0
             return Restored(reason=str(error))
@@ -113,9 +114,16 @@ class Prefixes:
         return "no stored prompt begins like this one"
 
     def _image(self, match: Match, tokens: int) -> Tuple[Optional[bytearray], str]:
+        """The sequence file of the first `tokens`, or of one more: a window without the tokens before it can only be
+        restored as a whole, and then holds what the last token needs to be computed again."""
         try:
             match.check_model(self.identity.model)
-            return match.restore(tokens), ""
+            try:
+                return match.restore(tokens), ""
+            except UnsupportedError:
+                if not match.tokens == match.entry_tokens == tokens + 1:
+                    raise
+                return match.restore(tokens + 1), ""
         except XkvError as error:
             logger.warning("a stored prefix of %d tokens is not used: %s", tokens, error)
             return None, f"the stored entry is not usable: {error}"
@@ -131,7 +139,8 @@ class Prefixes:
         """Store what the engine has computed: `tokens` (None: all it holds). prefill_seconds is kept with it, to tell
         what a later restore() replaces."""
         tokens = self.llama.input_ids[:self.llama.n_tokens].tolist() if tokens is None else list(tokens)
-        return self.put(save_sequence(self.llama.ctx, tokens), tokens, prefill_seconds)
+        save = save_context if self.identity.keeps_windows else save_sequence
+        return self.put(save(self.llama.ctx, tokens), tokens, prefill_seconds)
 
     def put(self, image: Union[bytes, bytearray], tokens: Sequence[int],
             prefill_seconds: Optional[float] = None) -> PutReport:

@@ -56,6 +56,20 @@ def save_sequence(ctx: Any, tokens: Sequence[int], sequence: int = 0) -> bytearr
     return image
 
 
+def save_context(ctx: Any, tokens: Sequence[int]) -> bytearray:
+    """The same of a context that holds nothing but sequence 0, with what sliding windows have left behind."""
+    size = int(llama_cpp.llama_state_get_size(ctx))
+    image = bytearray(size)
+    target = (ctypes.c_uint8 * size).from_buffer(image)
+    got = int(llama_cpp.llama_state_get_data(ctx, target, size))
+    del target
+    if got == 0 or got > size:
+        raise EngineError(f"the engine gives {got} bytes of state, {size} announced")
+    image[:_memory_of_context(image)] = sequence_header(tokens)
+    del image[len(image) - (size - got):]
+    return image
+
+
 def load_sequence(ctx: Any, image: bytearray, sequence: int = 0) -> None:
     """Give the engine a sequence file; what the sequence held goes. `image` is used up: its header is overwritten.
 
@@ -75,6 +89,19 @@ def load_sequence(ctx: Any, image: bytearray, sequence: int = 0) -> None:
         raise EngineError(f"the engine refuses the state ({taken} of {size} bytes taken)")
 
 
+def cut_sequence(ctx: Any, tokens: int, sequence: int = 0) -> None:
+    """Forget all but the first `tokens`."""
+    memory = llama_cpp.llama_get_memory(ctx)
+    if not llama_cpp.llama_memory_seq_rm(memory, sequence, tokens, -1):
+        llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
+        raise EngineError(f"the engine cannot cut the sequence to {tokens} tokens")
+
+
+def has_windows(model: Any) -> bool:
+    """Whether layers have sliding windows. model: llama_model_p."""
+    return int(llama_cpp.llama_model_n_swa(model)) > 0
+
+
 def _has_prefix(ctx: Any) -> bool:
     """Whether this engine's sequence data begin with the prefix: seen on a sequence, even an empty one."""
     size = int(llama_cpp.llama_state_seq_get_size(ctx, 0))
@@ -85,10 +112,15 @@ def _has_prefix(ctx: Any) -> bool:
 
 def sequence_of_context(state: bytes, tokens: Sequence[int]) -> bytes:
     """Sequence file of the data of a context that holds one sequence."""
+    return sequence_header(tokens) + state[_memory_of_context(state):]
+
+
+def _memory_of_context(state: Any) -> int:
+    """Where the memory state begins in the data of a context."""
     (length,) = struct.unpack_from("<I", state, 0)
     if 4 + length > len(state):
         raise EngineError("the context's data are too short for the name of its architecture")
-    return sequence_header(tokens) + state[4 + length:]
+    return int(4 + length)
 
 
 def context_of_sequence(image: Any, architecture: str) -> bytes:
