@@ -1,6 +1,7 @@
 """Prefixes of a real engine reused by another process, as users run it: python -m xkv.llama. Prints one JSON object; fails
 when a bound is broken. Run through run.sh: run.sh live MODEL."""
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 
 import models
 import xkv
-from live_checks import fallbacks, readme
+from live_checks import fallbacks, other_contexts, readme, windows
 from texts import default_texts, facts_text, training_texts
 from xkv.fidelity import compare
 from xkv.llama import engine
@@ -21,14 +22,18 @@ from xkv.llama.__main__ import prompt_tokens
 
 PROMPT = 2048  # at most, of the text with facts
 PROMPTS, PROMPT_TOKENS, FOLLOWING = 8, 512, 64
-ANSWER = 24
+ANSWER, ASKED = 24, "Answer with one word."
 RATIO = 16
-PARTS = ("processes", "agreement", "questions", "fallbacks", "readme")
+PARTS = ("processes", "agreement", "questions", "fallbacks", "contexts", "windows", "readme")
 CHECKS = {
     "processes": lambda r: {"the first token comes 5 times sooner": r["speedup"] >= 5},
     "agreement": lambda r: {"top-1 agreement of 0.93": r["top1"] >= 0.93, "lossless: identical": r["lossless_identical"]},
     "questions": lambda r: {"at most one answer differs": r["different"] <= 1},
     "readme": lambda r: {"the snippet runs and reuses": r["hits"] >= 1 and r["entries"] >= 1 and all(r["answers"])},
+    "contexts": lambda r: {"another length fits": r["reused_tokens"] == r["prompt_tokens"] - 1 and r["same_answer"],
+                           "one that is too short is refused": "--n-ctx 64" in r["refused"]},
+    "windows": lambda r: {"restored as a whole": r["reused_tokens"] == r["prompt_tokens"] - 1 and r["same_answer"],
+                          "never in part": r["other_reused"] == 0 and "whole prefix" in r["other_reason"]},
     "fallbacks": lambda r: {"bad caches are never used": all(row["fell_back"] for row in r)},
 }
 
@@ -41,6 +46,11 @@ def answer(model_file, store, prompt_file, *options):
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}: exit code {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout)
+
+
+def other_model(name, cache):
+    """The file of another model."""
+    return models.joined_model(next(other for other in models.SOURCES if other != name), cache)
 
 
 def trained(model_file, name, cache):
@@ -122,24 +132,27 @@ def agreement(judge, cache):
 
 def questions(judge, model_file, cache):
     """Answers that stand in the prompt, with the cache of what all the prompts share: restored at RATIO against raw.
-    Different are those that are right with one of them only: what a small model makes up changes with every rounding."""
+    Different are those that name other facts of the text; in how many the words differ is told beside."""
     text, asked = facts_text(cache)
     vocabulary = llama_cpp.Llama(str(model_file), vocab_only=True, verbose=False)
-    prompts = [prompt_tokens(vocabulary, text, question) for question, _ in asked]
+    prompts = [prompt_tokens(vocabulary, text, f"{question} {ASKED}") for question, _ in asked]
     shared = min(len(os.path.commonprefix([prompts[0], prompt])) for prompt in prompts)
     raw, packed, _ = judge.images(prompts[0][:shared])
     rows = []
     for prompt, (question, expected) in zip(prompts, asked):
         answers = [first_line(judge, judge.greedy(image, prompt[shared:], ANSWER)) for image in (raw, packed)]
-        right = [expected.lower() in answer.lower() for answer in answers]
-        rows.append(dict(question=question, expected=expected, raw=answers[0], packed=answers[1], right=right))
-    return dict(tokens=shared, rows=rows, different=sum(row["right"][0] != row["right"][1] for row in rows),
-                other_words=sum(row["raw"] != row["packed"] for row in rows), right_raw=sum(row["right"][0] for row in rows),
-                right_packed=sum(row["right"][1] for row in rows))
+        names = [named_facts(answer) for answer in answers]
+        rows.append(dict(question=question, expected=expected, raw=answers[0], packed=answers[1], names=names))
+    raw, packed = ([row["names"][i] == [row["expected"]] for row in rows] for i in (0, 1))
+    return dict(tokens=shared, rows=rows, different=sum(row["names"][0] != row["names"][1] for row in rows),
+                other_words=sum(row["raw"] != row["packed"] for row in rows), right_raw=sum(raw), right_packed=sum(packed),
+                right_with_one_only=sum(a != b for a, b in zip(raw, packed)))
 
 
 def first_line(judge, tokens):
-    return judge.engine.text(tokens).strip().split("\n")[0]
+    """Up to the end of the line or of the turn."""
+    said = itertools.takewhile(lambda token: not llama_cpp.llama_vocab_is_eog(judge.engine.vocab, token), tokens)
+    return judge.engine.text(list(said)).strip().split("\n")[0]
 
 
 def main():
@@ -163,12 +176,16 @@ def main():
         if "questions" in args.parts:
             results["questions"] = questions(Judge(model_file, model_file, dictionary), model_file, args.cache)
         if "fallbacks" in args.parts:
-            other = next(name for name in models.SOURCES if name != args.model)
-            results["fallbacks"] = fallbacks(answer, model_file, models.joined_model(other, args.cache),
+            results["fallbacks"] = fallbacks(answer, model_file, other_model(args.model, args.cache),
                                              models.f32_model(args.model, args.cache), work)
+        if "contexts" in args.parts:
+            results["contexts"] = other_contexts(answer, model_file, work)
+        if "windows" in args.parts and any(layer.window for layer in xkv.Model.from_gguf(model_file).layers):
+            text, asked = facts_text(args.cache)
+            results["windows"] = windows(answer, model_file, text, [question for question, _ in asked], work)
         if "readme" in args.parts:
             results["readme"] = readme(model_file, dictionary, work)
-    results["checks"] = {part: CHECKS[part](results[part]) for part in args.parts}
+    results["checks"] = {part: CHECKS[part](results[part]) for part in args.parts if part in results}
     text = json.dumps(results, indent=1)
     print(text)
     if args.json:

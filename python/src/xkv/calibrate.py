@@ -6,16 +6,16 @@ For every layer l and key/value head g two symmetric matrices [head_dim, head_di
     k_metric[l, g] = 0.49 / E|x_l|^2  sum_h  scale^2 E[q q^T] trace(W_h Cov(v_g) W_h^T)      e: of a key before RoPE
     v_metric[l, g] =    1 / E|x_l|^2  sum_h  W_h^T W_h                                        e: of a value
 
-over the query heads h that share g. q is the query after RoPE, rotated back to the position of a random earlier key; W_h is
-the part of the output projection that belongs to h; x_l is the residual stream behind the attention block. An error of a
-key changes scores by q^T e, and with them the mix of values: its cost relative to that of a value's error is an upper
-estimate, to which 0.49 = 0.7^2 is fitted. The first tokens (sinks) are left out."""
+over the query heads h that share g. q is the query after RoPE, rotated back to the position of a random earlier key within
+the layer's window; W_h is the part of the output projection that belongs to h, and where its result u is normalized before
+it is added (Gemma), with that norm's weights and the mean of 1 / rms(u)^2; x_l is the residual stream behind the attention
+block. An error of a key changes scores by q^T e, and with them the mix of values: its cost relative to that of a value's
+error is an upper estimate, to which 0.49 = 0.7^2 is fitted. The first tokens (sinks) are left out."""
 from __future__ import annotations
 
 import argparse
 import json
 import pathlib
-import re
 import struct
 import sys
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -30,10 +30,12 @@ from .llama import engine
 from .model import Metric, Model
 
 SINKS = 4
+BY_EMBEDDING = (("gemma2", 46), ("gemma3", 62))  # (architecture, layers): scores are scaled by (embedding / heads)^-1/2
 KEY_SCALE = 0.7
 DRAWS = 2              # earlier positions that each query is rotated back to
 QUERY = "Qcur"         # the last tensor of this name in a layer is after RoPE
 RESIDUALS = ("ffn_inp", "sa_out", "attn_residual")  # behind the attention block, by architecture
+MIXED = "kqv_out"      # values of all heads, before the output projection
 
 Floats = npt.NDArray[np.float64]
 
@@ -50,12 +52,14 @@ class Statistics:
         if any((layer.kv_heads, layer.head_dim_k, layer.head_dim_v) != (self.kv_heads, self.head_dim, self.head_dim)
                for layer in self.model.layers) or self.model.latent_dim:
             raise SystemExit(f"{path}: a metric needs equal layers with keys and values of one width")
+        self.outputs = Outputs(path, self.layers, self.heads, self.head_dim)
         square = self.head_dim, self.head_dim
         self.queries: Floats = np.zeros((self.layers, self.heads, *square))
         self.values: Floats = np.zeros((self.layers, self.kv_heads, *square))
         self.value_sums: Floats = np.zeros((self.layers, self.kv_heads, self.head_dim))
         self.residuals: Floats = np.zeros(self.layers)
-        self.residual_rows = np.zeros(self.layers)
+        self.norm_gains: Floats = np.zeros(self.layers)
+        self.rows = np.zeros(self.layers)
         self.tokens = 0
         self._random = np.random.default_rng(seed)
         self._seen: Dict[str, npt.NDArray[np.float32]] = {}
@@ -64,7 +68,7 @@ class Statistics:
 
     def add(self, tokens: Sequence[int]) -> bytearray:
         """Evaluate one text; the sequence file of its cache."""
-        context = engine.Context(self.engine, len(tokens), engine.F16, True, self._keep, (QUERY, *RESIDUALS))
+        context = engine.Context(self.engine, len(tokens), engine.F16, True, self._keep, (QUERY, MIXED, *RESIDUALS))
         try:
             for start in range(0, len(tokens), engine.BATCH):
                 part = tokens[start:start + engine.BATCH]
@@ -86,12 +90,16 @@ class Statistics:
         skip = max(SINKS - start, 0)
         residual = self._named(RESIDUALS, layer).reshape(count, -1)[skip:]
         self.residuals[layer] += np.square(residual, dtype=np.float64).sum()
-        self.residual_rows[layer] += len(residual)
+        self.rows[layer] += len(residual)
+        if layer in self.outputs.normed:
+            mixed = self._named((MIXED,), layer).reshape(count, -1)[skip:]
+            self.norm_gains[layer] += self.outputs.norm_gains(layer, mixed).sum()
         query = self._named((QUERY,), layer).reshape(count, self.heads, self.head_dim)[skip:]
         positions = np.arange(start + skip, start + count)
+        reach = np.minimum(positions + 1, self.model.layers[layer].window or count + start)
         rope = self.model.layers[layer].rope
         for _ in range(DRAWS):
-            earlier = (self._random.random(len(positions)) * (positions + 1)).astype(np.int64)
+            earlier = positions - (self._random.random(len(positions)) * reach).astype(np.int64)
             back = unrotated(query, earlier, self.model.ropes[rope]) if rope is not None else query
             self.queries[layer] += np.einsum("nhd,nhe->hde", back, back, optimize=True) / DRAWS
 
@@ -115,17 +123,19 @@ class Statistics:
     def metric(self) -> Metric:
         """k and v: [layers, kv_heads, head_dim, head_dim]."""
         share = self.heads // self.kv_heads
-        energy = self.residuals / self.residual_rows
+        energy = self.residuals / self.rows
         scale = self._score_scale() ** 2
         k = np.zeros((self.layers, self.kv_heads, self.head_dim, self.head_dim))
         v = np.zeros_like(k)
-        outputs = output_grams(self.model_file, self.layers, self.heads, self.head_dim)
         for layer in range(self.layers):
+            grams = self.outputs.grams[layer]
+            if layer in self.outputs.normed:
+                grams = grams * self.norm_gains[layer] / self.rows[layer]
             for g in range(self.kv_heads):
                 mean = self.value_sums[layer, g] / self.tokens
                 covariance = self.values[layer, g] / self.tokens - np.outer(mean, mean)
                 for h in range(g * share, (g + 1) * share):
-                    gram = outputs[layer, h]
+                    gram = grams[h]
                     query = self.queries[layer, h] / self.tokens
                     k[layer, g] += KEY_SCALE ** 2 * scale * query * np.trace(gram @ covariance) / energy[layer]
                     v[layer, g] += gram / energy[layer]
@@ -135,7 +145,10 @@ class Statistics:
         """What scores are multiplied by before the softmax."""
         from gguf import GGUFReader
         field = GGUFReader(self.model_file).fields.get(f"{self.model.architecture}.attention.scale")
-        return float(field.contents()) if field is not None else self.head_dim ** -0.5
+        if field is not None:
+            return float(field.contents())
+        by_embedding = (self.model.architecture, self.layers) in BY_EMBEDDING
+        return float(self.outputs.width / self.heads if by_embedding else self.head_dim) ** -0.5
 
 
 def _symmetric(blocks: Floats) -> Floats:
@@ -156,18 +169,35 @@ def unrotated(rows: npt.NDArray[Any], positions: npt.NDArray[Any], rope: Rope) -
     return out
 
 
-def output_grams(path: pathlib.Path, layers: int, heads: int, head_dim: int) -> Floats:
-    """W_h^T W_h of every layer and query head: [layers, heads, head_dim, head_dim]."""
-    import gguf
-    out = np.full((layers, heads, head_dim, head_dim), np.nan)
-    for tensor in gguf.GGUFReader(path).tensors:
-        found = re.fullmatch(r"blk\.(\d+)\.attn_output\.weight", tensor.name)
-        if found:
-            weight = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1, heads, head_dim)
-            out[int(found[1])] = np.einsum("dha,dhb->hab", weight, weight, optimize=True)
-    if np.isnan(out).any():
-        raise SystemExit(f"{path}: not all layers have blk.N.attn_output.weight")
-    return out
+class Outputs:
+    """What leads from the mixed values of a layer's heads to the residual stream."""
+
+    def __init__(self, path: pathlib.Path, layers: int, heads: int, head_dim: int) -> None:
+        import gguf
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+        def weights(name: str) -> Optional[npt.NDArray[np.float32]]:
+            tensor = tensors.get(f"{name}.weight")
+            return None if tensor is None else gguf.dequantize(tensor.data, tensor.tensor_type)
+        self.grams: Floats = np.empty((layers, heads, head_dim, head_dim))  # W_h^T W_h, the norm's weights included
+        self.normed: Dict[int, npt.NDArray[np.float32]] = {}  # [embedding, heads * head_dim] of layers with such a norm
+        for layer in range(layers):
+            projection = weights(f"blk.{layer}.attn_output")
+            if projection is None:
+                raise SystemExit(f"{path}: not all layers have blk.N.attn_output.weight")
+            self.width = len(projection)
+            # in models without a norm of its own for the feed-forward part, what is named so is that norm
+            behind = any(f"blk.{layer}.{name}.weight" in tensors for name in ("ffn_norm", "post_ffw_norm"))
+            norm = weights(f"blk.{layer}.post_attention_norm") if behind else None
+            if norm is not None:
+                self.normed[layer] = projection
+                projection = projection * norm[:, None]
+            heads_of = projection.reshape(-1, heads, head_dim)
+            self.grams[layer] = np.einsum("dha,dhb->hab", heads_of, heads_of, optimize=True)
+
+    def norm_gains(self, layer: int, mixed: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """1 / rms^2 of what the norm behind the projection is given. mixed: [rows, heads * head_dim]."""
+        return np.asarray(1 / np.square(mixed @ self.normed[layer].T).mean(1))
 
 
 def write_metric(metric: Metric, path: pathlib.Path, about: Dict[str, str]) -> None:
