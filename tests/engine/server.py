@@ -57,14 +57,14 @@ class Setting:
 
 def prompts(cache):
     """A text, and the same with questions behind it."""
-    text, _ = facts_text(cache)
-    return text, [f"{text}\nQuestion: {question}\nAnswer:" for question, _ in FACTS[:2]]
+    text = facts_text(cache)[0].rstrip()  # so that it ends where a token does
+    return text, [f"{text}\n\nQuestion: {question}\nAnswer:" for question, _ in FACTS[:2]]
 
 
 def reuse(setting, text, asked):
     """What is restored serves another prompt that begins with it, after a restart."""
     with setting.server() as server:
-        first = server.complete(text, 1)
+        first = server.complete(text, 0)
         said = setting.pack_by_watcher(lambda: server.ask("/slots/0?action=save", filename="text.bin"), "text.bin")
         server.ask("/slots/0?action=save", filename="raw.bin")  # for comparison
         size = (setting.slots / "raw.bin").stat().st_size

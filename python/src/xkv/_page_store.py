@@ -6,7 +6,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ._serving import SharedStore, put_within_reach
+from ._serving import SharedStore
 from .cache import Planes
 from .geometry import Geometry, Plane, Rope
 from .prompt import Media, Namespace, PageKey, Prompt
@@ -65,7 +65,7 @@ class PageStore:
         options = dict(self.pack)
         if first:
             options.setdefault("sinks", 0)  # the first tokens of a prompt are elsewhere
-        put_within_reach(self.store, self.namespace, Planes(geometry, arrays), prompt, options, keys=names)
+        self.store.put_reachable(self.namespace, Planes(geometry, arrays), prompt, keys=names, **options)
 
     def get(self, keys: Sequence[bytes], page_tokens: int, table: Sequence[int], at: At) -> List[bool]:
         """Restore pages to where table[i] says. True: the page is in place; what is not may hold anything."""

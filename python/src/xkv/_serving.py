@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Type
 from ._call import Callbacks, logger
 from .cache import Cache, Planes
 from .dictionary import Dictionary
-from .errors import FormatError, MissingFileError, TargetError
+from .errors import FormatError, MissingFileError
 from .geometry import Plane, Rope
 from .packing import pack_options
 from .prompt import Namespace, PromptLike
@@ -134,17 +134,6 @@ class _Opened:
 
 _opened: Dict[Tuple[int, str], _Opened] = {}  # by process, since a store is not used across fork()
 _opening = threading.Lock()
-
-
-def put_within_reach(store: Store, namespace: Namespace, source: Union[Cache, Planes], tokens: PromptLike,
-                     options: Mapping[str, Any], **how: Any) -> PutReport:
-    """store.put_cache(), without the target where a cache of a few tokens, whose sinks alone are more, cannot reach it."""
-    try:
-        return store.put_cache(namespace, source, tokens, **how, **options)
-    except TargetError as error:
-        logger.info("%d tokens are packed without the target: %s", source.geometry.tokens, error)
-        plain = {name: value for name, value in options.items() if name not in ("ratio", "error", "energy")}
-        return store.put_cache(namespace, source, tokens, **how, **plain)
 
 
 class SharedStore:

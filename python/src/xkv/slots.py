@@ -54,7 +54,8 @@ class Slots:
         with Cache.open(path, self.model) as cache:
             if cache.geometry.tokens == 0 or len(cache.geometry.token_ids) == 0:
                 raise SlotError(f"{path} is not a slot file of tokens ({cache.engine})")
-            put = self.store.put_cache(self.namespace, cache, cache.geometry.token_ids[:cache.geometry.tokens], **self.options)
+            ids = cache.geometry.token_ids[:cache.geometry.tokens]
+            put = self.store.put_reachable(self.namespace, cache, ids, **self.options)
         note = dict(id=put.id, tokens=put.tokens)
         partial = self.folder / f".{name}.partial"
         partial.write_text(json.dumps(note) + "\n")

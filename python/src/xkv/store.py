@@ -6,13 +6,13 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
-from ._call import Callbacks, Context, Handle, Owner, Progress, borrowed, call, call_with
+from ._call import Callbacks, Context, Handle, Owner, Progress, borrowed, call, call_with, logger
 from ._files import Input, Path, Source, encoded, to_bytes, to_file
 from ._native import ffi, lib
 from ._structs import record
 from .cache import Cache, Planes
 from .entry import EntryReader
-from .errors import DataError
+from .errors import DataError, TargetError
 from .geometry import Geometry
 from .packing import Packed, PackReport, pack_options
 from .prompt import Namespace, PageKey, PromptLike, page_keys, prompt_of
@@ -225,6 +225,18 @@ class Store(Owner):
             call(lib.xkv_store_put_planes, self.pointer, namespace.pointer, prompt.pointer, *from_file, o, report)
             del kept, keep, packing
         return _put_report(report, True)
+
+    def put_reachable(self, namespace: Namespace, source: Union[Cache, Planes], tokens: PromptLike,
+                      **options: Any) -> PutReport:
+        """put_cache(); a target out of reach is left out: for prompts of a few tokens, whose sinks alone are more than that,
+        and for windows that are carried as they are."""
+        try:
+            return self.put_cache(namespace, source, tokens, **options)
+        except TargetError as error:
+            logger.info("%d tokens are packed without the target: %s", source.geometry.tokens, error)
+            for target in ("ratio", "error", "energy"):
+                options.pop(target, None)
+            return self.put_cache(namespace, source, tokens, **options)
 
     def put_dictionary(self, source: Source) -> bytes:
         """Store a dictionary, once for each id; its id."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple, Union
 
 from .._call import logger
-from .._serving import put_within_reach
 from ..cache import Cache
 from ..dictionary import Dictionary
 from ..errors import UnsupportedError, XkvError
@@ -152,7 +151,7 @@ class Prefixes:
         took = f"; prefill {prefill_seconds:.3f} s for {len(tokens)} tokens" if prefill_seconds else ""
         options.setdefault("writer", f"xkv.llama{took}")
         with Cache.open(image, self.identity.model, name="the engine's state") as cache:
-            return put_within_reach(self.store, self.namespace, cache, tokens, options)
+            return self.store.put_reachable(self.namespace, cache, tokens, **options)
 
     def _opened_dictionary(self) -> Optional[Dictionary]:
         if self._dictionary is None or isinstance(self._dictionary, Dictionary):
