@@ -92,6 +92,7 @@ def get_context_data(ctx, target, size):
 
 def module():
     fake = types.ModuleType("llama_cpp")
+    fake.is_fake = True
     fake.LLAMA_STATE_SEQ_MAGIC, fake.LLAMA_STATE_SEQ_VERSION, fake.LLAMA_DEFAULT_SEED = 0x67677371, 3, 0xFFFFFFFF
     fake.llama_state_seq_get_size, fake.llama_state_seq_get_data, fake.llama_state_seq_set_data = get_size, get_data, set_data
     fake.llama_get_memory, fake.llama_memory_seq_rm = lambda ctx: ctx, remove
@@ -103,7 +104,9 @@ def module():
 
 
 def install():
-    """In place of the real package, if there is one."""
+    """In place of the real package, if there is one; once for all tests."""
+    if hasattr(sys.modules.get("llama_cpp"), "is_fake"):
+        return
     for name in [name for name in sys.modules if name.partition(".")[0] == "llama_cpp" or name.startswith("xkv.llama")]:
         del sys.modules[name]
     sys.modules.update(module())

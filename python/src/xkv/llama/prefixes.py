@@ -120,7 +120,7 @@ class Prefixes:
             try:
                 return match.restore(tokens), ""
             except UnsupportedError:
-                if not match.tokens == match.entry_tokens == tokens + 1:
+                if match.tokens == tokens:
                     raise
                 return match.restore(tokens + 1), ""
         except XkvError as error:
