@@ -150,18 +150,18 @@ class Run:
 
 
 def prompt_tokens(llama: Any, text: str, question: Optional[str]) -> List[int]:
-    """With a question: a user's turn in the model's chat format, the text first."""
+    """With a question: a user's turn in the model's chat format, the text first; for models without one, a text to go on."""
     if question is None:
         return list(llama.tokenize(text.encode(), add_bos=True, special=False))
     template = llama.metadata.get("tokenizer.chat_template")
-    content = f"{text.rstrip()}\n\n{question}"
     if not template:
-        return list(llama.tokenize(f"{content}\n".encode(), add_bos=True, special=False))
+        content = f"{text.rstrip()}\n\nQuestion: {question}\nAnswer:"
+        return list(llama.tokenize(content.encode(), add_bos=True, special=False))
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
     vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
     names = [llama_cpp.llama_vocab_get_text(vocabulary, token).decode() if token >= 0 else ""
              for token in (llama.token_eos(), llama.token_bos())]
-    made = Jinja2ChatFormatter(template, *names)(messages=[{"role": "user", "content": content}])
+    made = Jinja2ChatFormatter(template, *names)(messages=[{"role": "user", "content": f"{text.rstrip()}\n\n{question}"}])
     return list(llama.tokenize(made.prompt.encode(), add_bos=not made.added_special, special=True))
 
 
