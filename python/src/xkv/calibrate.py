@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import struct
 import sys
@@ -148,7 +149,7 @@ class Statistics:
         if field is not None:
             return float(field.contents())
         by_embedding = (self.model.architecture, self.layers) in BY_EMBEDDING
-        return float(self.outputs.width / self.heads if by_embedding else self.head_dim) ** -0.5
+        return 1 / math.sqrt(self.outputs.width / self.heads if by_embedding else self.head_dim)
 
 
 def _symmetric(blocks: Floats) -> Floats:
