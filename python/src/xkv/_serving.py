@@ -11,17 +11,14 @@ import os
 import threading
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, TypeVar, Union, cast
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, TypeVar, cast
 
 from ._call import Callbacks, logger
-from .cache import Cache, Planes
 from .dictionary import Dictionary
 from .errors import FormatError, MissingFileError
 from .geometry import Plane, Rope
 from .packing import pack_options
-from .prompt import Namespace, PromptLike
 from .store import Store
-from .store_types import PutReport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
