@@ -1,29 +1,16 @@
 /* attend.c - attention over the tiles of a layer. Rows are cut into tasks whatever the number of threads; each gives an
  * output and a log-sum-exp, and these are merged in order, so that the bits do not depend on who did what. */
+#include "attend_layer.h"
 #include "attention.h"
 #include "softmax.h"
 
-#include <float.h>
 #include <math.h>
 
 /* Rows of a task at least, and tasks at most, whose outputs are in memory together. */
 #define TASK_ROWS 1024u
 #define MAX_TASKS 16u
-/* Queries times heads, far within what BLAS counts with. */
-#define MAX_QUERIES (1u << 22)
 
 /* --- A call ------------------------------------------------------------------------------------------------------- */
-
-/* The planes that a layer's rows are made of. */
-enum { KEY, KEY_ROPE, VALUE, ROLES };
-
-/* A plane in one of these roles. */
-typedef struct plane_role {
-    bool present;
-    uint32_t plane;         /* in the geometry */
-    const xkv_plane *facts; /* of it */
-    uint32_t query_dim;     /* keys: where its part of a query begins */
-} plane_role;
 
 /* Asked rows [first, end), all of one stretch. */
 typedef struct task {
@@ -34,20 +21,20 @@ typedef struct task {
 /* What one thread has at hand. */
 typedef struct worker {
     const xkv_stretch *stretch; /* that it is ready for */
-    xkv_tile_plane planes[ROLES];
-    uint32_t shared[ROLES]; /* the first role with the same group, whose block is used */
-    xkv_block_scratch scratch[ROLES];
-    xkv_block blocks[ROLES];
+    xkv_tile_plane planes[XKV_ROLE_COUNT];
+    uint32_t shared[XKV_ROLE_COUNT]; /* the first role with the same group, whose block is used */
+    xkv_block_scratch scratch[XKV_ROLE_COUNT];
+    xkv_block blocks[XKV_ROLE_COUNT];
     xkv_rotator rotator, mover;
 
-    float *rows[ROLES];   /* [XKV_ATTEND_TOKENS][width] */
-    float *panel;         /* [XKV_ATTEND_SLOTS][XKV_ATTEND_TOKENS], or as loading a block wants it */
-    float *scores;        /* [queries][XKV_ATTEND_TOKENS] */
-    xkv_softmax *softmax; /* [queries] */
-    float *output;        /* [queries][dim_v] sums of weighted rows of V */
-    size_t slots;         /* weights are summed up as coefficients: so many; 0: rows of V are */
-    float *sums;          /* [queries][slots] of weighted coefficients */
-    float *coded;         /* [queries] weights of the rows that these stand for */
+    float *rows[XKV_ROLE_COUNT]; /* [XKV_ATTEND_TOKENS][width] */
+    float *panel;                /* [XKV_ATTEND_SLOTS][XKV_ATTEND_TOKENS], or as loading a block wants it */
+    float *scores;               /* [queries][XKV_ATTEND_TOKENS] */
+    xkv_softmax *softmax;        /* [queries] */
+    float *output;               /* [queries][dim_v] sums of weighted rows of V */
+    size_t slots;                /* weights are summed up as coefficients: so many; 0: rows of V are */
+    float *sums;                 /* [queries][slots] of weighted coefficients */
+    float *coded;                /* [queries] weights of the rows that these stand for */
 } worker;
 
 /* A query is one of one head: those of KV head h are h * m .. h * m + m - 1, heads in order within each token. */
@@ -56,11 +43,7 @@ typedef struct job {
     const xkv_kernels *kernels;
     const xkv_attention *a;
     const xkv_queries *queries;
-    xkv_attend_options o;
-    plane_role roles[ROLES];
-    uint32_t value; /* role that V's rows come from: MLA's latent is K and V */
-    uint32_t kv_heads, dim_k, dim_v;
-    size_t m, count;     /* of one KV head, of all */
+    xkv_attend_layer l;
     float *q;            /* [count][dim_k], times the scale */
     int32_t least, most; /* of the queries' positions */
     uint32_t task_count;
@@ -71,103 +54,26 @@ typedef struct job {
 
 /* --- Getting ready ------------------------------------------------------------------------------------------------ */
 
-static void set_role(job *j, uint32_t index, uint32_t plane, uint32_t query_dim)
-{
-    j->roles[index] = (plane_role){true, plane, &j->a->entry->geometry.planes[plane], query_dim};
-}
-
-/* The planes of a layer: K and V, or MLA's latent and K-rope. */
-static xkv_status find_roles(job *j, uint32_t layer)
-{
-    const xkv_geometry *g = &j->a->entry->geometry;
-    bool has[4] = {false};
-    uint32_t plane[4] = {0};
-
-    if (layer - j->a->first_layer >= j->a->layer_count)
-        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "layer %u is not among the %u from %u on", layer, j->a->layer_count,
-                        j->a->first_layer);
-    for (uint32_t i = 0; i < g->plane_count; i++)
-        if (g->planes[i].layer == layer && g->planes[i].kind <= XKV_PLANE_K_ROPE) {
-            has[g->planes[i].kind] = true;
-            plane[g->planes[i].kind] = i;
-        }
-    if (has[XKV_PLANE_LATENT]) {
-        set_role(j, KEY, plane[XKV_PLANE_LATENT], 0);
-        if (has[XKV_PLANE_K_ROPE])
-            set_role(j, KEY_ROPE, plane[XKV_PLANE_K_ROPE], j->roles[KEY].facts->head_dim);
-        j->value = KEY;
-        return XKV_OK;
-    }
-    if (!has[XKV_PLANE_K] || !has[XKV_PLANE_V])
-        return xkv_fail(j->ctx, XKV_ERROR_UNSUPPORTED, "layer %u does not have both K and V", layer);
-    set_role(j, KEY, plane[XKV_PLANE_K], 0);
-    set_role(j, VALUE, plane[XKV_PLANE_V], 0);
-    j->value = VALUE;
-    return XKV_OK;
-}
-
-static xkv_status check_heads(job *j, uint32_t layer)
-{
-    uint64_t count = (uint64_t)j->queries->count * j->queries->heads;
-
-    j->kv_heads = j->roles[KEY].facts->heads;
-    j->dim_v = j->roles[j->value].facts->head_dim;
-    for (uint32_t i = 0; i < ROLES; i++) {
-        if (!j->roles[i].present)
-            continue;
-        if (j->roles[i].facts->heads != j->kv_heads)
-            return xkv_fail(j->ctx, XKV_ERROR_UNSUPPORTED, "layer %u has planes of %u and %u heads", layer, j->kv_heads,
-                            j->roles[i].facts->heads);
-        if (i != VALUE)
-            j->dim_k += j->roles[i].facts->head_dim;
-    }
-    if (j->queries->heads % j->kv_heads != 0 || count > MAX_QUERIES)
-        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT,
-                        "%u queries of %u heads, expected a multiple of the %u KV heads and %u in all at most",
-                        j->queries->count, j->queries->heads, j->kv_heads, MAX_QUERIES);
-    j->count = (size_t)count;
-    j->m = j->count / j->kv_heads;
-    return XKV_OK;
-}
-
-static xkv_status check_options(job *j)
-{
-    xkv_attend_options *o = &j->o;
-
-    if (o->scale == 0 && j->value == VALUE)
-        o->scale = 1 / sqrt((double)j->dim_k);
-    if (!(o->scale > 0) || !isfinite(o->scale))
-        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "scale is %g, expected finite and positive%s", o->scale,
-                        j->value == VALUE ? "" : "; MLA has no default");
-    if (o->softcap != 0 && !(o->softcap >= (double)FLT_MIN && o->softcap <= (double)FLT_MAX))
-        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "softcap is %g, expected 0 or a positive f32", o->softcap);
-    if (o->window > 0 && !o->causal)
-        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "a window without causal");
-    if (o->causal && !j->queries->positions && j->queries->count > 0)
-        return xkv_fail(j->ctx, XKV_ERROR_ARGUMENT, "causal attention needs the queries' positions");
-    return XKV_OK;
-}
-
 /* Where query (i, head) of the caller is among ours. */
 static size_t place(const job *j, uint32_t i, uint32_t head)
 {
-    uint32_t group = j->queries->heads / j->kv_heads;
+    uint32_t group = j->queries->heads / j->l.kv_heads;
 
-    return (head / group) * j->m + (size_t)i * group + head % group;
+    return (head / group) * j->l.m + (size_t)i * group + head % group;
 }
 
 static void take_queries(job *j)
 {
     const xkv_queries *q = j->queries;
-    int64_t head_stride = q->head_stride ? q->head_stride : (int64_t)j->dim_k * (int64_t)sizeof(float);
+    int64_t head_stride = q->head_stride ? q->head_stride : (int64_t)j->l.dim_k * (int64_t)sizeof(float);
     int64_t query_stride = q->query_stride ? q->query_stride : head_stride * q->heads;
 
     for (uint32_t i = 0; i < q->count; i++)
         for (uint32_t h = 0; h < q->heads; h++) {
-            float *out = j->q + place(j, i, h) * j->dim_k;
-            memcpy(out, (const uint8_t *)q->data + i * query_stride + h * head_stride, j->dim_k * sizeof *out);
-            for (uint32_t d = 0; d < j->dim_k; d++)
-                out[d] *= (float)j->o.scale;
+            float *out = j->q + place(j, i, h) * j->l.dim_k;
+            memcpy(out, (const uint8_t *)q->data + i * query_stride + h * head_stride, j->l.dim_k * sizeof *out);
+            for (uint32_t d = 0; d < j->l.dim_k; d++)
+                out[d] *= (float)j->l.o.scale;
         }
     for (uint32_t i = 0; q->positions && i < q->count; i++) {
         j->least = i == 0 || q->positions[i] < j->least ? q->positions[i] : j->least;
@@ -216,36 +122,24 @@ static xkv_status make_tasks(job *j)
  * row, and then one for each query and element. */
 static bool weighing_pays(const job *j, const xkv_tile_plane *v)
 {
-    double slots = v->group->slots, rebuilt = slots * v->width + (double)j->count * j->dim_v;
+    double slots = v->group->slots, rebuilt = slots * v->width + (double)j->l.count * j->l.dim_v;
 
-    return !j->o.rebuild && xkv_has_slots(v->group) && (double)j->count * slots <= rebuilt;
+    return !j->l.o.rebuild && xkv_has_slots(v->group) && (double)j->l.count * slots <= rebuilt;
 }
 
 /* Find a role's plane in the stretch's groups. */
 static void find_plane(const job *j, worker *w, uint32_t role)
 {
-    const xkv_stretch *s = w->stretch;
-    uint32_t plane = j->roles[role].plane;
-
-    for (uint32_t i = 0; i < s->entry->c.group_count; i++) {
-        const xkv_group *g = &s->entry->c.groups[i];
-        uint32_t column = 0;
-        for (uint32_t k = 0; k < g->plane_count; k++) {
-            uint32_t width = xkv_plane_width(&s->entry->c.geometry.planes[g->planes[k]]);
-            if (g->planes[k] == plane)
-                w->planes[role] = (xkv_tile_plane){&s->groups[i], plane, k, column, width};
-            column += width;
-        }
-    }
+    w->planes[role] = xkv_stretch_plane(w->stretch, j->l.roles[role].plane);
     w->shared[role] = role;
     for (uint32_t i = role; i-- > 0;)
-        if (j->roles[i].present && w->planes[i].group == w->planes[role].group)
+        if (j->l.roles[i].present && w->planes[i].group == w->planes[role].group)
             w->shared[role] = i;
 }
 
 static void release_stretch(const job *j, worker *w)
 {
-    for (uint32_t i = 0; i < ROLES; i++)
+    for (uint32_t i = 0; i < XKV_ROLE_COUNT; i++)
         xkv_block_scratch_free(&w->scratch[i]);
     if (w->rotator.geometry)
         xkv_rotator_free(j->ctx, &w->rotator);
@@ -262,8 +156,8 @@ static xkv_status make_panel(const job *j, worker *w)
 {
     size_t size = (size_t)XKV_ATTEND_SLOTS * XKV_ATTEND_TOKENS;
 
-    for (uint32_t i = 0; i < ROLES; i++)
-        if (j->roles[i].present && !w->stretch->blocks)
+    for (uint32_t i = 0; i < XKV_ROLE_COUNT; i++)
+        if (j->l.roles[i].present && !w->stretch->blocks)
             size = (size_t)xkv_max64(size, xkv_block_panel(w->planes[i].group));
     return XKV_NEW(j->ctx, size, &w->panel);
 }
@@ -278,16 +172,16 @@ static xkv_status enter_stretch(job *j, worker *w, const xkv_stretch *s)
     XKV_TRY(xkv_rotator_init(j->ctx, &s->entry->c.geometry, j->kernels, false, &w->rotator));
     if (s->moves.distances)
         XKV_TRY(xkv_rotator_init(j->ctx, &s->moves.geometry, j->kernels, false, &w->mover));
-    for (uint32_t i = 0; i < ROLES; i++)
-        if (j->roles[i].present)
+    for (uint32_t i = 0; i < XKV_ROLE_COUNT; i++)
+        if (j->l.roles[i].present)
             find_plane(j, w, i);
     XKV_TRY(make_panel(j, w));
-    for (uint32_t i = 0; i < ROLES; i++)
-        if (j->roles[i].present && !s->blocks && w->shared[i] == i)
+    for (uint32_t i = 0; i < XKV_ROLE_COUNT; i++)
+        if (j->l.roles[i].present && !s->blocks && w->shared[i] == i)
             XKV_TRY(xkv_block_scratch_create(j->ctx, w->planes[i].group, w->panel, &w->scratch[i]));
-    if (j->value == VALUE && weighing_pays(j, &w->planes[VALUE]))
-        w->slots = w->planes[VALUE].group->slots;
-    return XKV_NEW(j->ctx, j->count * w->slots, &w->sums);
+    if (j->l.value == XKV_ROLE_VALUE && weighing_pays(j, &w->planes[XKV_ROLE_VALUE]))
+        w->slots = w->planes[XKV_ROLE_VALUE].group->slots;
+    return XKV_NEW(j->ctx, j->l.count * w->slots, &w->sums);
 }
 
 /* What does not depend on the stretch. */
@@ -295,24 +189,24 @@ static xkv_status enter_call(job *j, worker *w)
 {
     if (w->scores)
         return XKV_OK;
-    for (uint32_t i = KEY; i <= KEY_ROPE; i++) {
-        size_t width = j->roles[i].present ? xkv_plane_width(j->roles[i].facts) : 0;
-        if (i == KEY && j->roles[VALUE].present)
-            width = (size_t)xkv_max64(width, xkv_plane_width(j->roles[VALUE].facts));
+    for (uint32_t i = XKV_ROLE_KEY; i <= XKV_ROLE_KEY_ROPE; i++) {
+        size_t width = j->l.roles[i].present ? xkv_plane_width(j->l.roles[i].facts) : 0;
+        if (i == XKV_ROLE_KEY && j->l.roles[XKV_ROLE_VALUE].present)
+            width = (size_t)xkv_max64(width, xkv_plane_width(j->l.roles[XKV_ROLE_VALUE].facts));
         XKV_TRY(XKV_NEW(j->ctx, XKV_ATTEND_TOKENS * width, &w->rows[i]));
     }
-    w->rows[VALUE] = w->rows[KEY]; /* which are done with when those of V are made */
-    XKV_TRY(XKV_NEW(j->ctx, j->count, &w->softmax));
-    XKV_TRY(XKV_NEW(j->ctx, j->count, &w->coded));
-    XKV_TRY(XKV_NEW(j->ctx, j->count * j->dim_v, &w->output));
-    return XKV_NEW(j->ctx, j->count * XKV_ATTEND_TOKENS, &w->scores);
+    w->rows[XKV_ROLE_VALUE] = w->rows[XKV_ROLE_KEY]; /* which are done with when those of V are made */
+    XKV_TRY(XKV_NEW(j->ctx, j->l.count, &w->softmax));
+    XKV_TRY(XKV_NEW(j->ctx, j->l.count, &w->coded));
+    XKV_TRY(XKV_NEW(j->ctx, j->l.count * j->l.dim_v, &w->output));
+    return XKV_NEW(j->ctx, j->l.count * XKV_ATTEND_TOKENS, &w->scores);
 }
 
 static void release_worker(const job *j, worker *w)
 {
     release_stretch(j, w);
-    xkv_release(j->ctx, w->rows[KEY]);
-    xkv_release(j->ctx, w->rows[KEY_ROPE]);
+    xkv_release(j->ctx, w->rows[XKV_ROLE_KEY]);
+    xkv_release(j->ctx, w->rows[XKV_ROLE_KEY_ROPE]);
     xkv_release(j->ctx, w->softmax);
     xkv_release(j->ctx, w->coded);
     xkv_release(j->ctx, w->output);
@@ -338,22 +232,9 @@ static xkv_status rotate(const job *j, xkv_rotator *r, const xkv_tile_plane *p, 
     return xkv_rotate_rows(j->ctx, r, &one, positions, count, x);
 }
 
-/* The stored rows of an exact tile, or of a lossless group. */
-static const uint8_t *stored_rows(const xkv_tile_group *g, const xkv_block *b, const tile *t)
-{
-    const xkv_container *c = &g->reader.entry->c;
-    size_t index = t->token;
-
-    if (g->form == XKV_BLOCK_ROWS)
-        return b->data + (size_t)(t->token - b->t0) * g->row_bytes;
-    if (index >= c->sinks)
-        index = c->sinks + (index - (c->geometry.token_count - c->window));
-    return g->exact + index * g->row_bytes;
-}
-
 static xkv_status make_rows(job *j, worker *w, uint32_t role, const tile *t)
 {
-    const plane_role *r = &j->roles[role];
+    const xkv_plane_role *r = &j->l.roles[role];
     const xkv_tile_plane *p = &w->planes[role];
     const xkv_stretch *s = w->stretch;
     const xkv_block *b = &w->blocks[w->shared[role]];
@@ -368,7 +249,7 @@ static xkv_status make_rows(job *j, worker *w, uint32_t role, const tile *t)
         return XKV_OK;
     }
     if (t->exact || p->group->form == XKV_BLOCK_ROWS) {
-        xkv_tile_exact(p, stored_rows(p->group, b, t), t->count, x);
+        xkv_tile_exact(p, xkv_tile_stored(p->group, b, t->token), t->count, x);
         return s->moves.distances ? rotate(j, &w->mover, p, s->moves.distances + from, t->count, x) : XKV_OK;
     }
     xkv_tile_rows(p, b, t->token, t->count, w->panel, x);
@@ -380,32 +261,32 @@ static xkv_status make_rows(job *j, worker *w, uint32_t role, const tile *t)
 /* scores [count][XKV_ATTEND_TOKENS] = Q K^T */
 static xkv_status make_scores(job *j, worker *w, const tile *t)
 {
-    for (uint32_t i = KEY; i <= KEY_ROPE; i++) {
-        if (!j->roles[i].present)
+    for (uint32_t i = XKV_ROLE_KEY; i <= XKV_ROLE_KEY_ROPE; i++) {
+        if (!j->l.roles[i].present)
             continue;
-        size_t dim = j->roles[i].facts->head_dim;
+        size_t dim = j->l.roles[i].facts->head_dim;
         XKV_TRY(make_rows(j, w, i, t));
-        for (size_t h = 0; h < j->kv_heads; h++)
-            j->kernels->gemm_nt(j->m, t->count, dim, j->q + h * j->m * j->dim_k + j->roles[i].query_dim, j->dim_k,
-                                w->rows[i] + h * dim, j->kv_heads * dim, i == KEY ? 0 : 1,
-                                w->scores + h * j->m * XKV_ATTEND_TOKENS, XKV_ATTEND_TOKENS);
+        for (size_t h = 0; h < j->l.kv_heads; h++)
+            j->kernels->gemm_nt(j->l.m, t->count, dim, j->q + h * j->l.m * j->l.dim_k + j->l.roles[i].query_dim,
+                                j->l.dim_k, w->rows[i] + h * dim, j->l.kv_heads * dim, i == XKV_ROLE_KEY ? 0 : 1,
+                                w->scores + h * j->l.m * XKV_ATTEND_TOKENS, XKV_ATTEND_TOKENS);
     }
     return XKV_OK;
 }
 
 static bool is_visible(const job *j, int64_t query, int64_t row)
 {
-    return row <= query && (j->o.window == 0 || query - row < j->o.window);
+    return row <= query && (j->l.o.window == 0 || query - row < j->l.o.window);
 }
 
 /* Whether any query may see one of these rows. */
 static bool any_visible(const job *j, uint32_t first, uint32_t count)
 {
-    if (!j->o.causal)
+    if (!j->l.o.causal)
         return true;
     for (uint32_t k = 0; k < count; k++) {
         int64_t row = j->a->positions[first + k];
-        if (row <= j->most && (j->o.window == 0 || j->least - row < (int64_t)j->o.window))
+        if (row <= j->most && (j->l.o.window == 0 || j->least - row < (int64_t)j->l.o.window))
             return true;
     }
     return false;
@@ -413,8 +294,8 @@ static bool any_visible(const job *j, uint32_t first, uint32_t count)
 
 static void hide_rows(const job *j, const tile *t, size_t query, float *scores)
 {
-    uint32_t group = j->queries->heads / j->kv_heads;
-    int64_t position = j->queries->positions[query % j->m / group];
+    uint32_t group = j->queries->heads / j->l.kv_heads;
+    int64_t position = j->queries->positions[query % j->l.m / group];
 
     for (uint32_t k = 0; k < t->count; k++)
         if (!is_visible(j, position, j->a->positions[t->row + k]))
@@ -430,15 +311,15 @@ static void scale(float *x, size_t n, float factor)
 /* Scores to weights; what is summed up already follows the largest score. */
 static void make_weights(job *j, worker *w, const tile *t, bool weigh)
 {
-    for (size_t r = 0; r < j->count; r++) {
+    for (size_t r = 0; r < j->l.count; r++) {
         float *scores = w->scores + r * XKV_ATTEND_TOKENS, factor, added;
-        if (j->o.softcap > 0)
-            xkv_softcap(scores, t->count, (float)j->o.softcap);
-        if (j->o.causal)
+        if (j->l.o.softcap > 0)
+            xkv_softcap(scores, t->count, (float)j->l.o.softcap);
+        if (j->l.o.causal)
             hide_rows(j, t, r, scores);
         factor = xkv_softmax_add(&w->softmax[r], scores, t->count, &added);
         if (factor != 1) {
-            scale(w->output + r * j->dim_v, j->dim_v, factor);
+            scale(w->output + r * j->l.dim_v, j->l.dim_v, factor);
             if (w->slots > 0)
                 scale(w->sums + r * w->slots, w->slots, factor);
             w->coded[r] *= factor;
@@ -459,16 +340,16 @@ static xkv_status add_tile(job *j, worker *w, const tile *t)
     XKV_TRY(make_scores(j, w, t));
     make_weights(j, w, t, weigh);
     if (weigh) {
-        xkv_tile_weigh(&w->planes[VALUE], &w->blocks[w->shared[VALUE]], t->token, t->count, j->count, w->scores,
-                       XKV_ATTEND_TOKENS, w->panel, w->sums);
+        xkv_tile_weigh(&w->planes[XKV_ROLE_VALUE], &w->blocks[w->shared[XKV_ROLE_VALUE]], t->token, t->count,
+                       j->l.count, w->scores, XKV_ATTEND_TOKENS, w->panel, w->sums);
         return XKV_OK;
     }
-    if (j->value == VALUE)
-        XKV_TRY(make_rows(j, w, VALUE, t));
-    for (size_t h = 0; h < j->kv_heads; h++)
-        j->kernels->gemm_nn(j->m, j->dim_v, t->count, w->scores + h * j->m * XKV_ATTEND_TOKENS, XKV_ATTEND_TOKENS,
-                            w->rows[j->value] + h * j->dim_v, j->kv_heads * j->dim_v, 1,
-                            w->output + h * j->m * j->dim_v, j->dim_v);
+    if (j->l.value == XKV_ROLE_VALUE)
+        XKV_TRY(make_rows(j, w, XKV_ROLE_VALUE, t));
+    for (size_t h = 0; h < j->l.kv_heads; h++)
+        j->kernels->gemm_nn(j->l.m, j->l.dim_v, t->count, w->scores + h * j->l.m * XKV_ATTEND_TOKENS, XKV_ATTEND_TOKENS,
+                            w->rows[j->l.value] + h * j->l.dim_v, j->l.kv_heads * j->l.dim_v, 1,
+                            w->output + h * j->l.m * j->l.dim_v, j->l.dim_v);
     return XKV_OK;
 }
 
@@ -486,8 +367,8 @@ static xkv_status load_blocks(job *j, worker *w, uint32_t chunk)
 {
     const xkv_stretch *s = w->stretch;
 
-    for (uint32_t i = 0; i < ROLES; i++) {
-        if (!j->roles[i].present || w->shared[i] != i)
+    for (uint32_t i = 0; i < XKV_ROLE_COUNT; i++) {
+        if (!j->l.roles[i].present || w->shared[i] != i)
             continue;
         if (s->blocks)
             w->blocks[i] = s->blocks[w->planes[i].group - s->groups][chunk - s->first_chunk];
@@ -531,27 +412,27 @@ static xkv_status add_stretch(job *j, worker *w, const task *t)
 
 static void begin(const job *j, worker *w)
 {
-    for (size_t r = 0; r < j->count; r++) {
+    for (size_t r = 0; r < j->l.count; r++) {
         w->softmax[r] = (xkv_softmax){.largest = -INFINITY};
         w->coded[r] = 0;
     }
-    memset(w->output, 0, j->count * j->dim_v * sizeof *w->output);
+    memset(w->output, 0, j->l.count * j->l.dim_v * sizeof *w->output);
     if (w->slots > 0)
-        memset(w->sums, 0, j->count * w->slots * sizeof *w->sums);
+        memset(w->sums, 0, j->l.count * w->slots * sizeof *w->sums);
 }
 
 /* Weighted coefficients to rows of V, weights to averages, our order to the caller's. */
 static void finish(const job *j, worker *w, float *output, float *lse)
 {
-    for (uint32_t h = 0; w->slots > 0 && h < j->kv_heads; h++)
-        xkv_tile_apply_basis(&w->planes[VALUE], j->m, w->sums + h * j->m * w->slots, w->coded + h * j->m, h * j->dim_v,
-                             j->dim_v, w->output + h * j->m * j->dim_v, j->dim_v);
+    for (uint32_t h = 0; w->slots > 0 && h < j->l.kv_heads; h++)
+        xkv_tile_apply_basis(&w->planes[XKV_ROLE_VALUE], j->l.m, w->sums + h * j->l.m * w->slots, w->coded + h * j->l.m,
+                             h * j->l.dim_v, j->l.dim_v, w->output + h * j->l.m * j->l.dim_v, j->l.dim_v);
     for (uint32_t i = 0; i < j->queries->count; i++)
         for (uint32_t head = 0; head < j->queries->heads; head++) {
             size_t r = place(j, i, head), out = (size_t)i * j->queries->heads + head;
             double sum = w->softmax[r].sum;
-            for (uint32_t d = 0; d < j->dim_v; d++)
-                output[out * j->dim_v + d] = sum == 0 ? 0 : (float)((double)w->output[r * j->dim_v + d] / sum);
+            for (uint32_t d = 0; d < j->l.dim_v; d++)
+                output[out * j->l.dim_v + d] = sum == 0 ? 0 : (float)((double)w->output[r * j->l.dim_v + d] / sum);
             lse[out] = xkv_softmax_lse(&w->softmax[r]);
         }
 }
@@ -570,7 +451,7 @@ static xkv_status run_task(void *user, uint32_t index, uint64_t number)
         XKV_TRY(add_stretch(j, w, t));
     else
         XKV_TRY(add_rows(j, w, t->first, t->end, 0, false));
-    finish(j, w, j->outputs + number * j->count * j->dim_v, j->lses + number * j->count);
+    finish(j, w, j->outputs + number * j->l.count * j->l.dim_v, j->lses + number * j->l.count);
     return XKV_OK;
 }
 
@@ -582,8 +463,8 @@ static xkv_status merge_tasks(const job *j, float *output, float *lse)
 
     XKV_TRY(XKV_NEW(j->ctx, j->task_count, &states));
     for (uint32_t i = 0; i < j->task_count; i++)
-        states[i] = (xkv_attention_state){j->outputs + i * j->count * j->dim_v, j->lses + i * j->count};
-    xkv_attention_merge(states, j->task_count, j->count, j->dim_v, output, lse);
+        states[i] = (xkv_attention_state){j->outputs + i * j->l.count * j->l.dim_v, j->lses + i * j->l.count};
+    xkv_attention_merge(states, j->task_count, j->l.count, j->l.dim_v, output, lse);
     xkv_release(j->ctx, states);
     return XKV_OK;
 }
@@ -595,10 +476,10 @@ static xkv_status run(job *j, float *output, float *lse)
     xkv_status status = XKV_OK;
 
     XKV_TRY(make_tasks(j));
-    XKV_TRY(XKV_NEW(j->ctx, j->count * j->dim_k, &j->q));
+    XKV_TRY(XKV_NEW(j->ctx, j->l.count * j->l.dim_k, &j->q));
     take_queries(j);
-    XKV_TRY(XKV_NEW(j->ctx, j->task_count * j->count * j->dim_v, &j->outputs));
-    XKV_TRY(XKV_NEW(j->ctx, j->task_count * j->count, &j->lses));
+    XKV_TRY(XKV_NEW(j->ctx, j->task_count * j->l.count * j->l.dim_v, &j->outputs));
+    XKV_TRY(XKV_NEW(j->ctx, j->task_count * j->l.count, &j->lses));
     threads = (uint32_t)xkv_min64(xkv_ctx_threads(j->ctx), xkv_max64(j->task_count, 1));
     XKV_TRY(xkv_pool_create(j->ctx, threads, &pool));
     threads = xkv_pool_threads(pool);
@@ -615,20 +496,13 @@ out:
 xkv_status xkv_attend(xkv_ctx *ctx, const xkv_attention *attention, uint32_t layer, const xkv_queries *queries,
                       const xkv_attend_options *options, float *output, float *lse)
 {
-    job j = {.ctx = ctx,
-             .kernels = xkv_kernels_cpu(),
-             .a = attention,
-             .queries = queries,
-             .o = xkv_attend_options_default()};
+    job j = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .a = attention, .queries = queries};
     xkv_status status = XKV_OK;
 
     xkv_ctx_begin(ctx);
-    if (options)
-        XKV_TRY(xkv_copy_options(ctx, options, &j.o, sizeof j.o));
-    XKV_TRY(find_roles(&j, layer));
-    XKV_TRY(check_heads(&j, layer));
-    XKV_TRY(check_options(&j));
-    if (j.count == 0)
+    XKV_TRY(xkv_attend_layer_init(ctx, &attention->entry->geometry, attention->first_layer, attention->layer_count,
+                                  layer, queries, options, &j.l));
+    if (j.l.count == 0)
         return XKV_OK;
     status = run(&j, output, lse);
     xkv_release(ctx, j.tasks);

@@ -110,6 +110,23 @@ static void close_stretch(xkv_ctx *ctx, xkv_stretch *s)
     xkv_moves_free(ctx, &s->moves);
 }
 
+xkv_tile_plane xkv_stretch_plane(const xkv_stretch *s, uint32_t plane)
+{
+    xkv_tile_plane found = {0};
+
+    for (uint32_t i = 0; i < s->entry->c.group_count; i++) {
+        const xkv_group *g = &s->entry->c.groups[i];
+        uint32_t column = 0;
+        for (uint32_t k = 0; k < g->plane_count; k++) {
+            uint32_t width = xkv_plane_width(&s->entry->c.geometry.planes[g->planes[k]]);
+            if (g->planes[k] == plane)
+                found = (xkv_tile_plane){&s->groups[i], plane, k, column, width};
+            column += width;
+        }
+    }
+    return found;
+}
+
 /* --- Holding coefficients ----------------------------------------------------------------------------------------- */
 
 typedef struct keeping {

@@ -30,4 +30,7 @@ struct xkv_attention {
     uint8_t **rows;         /* [plane_count] restored planes, those of asked layers; NULL: not held */
 };
 
+/* Where a plane of an asked layer is in the stretch's groups. */
+xkv_tile_plane xkv_stretch_plane(const xkv_stretch *s, uint32_t plane);
+
 #endif

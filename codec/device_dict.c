@@ -28,8 +28,7 @@ xkv_status xkv_device_upload(xkv_ctx *ctx, xkv_device *d, const void *from, uint
     return XKV_OK;
 }
 
-/* All copies so far have arrived. */
-static xkv_status wait_for_copies(xkv_ctx *ctx, xkv_device *d)
+xkv_status xkv_device_wait_copies(xkv_ctx *ctx, xkv_device *d)
 {
     XKV_TRY(xkv_device_result(ctx, d, d->api->record(d->plug, d->begun, d->copies)));
     return xkv_device_result(ctx, d, d->api->wait(d->plug, d->begun));
@@ -48,7 +47,7 @@ xkv_status xkv_device_load_tables(xkv_ctx *ctx, xkv_device *d)
     xkv_device_tables(tables);
     XKV_TRY_GOTO(xkv_device_result(ctx, d, d->api->alloc(d->plug, size, &there)), out);
     XKV_TRY_GOTO(xkv_device_upload(ctx, d, tables, size, there, d->copies), out);
-    XKV_TRY_GOTO(wait_for_copies(ctx, d), out);
+    XKV_TRY_GOTO(xkv_device_wait_copies(ctx, d), out);
     d->tables = there;
     there = NULL;
 out:
@@ -100,7 +99,7 @@ xkv_status xkv_device_dict_copy(xkv_ctx *ctx, xkv_device *device, const xkv_dict
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, dict->c.group_count, &d->bases), out);
     for (uint32_t i = 0; i < dict->c.group_count; i++)
         XKV_TRY_GOTO(copy_basis(ctx, device, &dict->bases[i], &d->bases[i]), out);
-    XKV_TRY_GOTO(wait_for_copies(ctx, device), out);
+    XKV_TRY_GOTO(xkv_device_wait_copies(ctx, device), out);
     *dict_p = d;
     return XKV_OK;
 out:

@@ -25,6 +25,9 @@ const xkv_device_basis *xkv_device_basis_find(const xkv_device_dict *d, const xk
 XKV_MUST_CHECK xkv_status xkv_device_dict_copy(xkv_ctx *ctx, xkv_device *device, const xkv_dict *dict,
                                                xkv_device_dict **dict_p);
 
+/* Wait until all that was put on the device's own stream has arrived. Errors: BACKEND. */
+XKV_MUST_CHECK xkv_status xkv_device_wait_copies(xkv_ctx *ctx, xkv_device *device);
+
 /* Have the static tables on the device. Errors: MEMORY, BACKEND. */
 XKV_MUST_CHECK xkv_status xkv_device_load_tables(xkv_ctx *ctx, xkv_device *device);
 

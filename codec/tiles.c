@@ -515,6 +515,18 @@ void xkv_tile_rows(const xkv_tile_plane *p, const xkv_block *b, uint32_t t0, uin
     }
 }
 
+const uint8_t *xkv_tile_stored(const xkv_tile_group *t, const xkv_block *b, uint32_t token)
+{
+    const xkv_container *c = &t->reader.entry->c;
+    size_t index = token;
+
+    if (t->form == XKV_BLOCK_ROWS)
+        return b->data + (size_t)(token - b->t0) * t->row_bytes;
+    if (index >= c->sinks)
+        index = c->sinks + (index - (c->geometry.token_count - c->window));
+    return t->exact + index * t->row_bytes;
+}
+
 void xkv_tile_exact(const xkv_tile_plane *p, const uint8_t *rows, uint32_t count, float *x)
 {
     const xkv_tile_group *t = p->group;

@@ -129,6 +129,8 @@ typedef struct xkv_tile_plane {
 /* Rows x [count][width] of coded tokens t0 .. of a block; K before RoPE. `panel`: XKV_ATTEND_SLOTS * count f32. */
 void xkv_tile_rows(const xkv_tile_plane *p, const xkv_block *b, uint32_t t0, uint32_t count, float *panel, float *x);
 
+/* The stored rows of the group from a token on that is exact, or of a lossless group, whose block it is in. */
+const uint8_t *xkv_tile_stored(const xkv_tile_group *t, const xkv_block *b, uint32_t token);
 /* Exact rows as f32: `rows` are the group's, from the first wanted token on. */
 void xkv_tile_exact(const xkv_tile_plane *p, const uint8_t *rows, uint32_t count, float *x);
 

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define XKV_PLUGIN_ABI    1u
+#define XKV_PLUGIN_ABI    2u
 #define XKV_PLUGIN_SYMBOL "xkv_plugin_table"
 
 /* --- Operations --------------------------------------------------------------------------------------------------- */
@@ -149,6 +149,8 @@ typedef struct xkv_plug_join {
     uint8_t *out;
 } xkv_plug_join;
 
+#include "plugin_attend.h"
+
 /* --- The table ---------------------------------------------------------------------------------------------------- */
 
 typedef struct xkv_plug_device xkv_plug_device;
@@ -199,6 +201,10 @@ typedef struct xkv_plugin {
     xkv_status (*store)(xkv_plug_device *d, const xkv_plug_store *o, void *stream);
     xkv_status (*move)(xkv_plug_device *d, const xkv_plug_move *o, void *stream);
     xkv_status (*join)(xkv_plug_device *d, const xkv_plug_join *o, void *stream);
+
+    /* plugin_attend.h */
+    xkv_status (*attend)(xkv_plug_device *d, const xkv_plug_attend *o, void *stream);
+    xkv_status (*merge)(xkv_plug_device *d, const xkv_plug_merge *o, void *stream);
 } xkv_plugin;
 
 #ifdef __cplusplus

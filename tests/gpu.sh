@@ -2,8 +2,8 @@
 # gpu.sh - everything that needs a GPU, in a few minutes:
 #   1. build of the plug-in with the programs of tests/cuda/gpu, which need the CUDA toolkit and nothing else
 #   2. correctness: operations against the CPU, with guards around all memory, odd shapes, damaged streams, graphs
-#   3. entries restored into the GPU's memory against the CPU's restore: with the libraries of .ci/packages.txt installed,
-#      or from a bundle that another machine has made
+#   3. entries restored into the memory of the GPU, and attended to there, against the CPU: with the libraries of
+#      .ci/packages.txt installed, or from a bundle that another machine has made
 #   4. compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 #   5. the benchmark, beside the ceilings of the same process
 # and one JSON document about it all. No network is needed.
@@ -57,18 +57,23 @@ libraries_of() {
     ldd "$1" | awk '$3 ~ /^\// {print $3}' | grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*|libcuda|libcudart|libcublas|libcublasLt)\.so'
 }
 
-build_device_read() { # ARCHITECTURE
+entry_programs='gpu_device_read gpu_device_attend'
+
+build_entry_programs() { # ARCHITECTURE
+    # shellcheck disable=SC2086
     cmake --preset cuda -G "$(generator)" -DCMAKE_CUDA_ARCHITECTURES="$1" &&
-        cmake --build --preset cuda --target gpu_device_read -- -j "$(nproc)"
+        cmake --build --preset cuda --target $entry_programs -- -j "$(nproc)"
 }
 
 make_bundle() {
-    local program=build-cuda/tests/cuda/gpu/gpu_device_read
+    local program
     find_toolkit || die "nvcc or cmake is not there"
-    build_device_read 80 >/dev/null
+    build_entry_programs 80 >/dev/null
     mkdir -p "$1/lib"
-    cp "$program" "$1/"
-    libraries_of "$program" | xargs -r -I{} cp -L {} "$1/lib/"
+    for program in $entry_programs; do
+        cp "build-cuda/tests/cuda/gpu/$program" "$1/"
+        libraries_of "$1/$program" | xargs -r -I{} cp -L {} "$1/lib/"
+    done
     du -sh "$1"
 }
 
@@ -117,15 +122,19 @@ build() { # ARCHITECTURE
 }
 
 check_entries() { # ARCHITECTURE
-    local missing
+    local missing program
     missing=$(missing_library)
     if [ -n "$bundle" ]; then
-        check entries env XKV_CUDA_PLUGIN="$PWD/build-gpu/libxkv_cuda.so" LD_LIBRARY_PATH="$bundle/lib:${LD_LIBRARY_PATH-}" \
-            "$bundle/gpu_device_read"
+        for program in $entry_programs; do
+            check "entries, $program" env XKV_CUDA_PLUGIN="$PWD/build-gpu/libxkv_cuda.so" \
+                LD_LIBRARY_PATH="$bundle/lib:${LD_LIBRARY_PATH-}" "$bundle/$program"
+        done
     elif [ -n "$missing" ]; then
         record entries "not run: $missing is not installed, and there is no --bundle"
-    elif build_device_read "$1" >build-cuda.log 2>&1; then
-        check entries build-cuda/tests/cuda/gpu/gpu_device_read
+    elif build_entry_programs "$1" >build-cuda.log 2>&1; then
+        for program in $entry_programs; do
+            check "entries, $program" "build-cuda/tests/cuda/gpu/$program"
+        done
     else
         tail -n 30 build-cuda.log
         record entries failed

@@ -506,6 +506,46 @@ typedef struct xkv_attention_state {
 XKV_API void xkv_attention_merge(const xkv_attention_state *states, uint32_t state_count, uint64_t rows, uint32_t dim,
                                  float *output, float *lse);
 
+/* --- Attention on a device (<xkv/kernels.h>) -----------------------------------------------------------------------
+ */
+
+/* An attention's rows in a device's memory. Immutable: any number of calls, one at a time on a device. */
+typedef struct xkv_device_attention xkv_device_attention;
+
+/* Copy what `attention` holds, XKV_HOLD_COEFFICIENTS (in 8 or 16 bits each, as they are there) or XKV_HOLD_ROWS, and
+ * the cosines and sines of its positions; wait for it. `attention` may be closed afterwards, its entry, and `dict`,
+ * must outlive the copy. `dict`, on the same device: the bases of the entry's dictionary, or NULL to copy them. Errors:
+ * ARGUMENT (nothing is held; another dictionary), UNSUPPORTED (heads of more than 640 elements), MEMORY (the device's
+ * is used up), BACKEND. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_attention_create(xkv_ctx *ctx, xkv_device *device,
+                                                              const xkv_attention *attention,
+                                                              const xkv_device_dict *dict,
+                                                              xkv_device_attention **copy_p);
+XKV_API void xkv_device_attention_free(xkv_ctx *ctx, xkv_device_attention *copy); /* accepts NULL */
+
+typedef struct xkv_device_attention_info {
+    uint64_t held_bytes;      /* of the device, bases of dictionaries that were copied included */
+    uint64_t workspace_bytes; /* that xkv_device_attend() takes, whatever it is asked */
+} xkv_device_attention_info;
+XKV_API void xkv_device_attention_get_info(const xkv_device_attention *copy, xkv_device_attention_info *info);
+
+/* xkv_attend() in the device's memory: queries->data, queries->positions, output and lse are there, at multiples of 4
+ * bytes, and so is workspace[workspace_bytes], aligned to 256, which is the call's until its work is done. The work is
+ * put behind what is on `stream`, a cudaStream_t of the device (NULL: its default stream), and the call returns; it
+ * allocates nothing and waits for nothing, so that it can be captured into a graph. Rows are cut into splits whatever
+ * the device, and merged in order. V is always weighted as coefficients: options->rebuild does not matter. Results are
+ * within 1e-5 of those of xkv_attend(). Errors: ARGUMENT, UNSUPPORTED, as xkv_attend(); BACKEND. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_attend(xkv_ctx *ctx, const xkv_device_attention *copy, uint32_t layer,
+                                                    const xkv_queries *queries, const xkv_attend_options *options,
+                                                    void *stream, void *workspace, float *output, float *lse);
+
+/* xkv_attention_merge() of states in the device's memory, on a stream, likewise. Errors: ARGUMENT (more than 16
+ * states), BACKEND. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_attention_merge(xkv_ctx *ctx, xkv_device *device,
+                                                             const xkv_attention_state *states, uint32_t state_count,
+                                                             uint64_t rows, uint32_t dim, void *stream, float *output,
+                                                             float *lse);
+
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
 
 /* Open a dictionary, decode its bases and fold its metric into them. `for_packing` 0 leaves out what only packing needs

@@ -1,5 +1,6 @@
 /* plugin.c - the table of plugin.h over the CUDA runtime and cuBLAS. No kernel is here, so that the tests can compile
  * it against a runtime of their own, which fails when told to (tests/cuda). */
+#include "attend.h"
 #include "launch.h"
 
 #include <cublas_v2.h>
@@ -416,6 +417,22 @@ static xkv_status gemm(xkv_plug_device *d, const xkv_plug_gemm *o, void *stream)
     return status;
 }
 
+/* --- Attention ---------------------------------------------------------------------------------------------------- */
+
+static xkv_status attend(xkv_plug_device *d, const xkv_plug_attend *o, void *stream)
+{
+    if (o->count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_attend(o, stream));
+}
+
+static xkv_status merge(xkv_plug_device *d, const xkv_plug_merge *o, void *stream)
+{
+    if (o->rows == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_merge(o, stream));
+}
+
 /* --- The table ---------------------------------------------------------------------------------------------------- */
 
 extern const xkv_plugin xkv_plugin_table;
@@ -452,4 +469,6 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .store = store,
     .move = move,
     .join = join,
+    .attend = attend,
+    .merge = merge,
 };

@@ -27,6 +27,15 @@ static cudaError_t call(void)
     return last_error = fake_cuda.error;
 }
 
+/* A call that a graph cannot take up. */
+static void outside_of_graphs(const char *what)
+{
+    if (!fake_cuda.capturing)
+        return;
+    fprintf(stderr, "fake_cuda: %s while a graph is captured\n", what);
+    abort();
+}
+
 #define CALL()                                                                                                         \
     do {                                                                                                               \
         cudaError_t call_ = call();                                                                                    \
@@ -179,12 +188,14 @@ static void run_all(void);
 
 cudaError_t cudaMalloc(void **p, size_t size)
 {
+    outside_of_graphs("cudaMalloc");
     CALL();
     return new_block(p, size, 0);
 }
 
 cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags)
 {
+    outside_of_graphs("cudaHostAlloc");
     (void)flags;
     CALL();
     return new_block(p, size, 1);
@@ -192,6 +203,7 @@ cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags)
 
 cudaError_t cudaFree(void *p)
 {
+    outside_of_graphs("cudaFree");
     cudaError_t e = call();
     if (p != NULL) {
         run_all();
@@ -202,6 +214,7 @@ cudaError_t cudaFree(void *p)
 
 cudaError_t cudaFreeHost(void *p)
 {
+    outside_of_graphs("cudaFreeHost");
     cudaError_t e = call();
     if (p != NULL) {
         run_all();
@@ -289,6 +302,7 @@ cudaError_t fake_launch(cudaStream_t stream, void (*run)(const void *args), cons
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
 {
+    outside_of_graphs("cudaStreamCreateWithFlags");
     (void)flags;
     CALL();
     *stream = calloc(1, sizeof **stream);
@@ -299,6 +313,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    outside_of_graphs("cudaStreamDestroy");
     run_until(stream, stream->put);
     for (struct fake_stream *s = streams; s != NULL; s = s->next)
         if (s->next == stream)
@@ -309,6 +324,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags)
 {
+    outside_of_graphs("cudaEventCreateWithFlags");
     (void)flags;
     CALL();
     *event = calloc(1, sizeof **event);
@@ -317,6 +333,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags)
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
+    outside_of_graphs("cudaEventDestroy");
     free(event);
     return call();
 }
@@ -345,6 +362,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
+    outside_of_graphs("cudaEventSynchronize");
     CALL();
     if (event->stream != NULL)
         run_until(event->stream, event->count);

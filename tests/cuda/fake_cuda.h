@@ -17,7 +17,8 @@ typedef struct fake_cuda_control {
     uint64_t memory;         /* of the device; 0: no limit */
     uint64_t fail_at;        /* the call of the runtime (1 = the first) that fails with `error`; 0: none */
     cudaError_t error;
-    int eager; /* run everything at once */
+    int eager;     /* run everything at once */
+    int capturing; /* a graph is: what is not put on a stream ends the program */
 
     uint64_t calls, used, peak, blocks; /* calls so far; bytes, their most, and blocks (pinned ones too) alive */
     uint64_t launches, exact_products;  /* of all; GEMMs of f32 */

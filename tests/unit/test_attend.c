@@ -1,4 +1,6 @@
-/* Attention over packed entries, against attention in f64, written here, over what xkv_entry_read() restores. */
+/* Attention over packed entries, against attention in f64, written here, over what xkv_entry_read() restores. With
+ * XKV_EMULATED_PLUGIN (tests/cuda) on the emulated device, or with XKV_GPU_PLUGIN on a genuine one: whatever is held is
+ * copied there first. */
 #include "support.h"
 
 #include "entry_internal.h"
@@ -262,11 +264,30 @@ static xkv_attention *open_attention(xkv_ctx *ctx, const xkv_entry *entry, const
     return attention;
 }
 
+#ifdef XKV_EMULATED_PLUGIN
+#include "device_attention.h"
+#else
+static xkv_status attend(xkv_ctx *ctx, const xkv_attention *attention, uint32_t layer, const xkv_queries *q,
+                         const xkv_attend_options *o, float *output, float *lse)
+{
+    return xkv_attend(ctx, attention, layer, q, o, output, lse);
+}
+
+static void merge(const xkv_attention_state *states, uint32_t state_count, uint64_t rows, uint32_t dim, float *output,
+                  float *lse)
+{
+    xkv_attention_merge(states, state_count, rows, dim, output, lse);
+}
+
+enum { HOLD_LEAST = XKV_HOLD_NOTHING };
+static const double f32_error = 2e-6;
+#endif
+
 static xkv_status ask(xkv_ctx *ctx, const xkv_attention *attention, const question *a, float *output, float *lse)
 {
     xkv_queries q = {.data = a->q, .count = a->queries, .heads = a->heads, .positions = a->positions};
 
-    return xkv_attend(ctx, attention, a->layer, &q, &a->o, output, lse);
+    return attend(ctx, attention, a->layer, &q, &a->o, output, lse);
 }
 
 /* The answer is as near to the oracle's, over the same rows (those that are held are rounded to f16), as f32 allows;
@@ -279,7 +300,7 @@ static void check(const fixture *f, const char *what, const xkv_entry *entry, co
                            hold == XKV_HOLD_ROWS && g->planes->dtype == XKV_F16 ? XKV_F16 : XKV_F32);
     float *output = calloc(count * HEAD_DIM, sizeof *output), *lse = calloc(count, sizeof *lse);
     xkv_attention *attention = open_attention(f->ctx, entry, a, hold);
-    double limit = hold != XKV_HOLD_ROWS && f->t.cross ? 2e-4 : 5e-6;
+    double limit = hold != XKV_HOLD_ROWS && f->t.cross ? 2e-4 : 2.5 * f32_error;
     distance d;
 
     assert_ok(f->ctx, ask(f->ctx, attention, a, output, lse));
@@ -294,7 +315,7 @@ static void check(const fixture *f, const char *what, const xkv_entry *entry, co
 
 static void check_holds(const fixture *f, const char *what, const question *a)
 {
-    for (uint32_t hold = XKV_HOLD_NOTHING; hold <= XKV_HOLD_ROWS; hold++)
+    for (uint32_t hold = HOLD_LEAST; hold <= XKV_HOLD_ROWS; hold++)
         check(f, what, f->p.entry, a, hold);
 }
 
@@ -316,7 +337,7 @@ static void all_codecs_are_within_the_error(void **state)
                 question a = whole(layer, queries, 2 * KV_HEADS, q);
                 check_holds(&f, names[profile], &a);
                 a.o.rebuild = 1;
-                check(&f, names[profile], f.p.entry, &a, XKV_HOLD_NOTHING);
+                check(&f, names[profile], f.p.entry, &a, HOLD_LEAST);
             }
         free_fixture(&f);
     }
@@ -371,8 +392,8 @@ static void rows_of_blocks(void **state)
                 o.error = 0.1;
             }
             f.p = pack_planes(f.ctx, &f.s, &o);
-            check(&f, "blocks", f.p.entry, &a, XKV_HOLD_NOTHING);
-            check(&f, "blocks", f.p.entry, &a, XKV_HOLD_COEFFICIENTS);
+            for (uint32_t hold = HOLD_LEAST; hold <= XKV_HOLD_COEFFICIENTS; hold++)
+                check(&f, "blocks", f.p.entry, &a, hold);
             if (lossless) /* others are rounded to blocks */
                 check(&f, "blocks", f.p.entry, &a, XKV_HOLD_ROWS);
             free_fixture(&f);
@@ -470,7 +491,7 @@ static void entries_that_extend_another(void **state)
         p = pack_planes(f.ctx, &more, &o);
         assert_ok(f.ctx, xkv_entry_extend(f.ctx, p.entry, f.p.entry, 300, NULL, 0));
         for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-            for (uint32_t hold = XKV_HOLD_NOTHING; hold <= XKV_HOLD_ROWS; hold++) {
+            for (uint32_t hold = HOLD_LEAST; hold <= XKV_HOLD_ROWS; hold++) {
                 question a = whole(2, 3, KV_HEADS, q);
                 a.first = ranges[i][0];
                 a.count = ranges[i][1] ? ranges[i][1] : 500;
@@ -502,7 +523,7 @@ static void queries_may_lie_anywhere(void **state)
         for (int h = 0; h < HEADS; h++)
             memcpy(turned[h][QUERIES - 1 - i], q + (i * HEADS + h) * DIM, DIM * sizeof *q);
     assert_ok(f.ctx, ask(f.ctx, attention, &a, one[0], lse[0]));
-    assert_ok(f.ctx, xkv_attend(f.ctx, attention, 0, &strided, NULL, one[1], lse[1]));
+    assert_ok(f.ctx, attend(f.ctx, attention, 0, &strided, NULL, one[1], lse[1]));
     assert_memory_equal(one[0], one[1], sizeof one[0]);
     assert_memory_equal(lse[0], lse[1], sizeof lse[0]);
     xkv_attention_close(f.ctx, attention);
@@ -528,7 +549,7 @@ static void ask_range(const fixture *f, question a, uint32_t first, uint32_t cou
 
     a.first = first;
     a.count = count;
-    attention = open_attention(f->ctx, f->p.entry, &a, XKV_HOLD_NOTHING);
+    attention = open_attention(f->ctx, f->p.entry, &a, HOLD_LEAST);
     assert_ok(f->ctx, ask(f->ctx, attention, &a, output, lse));
     xkv_attention_close(f->ctx, attention);
 }
@@ -551,10 +572,10 @@ static void parts_merge_to_the_whole(void **state)
             states[i] = (xkv_attention_state){output[i], lse[i]};
         }
         ask_range(&f, a, 0, TOKENS, output[5], lse[5]);
-        xkv_attention_merge(states, 5, ROWS, HEAD_DIM, output[2], lse[2]); /* onto one of them */
-        assert_near(output[2], output[5], ELEMENTS, 2e-6);
+        merge(states, 5, ROWS, HEAD_DIM, output[2], lse[2]); /* onto one of them */
+        assert_near(output[2], output[5], ELEMENTS, f32_error);
         for (int r = 0; r < ROWS; r++)
-            assert_true(lse[2][r] == lse[5][r] || fabs((double)(lse[2][r] - lse[5][r])) < 2e-6);
+            assert_true(lse[2][r] == lse[5][r] || fabs((double)(lse[2][r] - lse[5][r])) < f32_error);
     }
     free_fixture(&f);
     free(q);
@@ -569,13 +590,13 @@ static void merging_by_hand(void **state)
     float output[2], lse;
 
     (void)state;
-    xkv_attention_merge(states, 3, 1, 2, output, &lse);
+    merge(states, 3, 1, 2, output, &lse);
     assert_near(output, (const float[]){4, 4}, 2, 1e-6);
     assert_near(&lse, (const float[]){0.5f + (float)log(4)}, 1, 1e-6);
-    xkv_attention_merge(states, 4, 1, 2, output, &lse);
+    merge(states, 4, 1, 2, output, &lse);
     assert_true(output[0] == 5 && output[1] == 6 && lse == 400);
     for (uint32_t count = 0; count < 2; count++) {
-        xkv_attention_merge(states, count, 1, 2, output, &lse);
+        merge(states, count, 1, 2, output, &lse);
         assert_true(output[0] == 0 && output[1] == 0 && lse == -INFINITY);
     }
     for (int order = 0; order < 3; order++) { /* before, behind, and before what has seen nothing */
@@ -583,7 +604,7 @@ static void merging_by_hand(void **state)
         const xkv_attention_state pair[2] = {order == 1 ? states[1] : bad, order == 0   ? states[1]
                                                                            : order == 1 ? bad
                                                                                         : unseen};
-        xkv_attention_merge(pair, 2, 1, 2, output, &lse);
+        merge(pair, 2, 1, 2, output, &lse);
         assert_true(isnan(output[0]) && isnan(lse));
     }
 }
@@ -602,7 +623,7 @@ static void one_visible_row_is_the_answer(void **state)
             ask_range(&f, whole(1, 4, KV_HEADS, q), tokens[i], 1, output, lse);
             for (int r = 0; r < ROWS; r++)
                 assert_near(output + r * HEAD_DIM, v + r % KV_HEADS * HEAD_DIM, HEAD_DIM,
-                            profile == DICT_CROSS ? 2e-4 : 2e-6);
+                            profile == DICT_CROSS ? 2e-4 : f32_error);
         }
         free(rows);
         free_fixture(&f);
@@ -623,12 +644,191 @@ static void causal_is_full_with_fewer_rows(void **state)
         a.positions = positions;
         a.o.causal = 1;
         ask_range(&f, a, 0, TOKENS, output[1], lse[1]);
-        assert_near(output[1], output[0], ELEMENTS, 2e-6);
-        assert_near(lse[1], lse[0], ROWS, 2e-6);
+        assert_near(output[1], output[0], ELEMENTS, f32_error);
+        assert_near(lse[1], lse[0], ROWS, f32_error);
     }
     free_fixture(&f);
     free(q);
 }
+
+static void values_that_are_no_numbers_stay_so(void **state)
+{
+    float *q = random_queries(ELEMENTS, 1), output[2][ELEMENTS], lse[2][ROWS];
+    fixture f = make_fixture(DICT, TOKENS, 0);
+    question a = whole(1, 4, KV_HEADS, q);
+
+    (void)state;
+    ask_range(&f, a, 0, TOKENS, output[0], lse[0]);
+    q[5] = NAN;
+    q[KV_HEADS * HEAD_DIM] = INFINITY;
+    ask_range(&f, a, 0, TOKENS, output[1], lse[1]);
+    assert_true(isnan(output[1][0]) && isnan(lse[1][0]) && isnan(output[1][KV_HEADS * HEAD_DIM]));
+    assert_memory_equal(output[1] + HEAD_DIM, output[0] + HEAD_DIM, HEAD_DIM * sizeof *q); /* other heads do not mind */
+    free_fixture(&f);
+    free(q);
+}
+
+#ifdef XKV_EMULATED_PLUGIN
+
+/* --- Only on a device --- */
+
+/* Beside the CPU's own answer from the same coefficients, for many queries: more than are attended to at a time. */
+static void a_device_agrees_with_the_cpu(void **state)
+{
+    enum { QUERIES = 11, HEADS = 3 * KV_HEADS, COUNT = QUERIES * HEADS };
+    float *q = random_queries(COUNT * HEAD_DIM, 2), *one = calloc(COUNT * HEAD_DIM, sizeof *one);
+    float *two = calloc(COUNT * HEAD_DIM, sizeof *two), lse[2][COUNT];
+
+    (void)state;
+    for (int profile = 0; profile < PROFILES; profile++) {
+        fixture f = make_fixture(profile, TOKENS, 0);
+        question a = whole(3, QUERIES, HEADS, q);
+        xkv_attention *attention = open_attention(f.ctx, f.p.entry, &a, XKV_HOLD_COEFFICIENTS);
+        xkv_queries queries = {.data = q, .count = QUERIES, .heads = HEADS};
+        assert_ok(f.ctx, xkv_attend(f.ctx, attention, 3, &queries, NULL, one, lse[0]));
+        assert_ok(f.ctx, attend(f.ctx, attention, 3, &queries, NULL, two, lse[1]));
+        assert_near(two, one, COUNT * HEAD_DIM, 2e-6);
+        assert_near(lse[1], lse[0], COUNT, 2e-6);
+        xkv_attention_close(f.ctx, attention);
+        free_fixture(&f);
+    }
+    free(q);
+    free(one);
+    free(two);
+}
+
+/* As graphs need it: what a call puts on its stream are kernels, and nothing else is asked of the runtime. */
+static void a_call_allocates_nothing_and_waits_for_nothing(void **state)
+{
+    float *q = random_queries(9 * KV_HEADS * HEAD_DIM, 1), output[9 * ELEMENTS], lse[9 * ROWS];
+    fixture f = make_fixture(DICT_CROSS, TOKENS, 0);
+    question a = whole(1, 9, KV_HEADS, q);
+    xkv_attention *attention = open_attention(f.ctx, f.p.entry, &a, XKV_HOLD_COEFFICIENTS);
+    xkv_queries queries = {.data = q, .count = 9, .heads = KV_HEADS};
+    xkv_device_dict *dict = NULL;
+    xkv_device_attention *copy = NULL, *whole_copy = NULL;
+    xkv_device_attention_info info, more;
+    void *stream;
+
+    (void)state;
+    assert_ok(f.ctx, xkv_device_dict_create(f.ctx, device, f.t.dict, &dict));
+    assert_ok(f.ctx, xkv_device_attention_create(f.ctx, device, attention, dict, &copy));
+    assert_ok(f.ctx, xkv_device_attention_create(f.ctx, device, attention, NULL, &whole_copy));
+    xkv_attention_close(f.ctx, attention); /* which is not needed any more */
+    xkv_device_attention_get_info(copy, &info);
+    xkv_device_attention_get_info(whole_copy, &more);
+    assert_true(more.held_bytes > info.held_bytes && more.workspace_bytes == info.workspace_bytes);
+    assert_true(device->api->stream_create(device->plug, &stream) == XKV_OK);
+    call c = make_call(xkv_entry_geometry(f.p.entry), 1, &queries, info.workspace_bytes);
+    for (int turn = 0; turn < 2; turn++) {
+        if (control)
+            control->capturing = 1;
+        assert_ok(f.ctx, xkv_device_attend(f.ctx, turn ? whole_copy : copy, 1, &c.q, NULL, stream, c.workspace,
+                                           c.results, c.results + c.outputs + 16));
+        if (control)
+            control->capturing = 0;
+    }
+    device->api->stream_destroy(device->plug, stream); /* which waits */
+    end_call(&c, output, lse);
+    xkv_device_attention_free(f.ctx, copy);
+    xkv_device_attention_free(f.ctx, whole_copy);
+    xkv_device_dict_free(f.ctx, dict);
+    free_fixture(&f);
+    free(q);
+}
+
+static void wrong_calls_on_a_device_are_refused(void **state)
+{
+    float *q = random_queries(ELEMENTS, 1), *there = device_alloc(4096);
+    fixture f = make_fixture(SVDQ, TOKENS, 0);
+    question a = whole(1, 1, KV_HEADS, q);
+    xkv_attention *nothing = open_attention(f.ctx, f.p.entry, &a, XKV_HOLD_NOTHING);
+    xkv_attention *rows = open_attention(f.ctx, f.p.entry, &a, XKV_HOLD_ROWS);
+    xkv_queries queries = {.data = there, .count = 1, .heads = KV_HEADS};
+    xkv_device_attention *copy = NULL;
+
+    (void)state;
+    assert_int_equal(xkv_device_attention_create(f.ctx, device, nothing, NULL, &copy), XKV_ERROR_ARGUMENT);
+    assert_ok(f.ctx, xkv_device_attention_create(f.ctx, device, rows, NULL, &copy));
+    assert_int_equal(xkv_device_attend(f.ctx, copy, LAYERS, &queries, NULL, NULL, there, there, there),
+                     XKV_ERROR_ARGUMENT);
+    assert_int_equal(xkv_device_attend(f.ctx, copy, 1, &queries, NULL, NULL, NULL, there, there), XKV_ERROR_ARGUMENT);
+    assert_int_equal(xkv_device_attend(f.ctx, copy, 1, &queries, NULL, NULL, there + 1, there, there),
+                     XKV_ERROR_ARGUMENT);
+    queries.head_stride = 6;
+    assert_int_equal(xkv_device_attend(f.ctx, copy, 1, &queries, NULL, NULL, there, there, there), XKV_ERROR_ARGUMENT);
+    xkv_device_attention_free(f.ctx, copy);
+    xkv_attention_close(f.ctx, nothing);
+    xkv_attention_close(f.ctx, rows);
+    free_fixture(&f);
+    device_free(there);
+    free(q);
+}
+
+/* Whichever call of the runtime fails: a status, and nothing is left behind. */
+static void any_call_of_the_runtime_may_fail(void **state)
+{
+    float *q = random_queries(ELEMENTS, 1);
+    fixture f = make_fixture(DICT, 130, 0);
+    question a = whole(1, 1, KV_HEADS, q);
+    xkv_device_attention *copy = NULL;
+    uint64_t calls, blocks;
+
+    (void)state;
+    if (!control)
+        skip();
+    a.count = 130;
+    xkv_attention *attention = open_attention(f.ctx, f.p.entry, &a, XKV_HOLD_COEFFICIENTS);
+    blocks = control->blocks;
+    calls = control->calls;
+    assert_ok(f.ctx, xkv_device_attention_create(f.ctx, device, attention, NULL, &copy));
+    calls = control->calls - calls;
+    xkv_device_attention_free(f.ctx, copy);
+    for (uint64_t at = 1; at <= calls; at++) {
+        control->error = at % 2 ? cudaErrorInvalidValue : cudaErrorMemoryAllocation;
+        control->fail_at = control->calls + at;
+        xkv_status status = xkv_device_attention_create(f.ctx, device, attention, NULL, &copy);
+        control->fail_at = 0;
+        assert_true(status == XKV_OK || status == XKV_ERROR_BACKEND || status == XKV_ERROR_MEMORY);
+        if (status == XKV_OK)
+            xkv_device_attention_free(f.ctx, copy);
+        assert_true(control->blocks <= blocks + 2); /* giving back may be what failed */
+        blocks = control->blocks;
+    }
+    xkv_attention_close(f.ctx, attention);
+    free_fixture(&f);
+    free(q);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(all_codecs_are_within_the_error),
+        cmocka_unit_test(heads_share_kv_heads),
+        cmocka_unit_test(mla_attends_to_the_latent),
+        cmocka_unit_test(rows_of_blocks),
+        cmocka_unit_test(masks_and_soft_caps),
+        cmocka_unit_test(rows_at_other_positions),
+        cmocka_unit_test(any_range_of_tokens),
+        cmocka_unit_test(entries_that_extend_another),
+        cmocka_unit_test(queries_may_lie_anywhere),
+        cmocka_unit_test(parts_merge_to_the_whole),
+        cmocka_unit_test(merging_by_hand),
+        cmocka_unit_test(one_visible_row_is_the_answer),
+        cmocka_unit_test(causal_is_full_with_fewer_rows),
+        cmocka_unit_test(values_that_are_no_numbers_stay_so),
+        cmocka_unit_test(a_device_agrees_with_the_cpu),
+        cmocka_unit_test(a_call_allocates_nothing_and_waits_for_nothing),
+        cmocka_unit_test(wrong_calls_on_a_device_are_refused),
+        cmocka_unit_test(any_call_of_the_runtime_may_fail),
+    };
+
+    if (!open_device())
+        return 77;
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
+
+#else
 
 /* --- Threads, memory, failures --- */
 
@@ -949,23 +1149,6 @@ static void a_dictionary_is_missed(void **state)
     free_fixture(&f);
 }
 
-static void values_that_are_no_numbers_stay_so(void **state)
-{
-    float *q = random_queries(ELEMENTS, 1), output[2][ELEMENTS], lse[2][ROWS];
-    fixture f = make_fixture(DICT, TOKENS, 0);
-    question a = whole(1, 4, KV_HEADS, q);
-
-    (void)state;
-    ask_range(&f, a, 0, TOKENS, output[0], lse[0]);
-    q[5] = NAN;
-    q[KV_HEADS * HEAD_DIM] = INFINITY;
-    ask_range(&f, a, 0, TOKENS, output[1], lse[1]);
-    assert_true(isnan(output[1][0]) && isnan(lse[1][0]) && isnan(output[1][KV_HEADS * HEAD_DIM]));
-    assert_memory_equal(output[1] + HEAD_DIM, output[0] + HEAD_DIM, HEAD_DIM * sizeof *q); /* other heads do not mind */
-    free_fixture(&f);
-    free(q);
-}
-
 static uint32_t chosen(const fixture *f, uint32_t calls, uint64_t most)
 {
     xkv_attention_options o = xkv_attention_options_default();
@@ -1032,3 +1215,5 @@ int main(void)
 
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
+
+#endif
