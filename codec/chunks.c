@@ -262,8 +262,27 @@ xkv_status xkv_group_reader_open(xkv_ctx *ctx, const xkv_entry *entry, const xkv
     return status;
 }
 
-xkv_status xkv_group_reader_for_rows(xkv_group_reader *r)
+static xkv_status choose_columns(xkv_group_reader *r, xkv_heads heads)
 {
+    uint32_t column = 0;
+
+    if (heads.count == 0)
+        return XKV_OK;
+    XKV_TRY(XKV_NEW(r->ctx, r->g->plane_count, &r->columns));
+    r->column_count = r->g->plane_count;
+    for (uint32_t i = 0; i < r->g->plane_count; i++) {
+        const xkv_plane *p = &r->entry->c.geometry.planes[r->g->planes[i]];
+        uint32_t at;
+        xkv_plane part = xkv_plane_heads(p, heads, &at);
+        r->columns[i] = (xkv_columns){column + at, xkv_plane_width(&part)};
+        column += xkv_plane_width(p);
+    }
+    return XKV_OK;
+}
+
+xkv_status xkv_group_reader_for_rows(xkv_group_reader *r, xkv_heads heads)
+{
+    XKV_TRY(choose_columns(r, heads));
     if (!xkv_group_is_coded(r->g))
         return XKV_OK;
     return xkv_synthesis_create(r->ctx, &r->transform, r->side.tables, r->side.step, r->cross ? &r->cross->cross : NULL,
@@ -272,6 +291,7 @@ xkv_status xkv_group_reader_for_rows(xkv_group_reader *r)
 
 void xkv_group_reader_close(xkv_group_reader *r)
 {
+    xkv_release(r->ctx, r->columns);
     xkv_release(r->ctx, r->components);
     xkv_side_free(r->ctx, &r->side);
     xkv_scalar_free(r->ctx, &r->scalar);
@@ -449,9 +469,14 @@ void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_c
 
     if (r->g->codec == XKV_GROUP_SVD) {
         r->kernels->to_f32(XKV_F16, chunk->matrix + from * rank * 2, s->coefficients, rows * rank);
-        r->kernels->gemm_nn(rows, width, rank, s->coefficients, rank, r->components, width, 0, x, width);
+        for (uint32_t i = 0; i < (r->columns ? r->column_count : 1); i++) {
+            xkv_columns c = r->columns ? r->columns[i] : (xkv_columns){0, r->g->width};
+            r->kernels->gemm_nn(rows, c.count, rank, s->coefficients, rank, r->components + c.first, width, 0,
+                                x + c.first, width);
+        }
     } else {
         xkv_synthesize(r->kernels, &r->synthesis, xkv_integers_from(chunk->own, (uint32_t)from),
-                       xkv_integers_from(chunk->cross, (uint32_t)from), t1 - t0, s->coefficients, x);
+                       xkv_integers_from(chunk->cross, (uint32_t)from), t1 - t0, r->columns, r->column_count,
+                       s->coefficients, x);
     }
 }

@@ -68,6 +68,9 @@ typedef struct xkv_group_reader {
     xkv_svdq_basis svdq;
     xkv_transform transform;
     xkv_synthesis synthesis; /* empty until asked for */
+
+    xkv_columns *columns; /* [column_count] that xkv_chunk_rows() makes; NULL: all */
+    uint32_t column_count;
 } xkv_group_reader;
 
 /* Read what a group has beside its chunks and exact rows. `cross` may be NULL for groups that are not of codec dict.
@@ -75,8 +78,8 @@ typedef struct xkv_group_reader {
  * the input returns. */
 XKV_MUST_CHECK xkv_status xkv_group_reader_open(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g,
                                                 xkv_cross_stage *cross, xkv_group_reader *r);
-/* Make what xkv_chunk_rows() needs. */
-XKV_MUST_CHECK xkv_status xkv_group_reader_for_rows(xkv_group_reader *r);
+/* Make what xkv_chunk_rows() needs, which then makes only these heads' columns. */
+XKV_MUST_CHECK xkv_status xkv_group_reader_for_rows(xkv_group_reader *r, xkv_heads heads);
 void xkv_group_reader_close(xkv_group_reader *r);
 
 /* Whether the group's coefficients are integers: dict, scalar, svdq. */

@@ -226,13 +226,17 @@ static xkv_status choose_rows(xkv_ctx *ctx, const chosen *c, const float *matrix
     return XKV_OK;
 }
 
-/* C [m][n] += A^T B, where A [rows][m] or B [rows][n] are such rows, and the other one has as many. */
-static void add_product_b(const xkv_kernels *k, size_t m, size_t n, const float *a, const xkv_basis_rows *b, float *c)
+/* C [m][n] += A^T B, where A [rows][m] or B [rows][n] are such rows, and the other one has as many; of B only some of
+ * its columns, which have the same place in C. */
+static void add_product_b(const xkv_kernels *k, size_t m, xkv_columns columns, size_t n, const float *a,
+                          const xkv_basis_rows *b, float *c)
 {
+    size_t first = columns.first, count = columns.count;
+
     if (b->in_run > 0)
-        k->gemm_tn(m, n, b->in_run, a, m, b->run, b->stride, 1, c, n);
+        k->gemm_tn(m, count, b->in_run, a, m, b->run + first, b->stride, 1, c + first, n);
     if (b->in_rest > 0)
-        k->gemm_tn(m, n, b->in_rest, a + b->in_run * m, m, b->rest, n, 1, c, n);
+        k->gemm_tn(m, count, b->in_rest, a + b->in_run * m, m, b->rest + first, n, 1, c + first, n);
 }
 
 static void add_product_a(const xkv_kernels *k, size_t m, size_t n, const xkv_basis_rows *a, const float *b, float *c)
@@ -330,8 +334,10 @@ static void add_cross(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers
 }
 
 void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
-                    float *a, float *x)
+                    const xkv_columns *columns, uint32_t column_count, float *a, float *x)
 {
+    const xkv_columns all = {0, s->t->width};
+
     fill_mean(s->t, tokens, x);
     if (s->t->diagonal) {
         synthesize_diagonal(s, own, tokens, x);
@@ -340,7 +346,8 @@ void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers o
     fill_own(s, own, tokens, a);
     if (s->top > 0)
         add_cross(k, s, cross, tokens, a + (size_t)s->lines * tokens, a);
-    add_product_b(k, tokens, s->t->width, a, &s->rows, x);
+    for (uint32_t i = 0; i < (columns ? column_count : 1); i++)
+        add_product_b(k, tokens, columns ? columns[i] : all, s->t->width, a, &s->rows, x);
 }
 
 /* --- A group ------------------------------------------------------------------------------------------------------ */
@@ -451,7 +458,7 @@ static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
         return XKV_OK;
     XKV_TRY(gather_tile(j, worker, row, n, x));
     xkv_synthesize(j->kernels, &j->synthesis, xkv_integers_from((xkv_integers){c->q, c->tokens}, row),
-                   xkv_integers_from(j->cross_q, row), n, a, y);
+                   xkv_integers_from(j->cross_q, row), n, NULL, 0, a, y);
     measure_rows(j, x + skip * width, y + skip * width, n - (uint32_t)skip, a,
                  j->planes + tile * (j->g->plane_count + 1));
     return XKV_OK;

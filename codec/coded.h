@@ -78,6 +78,11 @@ typedef struct xkv_basis_rows {
     float *rest; /* [in_rest][width] */
 } xkv_basis_rows;
 
+/* Columns [first, first + count) of a group's rows. */
+typedef struct xkv_columns {
+    uint32_t first, count;
+} xkv_columns;
+
 /* What turns the integers of a group into rows. */
 typedef struct xkv_synthesis {
     const xkv_transform *t;
@@ -112,9 +117,10 @@ static inline xkv_integers xkv_integers_from(xkv_integers in, uint32_t token)
     return in;
 }
 
-/* Rows x [tokens][width] (K before RoPE) from the group's own integers and those of the cross stage. */
+/* Rows x [tokens][width] (K before RoPE) from the group's own integers and those of the cross stage. With `columns`
+ * [column_count] only these are made (the others hold the mean); NULL: all. */
 void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
-                    float *scratch, float *x);
+                    const xkv_columns *columns, uint32_t column_count, float *scratch, float *x);
 
 /* Tokens [t0, t1), whose errors are measured from token `measured` on. */
 typedef struct xkv_span {

@@ -225,7 +225,7 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
         xkv_container_prefetch(&d->entry->input, &d->entry->c, d->members[m + 1].g, d->first_chunk, d->chunks);
     XKV_TRY(xkv_group_reader_open(d->ctx, d->entry, d->members[m].g, stage_for(d, d->members[m].g), r));
     if (d->target.views)
-        XKV_TRY(xkv_group_reader_for_rows(r));
+        XKV_TRY(xkv_group_reader_for_rows(r, d->target.heads));
     XKV_TRY(size_worker(d, w, r));
     XKV_TRY(restore_exact_rows(d, w, r));
     set_flag(d, &d->members[m].open);
@@ -412,10 +412,40 @@ xkv_status xkv_resolve_range(xkv_ctx *ctx, const char *what, uint32_t total, uin
     return XKV_OK;
 }
 
+/* Whether the heads asked for are a plane's, and its blocks are not cut. */
+static xkv_status check_heads(xkv_ctx *ctx, uint32_t plane, const xkv_plane *p, const xkv_read_options *o)
+{
+    if (o->first_head >= p->heads || o->head_count > p->heads - o->first_head)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "heads %u + %u are not within the %u of plane %u", o->first_head,
+                        o->head_count, p->heads, plane);
+    if (p->head_dim % xkv_dtype_block(p->dtype) != 0)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: blocks of %s reach over heads of %u", plane,
+                        xkv_dtype_name(p->dtype), p->head_dim);
+    return XKV_OK;
+}
+
+/* Nothing is changed when all heads are asked for. */
+static xkv_status resolve_heads(xkv_ctx *ctx, const xkv_geometry *g, xkv_read_options *o)
+{
+    bool to_the_end = o->head_count == 0;
+
+    for (uint32_t i = 0; i < g->plane_count && (o->first_head > 0 || !to_the_end); i++) {
+        const xkv_plane *p = &g->planes[i];
+        if (p->kind == XKV_PLANE_LATENT || p->kind == XKV_PLANE_K_ROPE)
+            continue;
+        if (to_the_end && p->heads > o->first_head)
+            o->head_count = p->heads - o->first_head;
+        to_the_end = false; /* the first plane says where it is */
+        XKV_TRY(check_heads(ctx, i, p, o));
+    }
+    return XKV_OK;
+}
+
 xkv_status xkv_read_options_resolve(xkv_ctx *ctx, const xkv_entry *entry, uint32_t tokens, xkv_read_options *o)
 {
     XKV_TRY(xkv_resolve_range(ctx, "tokens", tokens, o->first_token, &o->token_count));
-    return xkv_resolve_range(ctx, "groups", entry->c.group_count, o->first_group, &o->group_count);
+    XKV_TRY(xkv_resolve_range(ctx, "groups", entry->c.group_count, o->first_group, &o->group_count));
+    return resolve_heads(ctx, &entry->geometry, o);
 }
 
 bool xkv_read_needs_cross(const xkv_entry *entry, const xkv_read_options *o)
@@ -439,7 +469,8 @@ static xkv_status check_views(xkv_ctx *ctx, const xkv_container *c, const xkv_re
 {
     for (uint32_t i = o->first_group; i < o->first_group + o->group_count; i++)
         for (uint32_t k = 0; k < c->groups[i].plane_count; k++)
-            XKV_TRY(xkv_check_view(ctx, &c->geometry, c->groups[i].planes[k], &views[c->groups[i].planes[k]]));
+            XKV_TRY(xkv_check_heads_view(ctx, &c->geometry, c->groups[i].planes[k],
+                                         (xkv_heads){o->first_head, o->head_count}, &views[c->groups[i].planes[k]]));
     return XKV_OK;
 }
 
@@ -462,7 +493,8 @@ xkv_status xkv_entry_decode_own(xkv_ctx *ctx, const xkv_entry *entry, const xkv_
                             .c = &entry->c,
                             .views = views,
                             .first = o.first_token,
-                            .end = o.first_token + o.token_count};
+                            .end = o.first_token + o.token_count,
+                            .heads = {o.first_head, o.head_count}};
     d.first_chunk = d.target.first / entry->c.chunk_tokens;
     d.chunks = (d.target.end - 1) / entry->c.chunk_tokens - d.first_chunk + 1;
     pthread_mutex_init(&d.mutex, NULL);

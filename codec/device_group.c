@@ -93,6 +93,30 @@ static xkv_status make_angles(const xkv_device_batch *b)
     return XKV_OK;
 }
 
+/* A product of a tile, or of some heads the columns of each plane. */
+static xkv_status multiply_columns(const xkv_device_work *w, const xkv_plug_gemm *whole)
+{
+    xkv_device_reading *r = w->r;
+    xkv_plug_gemm o = *whole;
+    uint32_t column = 0;
+
+    if (r->target.heads.count == 0) {
+        XKV_DEVICE(r, gemm(r->device->plug, whole, r->stream));
+        return XKV_OK;
+    }
+    for (uint32_t i = 0; i < w->g->plane_count; i++) {
+        const xkv_plane *p = &r->entry->c.geometry.planes[w->g->planes[i]];
+        uint32_t at;
+        xkv_plane part = xkv_plane_heads(p, r->target.heads, &at);
+        o.b = (const uint8_t *)whole->b + (column + at) * (w->exact ? sizeof(float) : sizeof(uint16_t));
+        o.c = whole->c + column + at;
+        o.n = xkv_plane_width(&part);
+        XKV_DEVICE(r, gemm(r->device->plug, &o, r->stream));
+        column += xkv_plane_width(p);
+    }
+    return XKV_OK;
+}
+
 /* Coefficients of codec svd, as they are stored: token by token. */
 static xkv_status multiply_factors(const xkv_device_batch *b, uint32_t t0, xkv_plug_gemm *o)
 {
@@ -102,11 +126,10 @@ static xkv_status multiply_factors(const xkv_device_batch *b, uint32_t t0, xkv_p
     o->a = b->there + b->data_at + 2ull * (t0 - b->t0) * w->g->rank;
     o->lda = w->g->rank;
     o->k = w->own;
-    XKV_DEVICE(w->r, gemm(w->r->device->plug, o, w->r->stream));
+    XKV_TRY(multiply_columns(w, o));
     o->b = low;
     o->beta = 1;
-    XKV_DEVICE(w->r, gemm(w->r->device->plug, o, w->r->stream));
-    return XKV_OK;
+    return multiply_columns(w, o);
 }
 
 static xkv_status spread_tile(const xkv_device_batch *b, uint32_t t0, uint32_t tokens, float *rows)
@@ -148,7 +171,7 @@ static xkv_status multiply_tile(const xkv_device_batch *b, uint32_t t0, uint32_t
     else if (operands == 0)
         XKV_DEVICE(r, clear(r->device->plug, rows, 4ull * tokens * w->g->width, r->stream));
     else if (w->integers)
-        XKV_DEVICE(r, gemm(r->device->plug, &o, r->stream));
+        XKV_TRY(multiply_columns(w, &o));
     else
         XKV_TRY(multiply_factors(b, t0, &o));
     return XKV_OK;
@@ -201,11 +224,13 @@ static xkv_status move_rows(const xkv_device_batch *b, const uint8_t *matrix, ui
 
     for (uint32_t i = 0; i < w->g->plane_count && first < end; i++) {
         const xkv_plane *p = &geometry->planes[w->g->planes[i]];
+        uint32_t at;
+        xkv_plane part = xkv_plane_heads(p, r->target.heads, &at);
         xkv_plug_move o = {.rows = matrix + (first - t0) * row,
                            .row_bytes = row,
-                           .column = column,
+                           .column = column + at * xkv_dtype_size(p->dtype),
                            .view = r->views[w->g->planes[i]],
-                           .heads = p->heads,
+                           .heads = part.heads,
                            .head_dim = p->head_dim,
                            .tokens = end - first,
                            .first = first - r->target.first};

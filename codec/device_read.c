@@ -107,7 +107,8 @@ static xkv_status reading_init(xkv_ctx *ctx, xkv_device *device, const xkv_entry
                              .kernels = xkv_kernels_cpu(),
                              .c = &entry->c,
                              .first = o->first_token,
-                             .end = o->first_token + o->token_count};
+                             .end = o->first_token + o->token_count,
+                             .heads = {o->first_head, o->head_count}};
     XKV_TRY(xkv_moves_create(ctx, &entry->c.geometry, entry->c.groups, o, &r->target.moves));
     return survey(r);
 }
@@ -192,7 +193,7 @@ static xkv_status check_view(const xkv_device_reading *r, uint32_t plane)
     uint64_t places =
         (uintptr_t)v->data | (uint64_t)v->token_stride | (uint64_t)v->head_stride | (uint64_t)v->dim_stride;
 
-    XKV_TRY(xkv_check_view(r->ctx, &r->entry->c.geometry, plane, v));
+    XKV_TRY(xkv_check_heads_view(r->ctx, &r->entry->c.geometry, plane, r->target.heads, v));
     if (v->dtype > XKV_BF16)
         return xkv_fail(r->ctx, XKV_ERROR_UNSUPPORTED, "view %u: %s in a device's memory", plane,
                         xkv_dtype_name(v->dtype));

@@ -10,14 +10,19 @@ typedef struct dense {
     uint64_t row_bytes;
 } dense;
 
-static const xkv_plane *plane_of(const xkv_device_reading *r, const xkv_group *g, uint32_t i)
+/* With the heads that are asked for. */
+static xkv_plane plane_of(const xkv_device_reading *r, uint32_t plane)
 {
-    return &r->entry->c.geometry.planes[g->planes[i]];
+    uint32_t first;
+
+    return xkv_plane_heads(&r->entry->c.geometry.planes[plane], r->target.heads, &first);
 }
 
 static uint64_t plane_bytes(const xkv_device_reading *r, const xkv_group *g, uint32_t i)
 {
-    return (uint64_t)xkv_plane_width(plane_of(r, g, i)) * xkv_dtype_size(r->views[g->planes[i]].dtype);
+    xkv_plane p = plane_of(r, g->planes[i]);
+
+    return (uint64_t)xkv_plane_width(&p) * xkv_dtype_size(r->views[g->planes[i]].dtype);
 }
 
 /* Views of `tokens` rows of the groups; planes one behind the other, each with its rows. */
@@ -32,7 +37,7 @@ static void lay_out(const xkv_device_reading *r, uint32_t first_group, uint32_t 
             int64_t elem = (int64_t)xkv_dtype_size(dtype), row = (int64_t)plane_bytes(r, g, i);
             d->views[g->planes[i]] = (xkv_view){.data = at,
                                                 .token_stride = row,
-                                                .head_stride = plane_of(r, g, i)->head_dim * elem,
+                                                .head_stride = plane_of(r, g->planes[i]).head_dim * elem,
                                                 .dim_stride = elem,
                                                 .dtype = dtype};
             at += tokens * (uint64_t)row;
@@ -67,11 +72,11 @@ static void dense_free(const xkv_device_reading *r, dense *d)
 static xkv_status move_plane(xkv_device_reading *r, uint32_t plane, const xkv_view *from, uint32_t first,
                              uint32_t tokens)
 {
-    const xkv_plane *p = &r->entry->c.geometry.planes[plane];
+    xkv_plane p = plane_of(r, plane);
     uint64_t bytes = (uint64_t)from->token_stride, most = r->device->staging_bytes / bytes;
 
     for (uint32_t t = 0, n; t < tokens; t += n) {
-        xkv_plug_move o = {.row_bytes = bytes, .view = r->views[plane], .heads = p->heads, .head_dim = p->head_dim};
+        xkv_plug_move o = {.row_bytes = bytes, .view = r->views[plane], .heads = p.heads, .head_dim = p.head_dim};
         xkv_staging *s;
         n = (uint32_t)xkv_min64(tokens - t, most);
         XKV_TRY(xkv_staging_get(r->ctx, r->device, &s));
@@ -101,6 +106,8 @@ static xkv_status bring(xkv_device_reading *r, uint32_t first_group, uint32_t co
     o.token_count = t1 - t0;
     o.first_group = first_group;
     o.group_count = count;
+    o.first_head = r->target.heads.first;
+    o.head_count = r->target.heads.count;
     if (r->o->positions)
         o.positions = r->o->positions + (t0 - r->o->first_token);
     lay_out(r, first_group, count, t1 - t0, d);

@@ -214,7 +214,9 @@ static void append_planes(xkv_device_work *w, uint8_t *bytes, uint64_t *used)
     w->planes_at = xkv_align64(*used, XKV_CONSTANT_ALIGN);
     for (uint32_t i = 0; i < w->g->plane_count; i++) {
         const xkv_plane *p = &geometry->planes[w->g->planes[i]];
-        xkv_plug_plane plane = {w->r->views[w->g->planes[i]], p->heads, p->head_dim, column, 0, 0, 0, 0};
+        uint32_t first;
+        xkv_plane part = xkv_plane_heads(p, w->r->target.heads, &first);
+        xkv_plug_plane plane = {w->r->views[w->g->planes[i]], part.heads, p->head_dim, column + first, 0, 0, 0, 0};
         if (p->rope != XKV_NO_ROPE) {
             const xkv_rope *rope = &geometry->ropes[p->rope];
             if (p->rope != last) {

@@ -35,6 +35,18 @@ static xkv_status make_tables(xkv_ctx *ctx, xkv_rotator *r, const xkv_group *g)
     return XKV_OK;
 }
 
+xkv_plane xkv_plane_heads(const xkv_plane *p, xkv_heads heads, uint32_t *element)
+{
+    xkv_plane part = *p;
+
+    *element = 0;
+    if (heads.count == 0 || p->kind == XKV_PLANE_LATENT || p->kind == XKV_PLANE_K_ROPE)
+        return part;
+    *element = heads.first * p->head_dim;
+    part.heads = heads.count;
+    return part;
+}
+
 static void rotate_row(xkv_rotator *r, const xkv_group *g, int32_t position, float *x)
 {
     uint32_t current = XKV_NO_ROPE; /* neighbouring layers share their angles: compute them once a row */
@@ -45,7 +57,10 @@ static void rotate_row(xkv_rotator *r, const xkv_group *g, int32_t position, flo
             if (p->rope != current)
                 xkv_rope_table_row(r->tables[p->rope], position, r->cos_sin);
             current = p->rope;
-            r->kernels->rope_row(x, p->heads, p->head_dim, &r->geometry->ropes[p->rope], r->cos_sin, r->inverse);
+            uint32_t first;
+            xkv_plane part = xkv_plane_heads(p, r->heads, &first);
+            r->kernels->rope_row(x + first, part.heads, p->head_dim, &r->geometry->ropes[p->rope], r->cos_sin,
+                                 r->inverse);
         }
         x += xkv_plane_width(p);
     }

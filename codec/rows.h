@@ -5,11 +5,20 @@
 #include "container.h"
 #include "kernels.h"
 
+/* KV heads [first, first + count) of a plane; count 0: all. */
+typedef struct xkv_heads {
+    uint32_t first, count;
+} xkv_heads;
+
+/* The plane with these heads alone; *element: where they begin in its row. What all heads share is whole. */
+xkv_plane xkv_plane_heads(const xkv_plane *p, xkv_heads heads, uint32_t *element);
+
 /* Scratch of one thread for turning rows: angle tables of the geometry's RoPEs, made when first used. */
 typedef struct xkv_rotator {
     const xkv_geometry *geometry;
     const xkv_kernels *kernels;
     bool inverse;
+    xkv_heads heads;         /* that are turned; set after init, which asks for all */
     xkv_rope_table **tables; /* [rope_count] */
     float *cos_sin;          /* of the row at hand */
 } xkv_rotator;

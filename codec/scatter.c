@@ -1,9 +1,21 @@
 #include "scatter.h"
 
+xkv_status xkv_check_heads_view(xkv_ctx *ctx, const xkv_geometry *g, uint32_t plane, xkv_heads heads,
+                                const xkv_view *view)
+{
+    uint32_t element;
+    xkv_plane part = xkv_plane_heads(&g->planes[plane], heads, &element);
+
+    return xkv_check_plane_view(ctx, &part, plane, view);
+}
+
 xkv_status xkv_scatterer_init(const xkv_target *t, xkv_scatterer *s)
 {
     XKV_TRY(xkv_rotator_init(t->ctx, &t->c->geometry, t->kernels, false, &s->rotator));
-    return t->moves.distances ? xkv_rotator_init(t->ctx, &t->moves.geometry, t->kernels, false, &s->mover) : XKV_OK;
+    if (t->moves.distances)
+        XKV_TRY(xkv_rotator_init(t->ctx, &t->moves.geometry, t->kernels, false, &s->mover));
+    s->rotator.heads = s->mover.heads = t->heads;
+    return XKV_OK;
 }
 
 void xkv_scatterer_free(const xkv_target *t, xkv_scatterer *s)
@@ -38,8 +50,10 @@ static xkv_status scatter_moved(const xkv_target *t, xkv_scatterer *s, const xkv
         XKV_TRY(xkv_rotate_rows(t->ctx, &s->mover, g, &t->moves.distances[i], 1, row));
         for (uint32_t k = 0; k < g->plane_count; k++) {
             const xkv_plane *p = &t->c->geometry.planes[g->planes[k]];
+            uint32_t at;
+            xkv_plane part = xkv_plane_heads(p, t->heads, &at);
             if (p->rope != XKV_NO_ROPE)
-                xkv_view_scatter(t->kernels, row + column, g->width, p, i, i + 1, &t->views[g->planes[k]]);
+                xkv_view_scatter(t->kernels, row + column + at, g->width, &part, i, i + 1, &t->views[g->planes[k]]);
             column += xkv_plane_width(p);
         }
     }
@@ -74,8 +88,11 @@ xkv_status xkv_scatter_exact(const xkv_target *t, xkv_scatterer *s, const xkv_gr
     matrix += (first - t0) * row_bytes;
     for (uint32_t i = 0; i < g->plane_count; i++) {
         const xkv_plane *p = &t->c->geometry.planes[g->planes[i]];
+        uint32_t at;
+        xkv_plane part = xkv_plane_heads(p, t->heads, &at);
         if (!t->moves.distances || p->rope == XKV_NO_ROPE)
-            scatter_plane(t, p, &t->views[g->planes[i]], matrix + column, row_bytes, first, t1, scratch);
+            scatter_plane(t, &part, &t->views[g->planes[i]], matrix + column + xkv_dtype_bytes(p->dtype, at), row_bytes,
+                          first, t1, scratch);
         column += (size_t)xkv_dtype_bytes(p->dtype, xkv_plane_width(p));
     }
     return t->moves.distances ? scatter_moved(t, s, g, matrix, first, t1, scratch) : XKV_OK;
@@ -95,7 +112,9 @@ xkv_status xkv_scatter_rows(const xkv_target *t, xkv_scatterer *s, const xkv_gro
     XKV_TRY(xkv_rotate_rows(t->ctx, &s->rotator, g, t->moves.positions + (first - t->first), t1 - first, rows));
     for (uint32_t i = 0; t->views && i < g->plane_count; i++) {
         const xkv_plane *p = &t->c->geometry.planes[g->planes[i]];
-        xkv_view_scatter(t->kernels, rows + column, g->width, p, first - t->first, t1 - t->first,
+        uint32_t at;
+        xkv_plane part = xkv_plane_heads(p, t->heads, &at);
+        xkv_view_scatter(t->kernels, rows + column + at, g->width, &part, first - t->first, t1 - t->first,
                          &t->views[g->planes[i]]);
         column += xkv_plane_width(p);
     }

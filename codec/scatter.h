@@ -14,6 +14,7 @@ typedef struct xkv_target {
     const xkv_view *views; /* NULL: rows go nowhere */
     uint32_t first, end;   /* tokens [first, end); `first` is row 0 of the views */
     xkv_moves moves;
+    xkv_heads heads; /* of the planes */
 } xkv_target;
 
 /* What one thread needs. */
@@ -21,6 +22,10 @@ typedef struct xkv_scatterer {
     xkv_rotator rotator;
     xkv_rotator mover; /* of exact rows, when positions are asked for */
 } xkv_scatterer;
+
+/* Whether a view can hold some heads of a plane. Errors: ARGUMENT. */
+XKV_MUST_CHECK xkv_status xkv_check_heads_view(xkv_ctx *ctx, const xkv_geometry *g, uint32_t plane, xkv_heads heads,
+                                               const xkv_view *view);
 
 XKV_MUST_CHECK xkv_status xkv_scatterer_init(const xkv_target *t, xkv_scatterer *s);
 void xkv_scatterer_free(const xkv_target *t, xkv_scatterer *s);

@@ -178,6 +178,8 @@ XKV_MUST_CHECK xkv_status xkv_framing_decode(xkv_ctx *ctx, const xkv_geometry *g
  * destination alike, its dtype may be another. Errors: ARGUMENT. */
 XKV_MUST_CHECK xkv_status xkv_check_plane(xkv_ctx *ctx, const xkv_geometry *g, uint32_t index);
 XKV_MUST_CHECK xkv_status xkv_check_view(xkv_ctx *ctx, const xkv_geometry *g, uint32_t index, const xkv_view *view);
+/* The same of plane `index` of some geometry. */
+XKV_MUST_CHECK xkv_status xkv_check_plane_view(xkv_ctx *ctx, const xkv_plane *p, uint32_t index, const xkv_view *view);
 
 /* Elements between two heads of a view. */
 static inline uint32_t xkv_view_head_dim(const xkv_view *view, const xkv_plane *p)

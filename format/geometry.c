@@ -87,7 +87,11 @@ xkv_status xkv_check_plane(xkv_ctx *ctx, const xkv_geometry *g, uint32_t index)
 
 xkv_status xkv_check_view(xkv_ctx *ctx, const xkv_geometry *g, uint32_t index, const xkv_view *view)
 {
-    const xkv_plane *p = &g->planes[index];
+    return xkv_check_plane_view(ctx, &g->planes[index], index, view);
+}
+
+xkv_status xkv_check_plane_view(xkv_ctx *ctx, const xkv_plane *p, uint32_t index, const xkv_view *view)
+{
     uint32_t block = xkv_dtype_block(view->dtype), dim = xkv_view_head_dim(view, p);
     if (view->data == NULL || block == 0)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "plane %u: its view has no data or an unknown dtype (%u)", index,

@@ -269,6 +269,9 @@ typedef struct xkv_read_options {
     /* [token_count, filled in] RoPE positions that K is to be rotated for, of any order and distance that an int32_t
      * holds; NULL: those it was computed at. Rows that are stored exactly turn once more, in f32. */
     const int32_t *positions;
+    /* KV heads [first, first+count) of each plane; count 0: to the end. Default: all. Head `first_head` is head 0 of the
+     * views. What all heads share (MLA's latent and rotated key part) is restored whole. */
+    uint32_t first_head, head_count;
 } xkv_read_options;
 
 static inline xkv_read_options xkv_read_options_default(void)
@@ -285,8 +288,9 @@ static inline xkv_read_options xkv_read_options_default(void)
  * `options` may be NULL. Groups stream in: while chunks of one are decoded, the next is opened and fetched from its
  * input, and threads that find no more chunks go on to it. Memory: the components of two groups in f32, up to 32 MiB of
  * those of more, one chunk per thread, and the integers of the cross stage, if there is one: 2 bytes for each asked
- * token and coded component of it. On error the views' contents are undefined and must not be used, but for those of
- * groups that were announced before. Errors: ARGUMENT (range, positions, a view that cannot be used), UNSUPPORTED
+ * token and coded component of it. Of some heads only their columns of the basis are multiplied; their rows agree with
+ * the whole's as spec/codec.md, section 3 demands of two decoders. On error the views' contents are undefined and must not be used, but for those of
+ * groups that were announced before. Errors: ARGUMENT (range, heads, positions, a view that cannot be used), UNSUPPORTED
  * (other positions for a K whose RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT, MEMORY, CANCELLED,
  * and what the input returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,

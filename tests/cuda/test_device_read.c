@@ -308,6 +308,38 @@ static void check_all(xkv_ctx *ctx, const subject *t)
     check_read(ctx, t, &o, NULL, XKV_F16, TOKEN_MAJOR, false);
 }
 
+/* Some heads: the same bits as in the whole, and nothing else is written. */
+static void check_heads(xkv_ctx *ctx, const subject *t, uint32_t first_head, uint32_t heads, const int32_t *positions)
+{
+    const xkv_plane *p = t->s.geometry.planes;
+    uint32_t tokens = t->s.geometry.token_count, dtype = p->dtype;
+    size_t head = p->head_dim * xkv_dtype_size(dtype);
+    cache whole = make_cache(&t->s, tokens, dtype, TOKEN_MAJOR, true);
+    cache part = make_cache(&t->s, tokens, dtype, TOKEN_MAJOR, true);
+    xkv_read_options o = xkv_read_options_default();
+    uint64_t least, best;
+
+    o.positions = positions;
+    assert_ok(ctx, xkv_device_read(ctx, device, t->p.entry, &o, NULL, whole.views));
+    o.first_head = first_head;
+    o.head_count = heads;
+    assert_ok(ctx, xkv_device_read_size(ctx, device, t->p.entry, &o, &least, &best));
+    assert_ok(ctx, xkv_device_read(ctx, device, t->p.entry, &o, NULL, part.views));
+    device_copy(whole.found, whole.there, whole.size);
+    device_copy(part.found, part.there, part.size);
+    heads = heads ? heads : p->heads - first_head;
+    for (uint32_t i = 0; i < whole.planes; i++)
+        for (uint32_t k = 0; k < tokens; k++) {
+            size_t at = (size_t)((uint8_t *)whole.views[i].data - whole.there) + k * p->heads * head;
+            uint8_t *from = whole.found + at, *to = part.found + at;
+            assert_memory_equal(from + first_head * head, to, heads * head);
+            for (size_t b = heads * head; b < p->heads * head; b++)
+                assert_int_equal(to[b], 0xee);
+        }
+    free_cache(&whole);
+    free_cache(&part);
+}
+
 typedef struct kind {
     const char *name;
     uint32_t profile, cross, codec;
@@ -390,6 +422,25 @@ static void test_positions(void **state)
     for (size_t i = 0; i < KINDS; i++) {
         subject t = make_subject(ctx, 131, XKV_BF16, kinds[i].profile, kinds[i].quality, kinds[i].cross);
         check_read(ctx, &t, &o, NULL, XKV_BF16, TOKEN_MAJOR, true);
+        free_subject(ctx, &t);
+    }
+    xkv_ctx_free(ctx);
+}
+
+static void test_heads(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    int32_t positions[131];
+
+    (void)state;
+    for (int32_t i = 0; i < 131; i++)
+        positions[i] = 500 + 3 * i;
+    for (size_t i = 0; i < KINDS; i++) {
+        subject t = make_subject(ctx, 131, XKV_BF16, kinds[i].profile, kinds[i].quality, kinds[i].cross);
+        for (uint32_t first = 0; first < 2; first++) {
+            check_heads(ctx, &t, first, 1, NULL);
+            check_heads(ctx, &t, first, 0, positions);
+        }
         free_subject(ctx, &t);
     }
     xkv_ctx_free(ctx);
@@ -745,7 +796,7 @@ int main(void)
         cmocka_unit_test(test_codecs),         cmocka_unit_test(test_blocks),   cmocka_unit_test(test_lengths),
         cmocka_unit_test(test_positions),      cmocka_unit_test(test_wide),     cmocka_unit_test(test_workspace),
         cmocka_unit_test(test_callbacks),      cmocka_unit_test(test_refusals), cmocka_unit_test(test_extended),
-        cmocka_unit_test(test_damaged_chunks),
+        cmocka_unit_test(test_damaged_chunks), cmocka_unit_test(test_heads),
     };
     const struct CMUnitTest told_to_fail[] = {
         /* the last one leaves the device broken */
