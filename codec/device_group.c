@@ -3,6 +3,7 @@
  *     once      constants: codes, row lists, mean, RoPE, planes; components: rows of the basis, scaled, in two halves
  *     a batch   packed chunks -> integers -> operands; cosines and sines        (the next batch is copied meanwhile)
  *     a tile    operands x components -> rows -> + mean, RoPE, rounding -> views
+ *               or, of few operands, all of that of a batch in one kernel (plugin_fused.h)
  *
  * An f16 operand holds integers up to 2048 exactly. Components whose table goes beyond have two rows of operands, and a
  * rare escape beyond it sets the fault word, upon which the group is done again with f32. A component is the sum of two
@@ -177,21 +178,59 @@ static xkv_status multiply_tile(const xkv_device_batch *b, uint32_t t0, uint32_t
     return XKV_OK;
 }
 
+/* Storing tokens from t0 on, whose rows are still to be named. */
+static xkv_plug_store store_of(const xkv_device_batch *b, uint32_t t0, uint32_t tokens)
+{
+    const xkv_device_work *w = b->w;
+    const xkv_device_reading *r = w->r;
+
+    return (xkv_plug_store){.mean = w->reader.transform.mean ? xkv_device_constant(w, w->mean_at) : NULL,
+                            .angles =
+                                (float *)xkv_device_place(w, r->at.angles) + (uint64_t)(t0 - b->first) * w->angles,
+                            .angles_stride = w->angles,
+                            .planes = xkv_device_constant(w, w->planes_at),
+                            .plane_count = w->g->plane_count,
+                            .tokens = tokens,
+                            .first = t0 - r->target.first};
+}
+
 static xkv_status store_tile(const xkv_device_batch *b, uint32_t t0, uint32_t tokens, const float *rows)
+{
+    xkv_device_reading *r = b->w->r;
+    xkv_plug_store o = store_of(b, t0, tokens);
+
+    o.rows = rows;
+    o.ld = b->w->g->width;
+    XKV_DEVICE(r, store(r->device->plug, &o, r->stream));
+    return XKV_OK;
+}
+
+/* All tokens of a batch at once: nothing of them is in memory between integers and views. */
+static xkv_status fuse_batch(const xkv_device_batch *b)
 {
     const xkv_device_work *w = b->w;
     xkv_device_reading *r = w->r;
-    xkv_plug_store o = {.rows = rows,
-                        .ld = w->g->width,
-                        .mean = w->reader.transform.mean ? xkv_device_constant(w, w->mean_at) : NULL,
-                        .angles = (float *)xkv_device_place(w, r->at.angles) + (uint64_t)(t0 - b->first) * w->angles,
-                        .angles_stride = w->angles,
-                        .planes = xkv_device_constant(w, w->planes_at),
-                        .plane_count = w->g->plane_count,
-                        .tokens = tokens,
-                        .first = t0 - r->target.first};
+    const uint16_t *components = xkv_device_place(w, r->at.components);
+    xkv_plug_fused o = {.q = {(int16_t *)xkv_device_place(w, r->at.integers) + (b->first - b->t0)},
+                        .q_stride = {r->at.stride, r->at.cross_stride},
+                        .rows = {xkv_device_constant(w, w->own_rows_at), xkv_device_constant(w, w->cross_rows_at)},
+                        .count = {w->own, w->cross},
+                        .high = components,
+                        .low = components + (uint64_t)(w->own + w->cross) * w->g->width,
+                        .width = w->g->width,
+                        .alpha = 1 / w->scale,
+                        .fault = xkv_device_place(w, r->at.fault),
+                        .store = store_of(b, b->first, b->end - b->first)};
 
-    XKV_DEVICE(r, store(r->device->plug, &o, r->stream));
+    if (w->cross > 0)
+        o.q[1] = (int16_t *)xkv_device_place(w, r->at.cross) + (b->first - r->cross_begin);
+    for (uint32_t i = 0; i < w->g->plane_count; i++) {
+        uint32_t first;
+        const xkv_plane *p = &r->entry->c.geometry.planes[w->g->planes[i]];
+        o.dim = p->head_dim > o.dim ? p->head_dim : o.dim;
+        o.heads += xkv_plane_heads(p, r->target.heads, &first).heads;
+    }
+    XKV_DEVICE(r, fused(r->device->plug, &o, r->stream));
     return XKV_OK;
 }
 
@@ -202,6 +241,8 @@ static xkv_status make_rows(const xkv_device_batch *b)
     if (b->first == b->end)
         return XKV_OK;
     XKV_TRY(make_angles(b));
+    if (b->w->fused)
+        return fuse_batch(b);
     if (b->w->integers && !b->w->scalar)
         XKV_TRY(expand_batch(b));
     for (uint32_t t0 = b->first, n; t0 < b->end; t0 += n) {

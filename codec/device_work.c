@@ -115,6 +115,22 @@ static void find_scale(xkv_device_work *w)
     w->scale = scale_for(most);
 }
 
+/* --- Fusing ------------------------------------------------------------------------------------------------------- */
+
+/* Where a plain tile product is likely to beat a GEMM that leaves its rows in memory, for another kernel to read them
+ * again: with few operands. A guess until gpu_bench has measured both. */
+#define FUSED_OPERANDS 256u
+
+static bool can_fuse(const xkv_device_work *w)
+{
+    for (uint32_t i = 0; i < w->g->plane_count; i++) {
+        uint32_t dim = w->r->entry->c.geometry.planes[w->g->planes[i]].head_dim;
+        if (dim > XKV_FUSED_DIM || dim % XKV_FUSED_STEP != 0)
+            return false;
+    }
+    return w->integers && !w->exact && w->own + w->cross > 0 && w->own + w->cross <= FUSED_OPERANDS;
+}
+
 /* --- Opening ------------------------------------------------------------------------------------------------------ */
 
 static void find_components(xkv_device_work *w)
@@ -147,6 +163,7 @@ xkv_status xkv_device_work_open(xkv_device_reading *r, const xkv_group *g, bool 
     if (w->crossed)
         XKV_TRY(list_cross(w));
     find_scale(w);
+    w->fused = can_fuse(w);
     return XKV_OK;
 }
 

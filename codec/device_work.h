@@ -27,6 +27,7 @@ typedef struct xkv_device_work {
     float *factor;                 /* .factor */
     float step, scale;             /* of the components; scale is a power of two */
     uint32_t angles;               /* elements of a token's cosines and sines */
+    bool fused;                    /* one kernel makes rows of integers and stores them */
 
     /* Offsets in the constants. */
     uint64_t codes_at, own_rows_at, cross_rows_at, own_index_at, cross_index_at, source_at, factor_at, mean_at,

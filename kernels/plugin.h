@@ -150,6 +150,7 @@ typedef struct xkv_plug_join {
 } xkv_plug_join;
 
 #include "plugin_attend.h"
+#include "plugin_fused.h"
 
 /* --- The table ---------------------------------------------------------------------------------------------------- */
 
@@ -205,6 +206,9 @@ typedef struct xkv_plugin {
     /* plugin_attend.h */
     xkv_status (*attend)(xkv_plug_device *d, const xkv_plug_attend *o, void *stream);
     xkv_status (*merge)(xkv_plug_device *d, const xkv_plug_merge *o, void *stream);
+
+    /* plugin_fused.h */
+    xkv_status (*fused)(xkv_plug_device *d, const xkv_plug_fused *o, void *stream);
 } xkv_plugin;
 
 #ifdef __cplusplus

@@ -1,6 +1,7 @@
 /* plugin.c - the table of plugin.h over the CUDA runtime and cuBLAS. No kernel is here, so that the tests can compile
  * it against a runtime of their own, which fails when told to (tests/cuda). */
 #include "attend.h"
+#include "fused.h"
 #include "launch.h"
 
 #include <cublas_v2.h>
@@ -417,6 +418,13 @@ static xkv_status gemm(xkv_plug_device *d, const xkv_plug_gemm *o, void *stream)
     return status;
 }
 
+static xkv_status fused(xkv_plug_device *d, const xkv_plug_fused *o, void *stream)
+{
+    if (o->store.tokens == 0 || o->heads == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_fused(o, stream));
+}
+
 /* --- Attention ---------------------------------------------------------------------------------------------------- */
 
 static xkv_status attend(xkv_plug_device *d, const xkv_plug_attend *o, void *stream)
@@ -471,4 +479,5 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .join = join,
     .attend = attend,
     .merge = merge,
+    .fused = fused,
 };

@@ -111,6 +111,16 @@ def test_other_positions(lossless, model, raw):
         entry.read(tokens=40, positions=[1, 2, 3])
 
 
+def test_some_heads(lossless, raw):
+    """A rank's share: the middle one of three KV heads."""
+    entry = xkv.open(lossless)
+    whole, part = entry.read(tokens=40), entry.read(tokens=40, heads=range(1, 2))
+    assert all(np.array_equal(a[:, 1:2], b) for a, b in zip(whole, part))
+    assert np.array_equal(part[5][:, 0], raw.V[2].get().reshape(160, 3, 64)[:40, 1])
+    with pytest.raises(ValueError, match="heads"):
+        entry.read(heads=4)
+
+
 def test_values_and_groups(lossless):
     entry = xkv.open(lossless)
     assert entry.values["model.architecture"] == "llama"

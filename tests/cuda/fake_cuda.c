@@ -8,7 +8,6 @@
 
 #include "element.h"
 
-extern fake_cuda_control fake_cuda;
 __attribute__((visibility("default"))) fake_cuda_control fake_cuda = {.devices = 1, .capability = 9};
 
 static cudaError_t last_error;

@@ -22,7 +22,10 @@ typedef struct fake_cuda_control {
 
     uint64_t calls, used, peak, blocks; /* calls so far; bytes, their most, and blocks (pinned ones too) alive */
     uint64_t launches, exact_products;  /* of all; GEMMs of f32 */
+    uint64_t fused;                     /* fused kernels */
 } fake_cuda_control;
+
+extern fake_cuda_control fake_cuda;
 
 /* Put `run`(args) on a stream. */
 cudaError_t fake_launch(cudaStream_t stream, void (*run)(const void *args), const void *args, size_t size);

@@ -49,12 +49,15 @@ static xkv_device *open_device(xkv_ctx *ctx)
 
 /* --- Samples ------------------------------------------------------------------------------------------------------ */
 
+/* Of 16 elements: heads that the fused kernel takes; of others it does not. */
+static uint32_t head_dim = 16;
+
 static synthetic sample(uint32_t tokens, uint32_t dtype, int rope)
 {
     synthetic_options o = {.layers = 3,
                            .tokens = tokens,
                            .heads = 2,
-                           .head_dim = 16,
+                           .head_dim = head_dim,
                            .dtype = dtype,
                            .rank = 10,
                            .group_layers = 2,
@@ -363,13 +366,19 @@ static void test_codecs(void **state)
     xkv_ctx *ctx = logging_ctx();
 
     (void)state;
-    for (size_t i = 0; i < KINDS; i++) {
-        subject t = make_subject(ctx, 131, XKV_BF16, kinds[i].profile, kinds[i].quality, kinds[i].cross);
-        if (!has_codec(&t, kinds[i].codec))
-            fail_msg("%s: not packed like this", kinds[i].name);
+    for (size_t i = 0; i < 2 * KINDS; i++) {
+        const kind *k = &kinds[i / 2];
+        head_dim = i % 2 ? 20 : 16;
+        subject t = make_subject(ctx, 131, XKV_BF16, k->profile, k->quality, k->cross);
+        uint64_t before = control ? control->fused : 0;
+        bool integers = k->codec == XKV_GROUP_DICT || k->codec == XKV_GROUP_CROSS || k->codec == XKV_GROUP_SVDQ;
+        if (!has_codec(&t, k->codec))
+            fail_msg("%s: not packed like this", k->name);
         check_all(ctx, &t);
+        assert_true(!control || (control->fused > before) == (integers && head_dim == 16));
         free_subject(ctx, &t);
     }
+    head_dim = 16;
     assert_int_equal(warnings_logged + errors_logged, 0);
     xkv_ctx_free(ctx);
 }

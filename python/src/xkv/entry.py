@@ -1,7 +1,7 @@
 """Entries: packed prefixes, opened, read in part or whole, restored as the engine's file."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -123,7 +123,7 @@ class EntryReader:
 
     def read(self, tokens: Span = None, groups: Span = None, *, out: Optional[Sequence[Any]] = None,
              rows: Optional[Any] = None, positions: Optional[Tokens] = None, dtype: Optional[str] = None,
-             on_group: Any = None, progress: Optional[Progress] = None) -> List[Any]:
+             heads: Span = None, on_group: Any = None, progress: Optional[Progress] = None) -> List[Any]:
         """Restore tokens of groups: one array [tokens, heads, head_dim] for each plane of the geometry, None for planes
         of other groups. Only the chunks that hold the tokens are read; all is checked before it is handed out.
 
@@ -135,6 +135,9 @@ class EntryReader:
         dtype: of new arrays: "f32", "f16", "bf16" (bits as uint16); by default the plane's own, f32 for
             planes in blocks.
         positions: [tokens] that K is rotated for; by default those it was computed at.
+        heads: KV heads of each plane, for one rank of several (tensor parallelism): arrays hold these alone, and only
+            their part of the arithmetic is done. Likewise a number, a slice or a range; not with Pages. What all heads
+            share, the latents of MLA, comes whole.
         on_group(group): called when all asked tokens of a group are in place, in order; an exception stops the call.
         On any error the contents of `out` are undefined."""
         first, count = span(tokens, self._token_limit(), "tokens")
@@ -144,15 +147,21 @@ class EntryReader:
         wanted = [i in asked for i in range(len(self.geometry.planes))]
         if dtype is not None:
             index_of(tuple(NUMPY_TYPES), dtype, "dtype")
+        geometry, first_head, head_count = self.geometry, 0, 0
+        if heads is not None:
+            geometry, first_head, head_count = _with_heads(geometry, heads)
         arrays: Sequence[Any]
         views: Union[Views, PageViews]
         if out and all(isinstance(pages, Pages) for pages in out):
+            if heads is not None:
+                raise ValueError("heads: not into Pages")
             arrays, views = out, PageViews(self.geometry, out, first, count, writable=True)
         else:
-            arrays = empty_planes(self.geometry, wanted, count, dtype) if out is None else _chosen(out, wanted)
-            views = Views(self.geometry, arrays, count, rows, writable=True)
+            arrays = empty_planes(geometry, wanted, count, dtype) if out is None else _chosen(out, wanted)
+            views = Views(geometry, arrays, count, rows, writable=True)
         o = ffi.new("xkv_read_options *", lib.xkv_read_options_default())
         o.first_token, o.token_count, o.first_group, o.group_count = first, count, first_group, group_count
+        o.first_head, o.head_count = first_head, head_count
         at = int32_array(positions, "positions") if positions is not None else None
         if at is not None:
             if len(at) != count:
@@ -238,6 +247,15 @@ def unpack_file(entry_file: Source, engine_file: Path, *, tokens: int = 0, overw
     """Entry to engine file, or its first tokens (0: all). It appears when it is complete and right."""
     with open_entry(entry_file, dictionary) as entry:
         entry.restore_file(engine_file, tokens, overwrite=overwrite, progress=progress)
+
+
+def _with_heads(geometry: Geometry, heads: Span) -> Tuple[Geometry, int, int]:
+    """Planes of some KV heads, and which these are."""
+    shared = ("latent", "K-rope")
+    total = next((plane.heads for plane in geometry.planes if plane.kind not in shared), 1)
+    first, count = span(heads, total, "heads")
+    planes = tuple(plane if plane.kind in shared else replace(plane, heads=count) for plane in geometry.planes)
+    return replace(geometry, planes=planes), first, count
 
 
 def _chosen(out: Sequence[Any], wanted: Sequence[bool]) -> List[Optional[Array]]:

@@ -576,6 +576,126 @@ static void print_factors(gpu *g)
            ms, raw / ms * 1e-6);
 }
 
+/* --- Attention ---------------------------------------------------------------------------------------------------- */
+
+/* One layer of held rows, of one codec: K and V of HEADS heads, a tile for each 32 tokens of chunks of 256. */
+typedef struct held {
+    xkv_held_plane planes[2];
+    xkv_held_tile *tiles[2];
+    xkv_held_split *splits;
+    uint32_t tokens, tile_count, split_count;
+    uint64_t bytes; /* of coefficients or rows, K and V */
+} held;
+
+enum { SPLIT_TILES = 16, QUERY_HEADS = 32 };
+
+/* Rows of bf16, or lines of 8 bits. */
+static held make_held(gpu *g, uint32_t tokens, uint32_t slots, float *basis, const uint32_t *numbers)
+{
+    held h = {.tokens = tokens, .tile_count = tokens / XKV_HELD_TOKENS};
+    uint32_t width = HEADS * DIMS, lines = slots > 0 ? slots : 1;
+    size_t chunk = slots > 0 ? (size_t)slots * CHUNK : (size_t)width * CHUNK * 2, size = tokens / CHUNK * chunk;
+    xkv_held_line *host_lines = malloc(lines * sizeof *host_lines);
+
+    for (uint32_t i = 0; i < lines; i++)
+        host_lines[i] = (xkv_held_line){(uint64_t)i * CHUNK, 0.01f, 1};
+    const xkv_held_line *device_lines = device_copy(g, host_lines, lines * sizeof *host_lines);
+    for (int part = 0; part < 2; part++) {
+        uint8_t *data = device_memory(g, size);
+        h.tiles[part] = malloc(h.tile_count * sizeof *h.tiles[part]);
+        h.planes[part] = (xkv_held_plane){.form = slots > 0 ? XKV_HELD_LINES : XKV_HELD_ROWS,
+                                          .dtype = XKV_BF16,
+                                          .width = width,
+                                          .slots = slots,
+                                          .row = numbers,
+                                          .line = numbers,
+                                          .basis = basis,
+                                          .ld = width,
+                                          .pairs = part == 0 && slots > 0 ? DIMS / 2 : 0,
+                                          .style = XKV_ROPE_HALF_SPLIT};
+        for (uint32_t i = 0; i < h.tile_count; i++) {
+            uint32_t token = i * XKV_HELD_TOKENS;
+            h.tiles[part][i] = (xkv_held_tile){
+                token, XKV_HELD_TOKENS, (uint32_t)part, token % CHUNK, data + token / CHUNK * chunk, device_lines};
+        }
+        h.tiles[part] = device_copy(g, h.tiles[part], h.tile_count * sizeof *h.tiles[part]);
+        h.bytes += size;
+    }
+    h.split_count = h.tile_count / SPLIT_TILES;
+    h.splits = malloc(h.split_count * sizeof *h.splits);
+    for (uint32_t i = 0; i < h.split_count; i++)
+        h.splits[i] = (xkv_held_split){i * SPLIT_TILES, (i + 1) * SPLIT_TILES, i * SPLIT_TILES * XKV_HELD_TOKENS,
+                                       (i + 1) * SPLIT_TILES * XKV_HELD_TOKENS, 0};
+    h.splits = device_copy(g, h.splits, h.split_count * sizeof *h.splits);
+    free(host_lines);
+    return h;
+}
+
+static void do_attend(gpu *g, void *user)
+{
+    GPU_TRY(g, attend(g->d, user, g->stream));
+}
+
+/* One query token of 32 heads over a layer. What is read is counted once, for all heads of K and V, though each of the
+ * KV heads reads the coefficients of K. Memory is the process' until it ends. */
+static void print_attend(gpu *g, const char *name, uint32_t tokens, uint32_t slots, bool last)
+{
+    const uint32_t group = QUERY_HEADS / HEADS, most = slots > 0 ? slots : 1, columns = slots + DIMS + 1;
+    const uint32_t which[] = {1};
+    uint32_t *numbers = malloc(most * sizeof *numbers);
+
+    for (uint32_t i = 0; i < most; i++)
+        numbers[i] = i;
+    const uint32_t *there = device_copy(g, numbers, most * sizeof *numbers);
+    held h = make_held(g, tokens, slots, device_memory(g, (size_t)most * HEADS * DIMS * 4), there);
+    xkv_plug_attend o = {.planes = device_copy(g, h.planes, sizeof h.planes),
+                         .keys = {h.tiles[0], NULL},
+                         .values = h.tiles[1],
+                         .value_planes = device_copy(g, which, sizeof which),
+                         .splits = h.splits,
+                         .angles = device_memory(g, (size_t)tokens * DIMS * 4),
+                         .positions = device_memory(g, tokens * 4ull),
+                         .angles_stride = DIMS,
+                         .rows = tokens,
+                         .tile_count = h.tile_count,
+                         .split_count = h.split_count,
+                         .kv_heads = HEADS,
+                         .dim_k = {DIMS, 0},
+                         .dim_v = DIMS,
+                         .group = group,
+                         .count = group,
+                         .queries = device_memory(g, QUERY_HEADS * DIMS * 4),
+                         .query_stride = QUERY_HEADS * DIMS * 4,
+                         .head_stride = DIMS * 4,
+                         .scale = 1,
+                         .slots = slots,
+                         .scores = device_memory(g, (size_t)QUERY_HEADS * tokens * 4),
+                         .largest = device_memory(g, (size_t)QUERY_HEADS * h.split_count * 4),
+                         .sums = device_memory(g, (size_t)QUERY_HEADS * h.split_count * 4),
+                         .parts = device_memory(g, (size_t)QUERY_HEADS * h.split_count * columns * 4),
+                         .merged = device_memory(g, (size_t)QUERY_HEADS * columns * 4),
+                         .output = device_memory(g, QUERY_HEADS * DIMS * 4),
+                         .lse = device_memory(g, QUERY_HEADS * 4)};
+    double t = best_time(g, do_attend, &o);
+    double flops = 2.0 * tokens * slots * HEADS * DIMS; /* of rebuilding K, which is most of it */
+    printf("    {\"held\": \"%s\", \"tokens\": %u, \"slots\": %u, \"mb\": %.1f, \"us\": %.1f, \"tb_s\": %.3f, "
+           "\"tflops\": %.2f}%s\n",
+           name, tokens, slots, (double)h.bytes * 1e-6, t * 1e6, (double)h.bytes / t * 1e-12, flops / t * 1e-12,
+           last ? "" : ",");
+    free(numbers);
+}
+
+static void print_attention(gpu *g)
+{
+    uint32_t tokens = quick ? 4096 : 65536;
+
+    printf("  \"attention\": [\n");
+    print_attend(g, "bf16 rows", tokens, 0, false);
+    print_attend(g, "8-bit coefficients", tokens, 512, false);
+    print_attend(g, "8-bit coefficients", tokens, 128, true);
+    printf("  ],\n");
+}
+
 /* --- The document ------------------------------------------------------------------------------------------------- */
 
 static void print_device(gpu *g)
@@ -610,6 +730,7 @@ int main(int argc, char **argv)
         print_decode(&g, tables, counts[i], i == (quick ? 0 : 3));
     printf("  ],\n");
     print_dict(&g, tables);
+    print_attention(&g);
     print_factors(&g);
     printf("}\n");
     g.api->release(g.d, tables);
