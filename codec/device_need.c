@@ -60,7 +60,7 @@ static bool moves_as_it_is(const xkv_device_reading *r, const xkv_group *g)
 {
     for (uint32_t i = 0; i < g->plane_count; i++) {
         const xkv_plane *p = &r->entry->c.geometry.planes[g->planes[i]];
-        if ((r->views && r->views[g->planes[i]].dtype != p->dtype) ||
+        if (xkv_dtype_block(p->dtype) > 1 || (r->views && r->views[g->planes[i]].dtype != p->dtype) ||
             (r->target.moves.distances && p->rope != XKV_NO_ROPE))
             return false;
     }

@@ -194,10 +194,7 @@ static xkv_status check_view(const xkv_device_reading *r, uint32_t plane)
         (uintptr_t)v->data | (uint64_t)v->token_stride | (uint64_t)v->head_stride | (uint64_t)v->dim_stride;
 
     XKV_TRY(xkv_check_heads_view(r->ctx, &r->entry->c.geometry, plane, r->target.heads, v));
-    if (v->dtype > XKV_BF16)
-        return xkv_fail(r->ctx, XKV_ERROR_UNSUPPORTED, "view %u: %s in a device's memory", plane,
-                        xkv_dtype_name(v->dtype));
-    if (places % xkv_dtype_size(v->dtype) != 0)
+    if (xkv_dtype_block(v->dtype) == 1 && places % xkv_dtype_size(v->dtype) != 0)
         return xkv_fail(r->ctx, XKV_ERROR_ARGUMENT, "view %u: its address and strides are no multiples of %zu bytes",
                         plane, xkv_dtype_size(v->dtype));
     return XKV_OK;

@@ -22,7 +22,7 @@ static uint64_t plane_bytes(const xkv_device_reading *r, const xkv_group *g, uin
 {
     xkv_plane p = plane_of(r, g->planes[i]);
 
-    return (uint64_t)xkv_plane_width(&p) * xkv_dtype_size(r->views[g->planes[i]].dtype);
+    return xkv_dtype_bytes(r->views[g->planes[i]].dtype, xkv_plane_width(&p));
 }
 
 /* Views of `tokens` rows of the groups; planes one behind the other, each with its rows. */
@@ -34,12 +34,14 @@ static void lay_out(const xkv_device_reading *r, uint32_t first_group, uint32_t 
         const xkv_group *g = &r->entry->c.groups[j];
         for (uint32_t i = 0; i < g->plane_count; i++) {
             uint32_t dtype = r->views[g->planes[i]].dtype;
+            xkv_plane p = plane_of(r, g->planes[i]);
             int64_t elem = (int64_t)xkv_dtype_size(dtype), row = (int64_t)plane_bytes(r, g, i);
             d->views[g->planes[i]] = (xkv_view){.data = at,
                                                 .token_stride = row,
-                                                .head_stride = plane_of(r, g->planes[i]).head_dim * elem,
+                                                .head_stride = row,
                                                 .dim_stride = elem,
-                                                .dtype = dtype};
+                                                .dtype = dtype,
+                                                .head_dim = xkv_plane_width(&p)}; /* blocks may reach over heads */
             at += tokens * (uint64_t)row;
         }
     }

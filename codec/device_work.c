@@ -125,6 +125,8 @@ static bool can_fuse(const xkv_device_work *w)
 {
     for (uint32_t i = 0; i < w->g->plane_count; i++) {
         uint32_t dim = w->r->entry->c.geometry.planes[w->g->planes[i]].head_dim;
+        if (dim % xkv_dtype_block(w->r->views[w->g->planes[i]].dtype) != 0)
+            return false;
         if (dim > XKV_FUSED_DIM || dim % XKV_FUSED_STEP != 0)
             return false;
     }
@@ -233,7 +235,8 @@ static void append_planes(xkv_device_work *w, uint8_t *bytes, uint64_t *used)
         const xkv_plane *p = &geometry->planes[w->g->planes[i]];
         uint32_t first;
         xkv_plane part = xkv_plane_heads(p, w->r->target.heads, &first);
-        xkv_plug_plane plane = {w->r->views[w->g->planes[i]], part.heads, p->head_dim, column + first, 0, 0, 0, 0};
+        xkv_plug_plane plane = {
+            w->r->views[w->g->planes[i]], part.heads, p->head_dim, column + first, 0, 0, 0, 0, p->dtype};
         if (p->rope != XKV_NO_ROPE) {
             const xkv_rope *rope = &geometry->ropes[p->rope];
             if (p->rope != last) {

@@ -118,6 +118,7 @@ typedef struct xkv_plug_plane {
     uint32_t column;               /* of its first element in the rows */
     uint32_t pairs, offset, style; /* of its RoPE; pairs 0: none */
     uint32_t angles;               /* where its cosines stand in a row of the angles */
+    uint32_t via;                  /* views of blocks: the 16-bit type that elements are rounded to before, or f32 */
 } xkv_plug_plane;
 
 /* Store rows [tokens][ld] of f32: each element plus its mean, rotated, rounded, into the views of all planes. Token t

@@ -3,6 +3,7 @@
 #ifndef XKV_CPU_OPS_H
 #define XKV_CPU_OPS_H
 
+#include "block_element.h"
 #include "kernels.h"
 
 #include <float.h>
@@ -21,13 +22,6 @@ bool xkv_kernels_cpu_choice_ignored(void);
 void xkv_blocks_to_f32(uint32_t dtype, const uint8_t *src, float *dst, size_t n);
 void xkv_blocks_from_f32(uint32_t dtype, const float *src, uint8_t *dst, size_t n);
 bool xkv_blocks_finite(uint32_t dtype, const uint8_t *src, size_t n);
-
-/* What elements are multiplied by for a scale d: 0 when d is 0 or so small that its inverse is infinite. */
-static inline float xkv_block_inverse(float d)
-{
-    float inverse = d != 0 ? 1 / d : 0;
-    return inverse > FLT_MAX || inverse < -FLT_MAX ? 0 : inverse;
-}
 
 void xkv_generic_to_f32(uint32_t dtype, const void *src, float *dst, size_t n);
 void xkv_generic_from_f32(uint32_t dtype, const float *src, void *dst, size_t n);

@@ -3,8 +3,10 @@
 #ifndef XKV_CUDA_ELEMENTS_H
 #define XKV_CUDA_ELEMENTS_H
 
-#include "element.h"
+#include "block_element.h"
 #include "plugin.h"
+
+#include <stdbool.h>
 
 /* --- Operands ----------------------------------------------------------------------------------------------------- */
 
@@ -85,10 +87,16 @@ XKV_ELEMENT void xkv_put_element(const xkv_plug_plane *p, uint32_t token, uint32
         *(uint16_t *)(void *)at = p->view.dtype == XKV_F16 ? xkv_f16_from_f32(x) : xkv_bf16_from_f32(x);
 }
 
-/* The work on one token of a plane comes in items: a pair that is rotated, or an element that is not. */
-XKV_ELEMENT uint32_t xkv_plane_items(const xkv_plug_plane *p)
+XKV_ELEMENT bool xkv_is_blocks(uint32_t dtype)
 {
-    return p->heads * (p->head_dim - p->pairs);
+    return dtype == XKV_Q8_0 || dtype == XKV_Q4_0;
+}
+
+/* The work on one token of `heads` heads comes in items: a pair that is rotated, or an element that is not; or a block.
+ */
+XKV_ELEMENT uint32_t xkv_items_of(const xkv_plug_plane *p, uint32_t heads)
+{
+    return xkv_is_blocks(p->view.dtype) ? heads * p->head_dim / XKV_BLOCK_ELEMENTS : heads * (p->head_dim - p->pairs);
 }
 
 XKV_ELEMENT float xkv_stored_value(const xkv_plug_store *o, uint64_t t, uint32_t column)
@@ -112,10 +120,54 @@ XKV_ELEMENT void xkv_store_pair(const xkv_plug_store *o, const xkv_plug_plane *p
     xkv_put_element(p, o->first + t, first + j, a * s + b * c);
 }
 
+/* Element `e` of a row, rotated. */
+XKV_ELEMENT float xkv_rotated_value(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t e)
+{
+    uint32_t head = e / p->head_dim, i = e % p->head_dim - p->offset; /* wraps in front of the rotated ones */
+    bool interleaved = p->style == XKV_ROPE_INTERLEAVED;
+
+    if (i >= 2 * p->pairs)
+        return xkv_stored_value(o, t, p->column + e);
+    uint32_t pair = interleaved ? i / 2 : i % p->pairs, second = interleaved ? i % 2 : i / p->pairs;
+    uint32_t at = p->column + head * p->head_dim + p->offset + (interleaved ? 2 * pair : pair);
+    const float *angles = o->angles + t * o->angles_stride + p->angles;
+    float a = xkv_stored_value(o, t, at), b = xkv_stored_value(o, t, at + (interleaved ? 1 : p->pairs));
+    float c = angles[pair], s = angles[p->pairs + pair];
+
+    return second ? a * s + b * c : a * c - b * s;
+}
+
+/* Where a block's elements begin in the view; dim_stride is that of blocks. */
+XKV_ELEMENT uint8_t *xkv_view_block(const xkv_view *v, uint32_t head_dim, uint32_t token, uint32_t block)
+{
+    int64_t row = v->rows ? (int64_t)v->rows[token] : (int64_t)token;
+    uint32_t dims = v->head_dim != 0 ? v->head_dim : head_dim, e = block * XKV_BLOCK_ELEMENTS;
+
+    return (uint8_t *)v->data +
+           (row * v->token_stride + e / dims * v->head_stride + e % dims / XKV_BLOCK_ELEMENTS * v->dim_stride);
+}
+
+XKV_ELEMENT void xkv_store_block(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t block)
+{
+    float x[XKV_BLOCK_ELEMENTS];
+
+    for (uint32_t i = 0; i < XKV_BLOCK_ELEMENTS; i++) {
+        float value = xkv_rotated_value(o, p, t, block * XKV_BLOCK_ELEMENTS + i);
+        x[i] = p->via == XKV_F16    ? xkv_f16_to_f32(xkv_f16_from_f32(value))
+               : p->via == XKV_BF16 ? xkv_float_from_bits((uint32_t)xkv_bf16_from_f32(value) << 16)
+                                    : value;
+    }
+    xkv_block_from_f32(p->view.dtype, x, xkv_view_block(&p->view, p->head_dim, o->first + t, block));
+}
+
 XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t item)
 {
     uint32_t items = p->head_dim - p->pairs, head = item / items, i = item % items;
 
+    if (xkv_is_blocks(p->view.dtype)) {
+        xkv_store_block(o, p, t, item);
+        return;
+    }
     if (i < p->pairs) {
         xkv_store_pair(o, p, t, head, i);
         return;
@@ -127,12 +179,24 @@ XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p
     xkv_put_element(p, o->first + t, e, xkv_stored_value(o, t, p->column + e));
 }
 
-/* Element `e` of a token. */
+XKV_ELEMENT uint32_t xkv_move_items(const xkv_plug_move *o)
+{
+    return o->heads * o->head_dim / (xkv_is_blocks(o->view.dtype) ? XKV_BLOCK_ELEMENTS : 1);
+}
+
+/* Element, or block, `e` of a token. */
 XKV_ELEMENT void xkv_move_element(const xkv_plug_move *o, uint32_t t, uint32_t e)
 {
-    uint8_t *to = xkv_view_element(&o->view, o->head_dim, o->first + t, e);
     const uint8_t *from = o->rows + t * o->row_bytes + o->column;
 
+    if (xkv_is_blocks(o->view.dtype)) {
+        uint8_t *block = xkv_view_block(&o->view, o->head_dim, o->first + t, e);
+        uint32_t size = o->view.dtype == XKV_Q8_0 ? 34 : 18;
+        for (uint32_t i = 0; i < size; i++)
+            block[i] = from[e * size + i];
+        return;
+    }
+    uint8_t *to = xkv_view_element(&o->view, o->head_dim, o->first + t, e);
     if (o->view.dtype == XKV_F32)
         ((uint32_t *)(void *)to)[0] = ((const uint32_t *)(const void *)from)[e];
     else

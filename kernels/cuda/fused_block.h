@@ -58,7 +58,7 @@ XKV_ELEMENT uint32_t xkv_fused_plane(const xkv_plug_fused *o, uint32_t n, uint32
 XKV_BLOCK void xkv_fused_store(const xkv_plug_fused *o, const xkv_plug_plane *plane, uint32_t head, uint32_t first,
                                const float *rows)
 {
-    uint32_t items = plane->head_dim - plane->pairs, left = o->store.tokens - first;
+    uint32_t items = xkv_items_of(plane, 1), left = o->store.tokens - first;
     uint32_t tokens = left < XKV_FUSED_TOKENS ? left : XKV_FUSED_TOKENS;
     xkv_plug_plane p = *plane;
     xkv_plug_store s = o->store;

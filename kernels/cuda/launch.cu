@@ -121,13 +121,13 @@ __global__ void store_kernel(const xkv_plug_store o)
 {
     const xkv_plug_plane p = o.planes[blockIdx.y];
 
-    for (uint32_t i = threadIdx.x; i < xkv_plane_items(&p); i += blockDim.x)
+    for (uint32_t i = threadIdx.x; i < xkv_items_of(&p, p.heads); i += blockDim.x)
         xkv_store_item(&o, &p, blockIdx.x, i);
 }
 
 __global__ void move_kernel(const xkv_plug_move o)
 {
-    for (uint32_t i = threadIdx.x; i < o.heads * o.head_dim; i += blockDim.x)
+    for (uint32_t i = threadIdx.x; i < xkv_move_items(&o); i += blockDim.x)
         xkv_move_element(&o, blockIdx.x, i);
 }
 

@@ -55,8 +55,11 @@ static void check_spans(const xkv_plug_fused *o)
     for (uint32_t i = 0; i < o->store.plane_count; i++)
         for (uint32_t t = 0; t < o->store.tokens; t++) {
             const xkv_plug_plane *p = &o->store.planes[i];
-            fake_check(xkv_view_element(&p->view, p->head_dim, o->store.first + t, 0), 2);
-            fake_check(xkv_view_element(&p->view, p->head_dim, o->store.first + t, p->heads * p->head_dim - 1), 2);
+            uint32_t token = o->store.first + t, last = p->heads * p->head_dim - 1;
+            bool blocks = xkv_is_blocks(p->view.dtype);
+            fake_check(blocks ? xkv_view_block(&p->view, p->head_dim, token, last / XKV_BLOCK_ELEMENTS)
+                              : xkv_view_element(&p->view, p->head_dim, token, last),
+                       2);
         }
 }
 

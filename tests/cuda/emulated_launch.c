@@ -96,6 +96,11 @@ static void check_row(const xkv_view *v, uint32_t token, uint32_t heads, uint32_
 {
     if (v->rows)
         fake_check(&v->rows[token], sizeof *v->rows);
+    if (xkv_is_blocks(v->dtype)) {
+        for (uint32_t i = 0; i < heads * head_dim / XKV_BLOCK_ELEMENTS; i++)
+            fake_check(xkv_view_block(v, head_dim, token, i), v->dtype == XKV_Q8_0 ? 34 : 18);
+        return;
+    }
     for (uint32_t e = 0; e < heads * head_dim; e++)
         fake_check(xkv_view_element(v, head_dim, token, e), v->dtype == XKV_F32 ? 4 : 2);
 }
@@ -114,7 +119,7 @@ static void run_store(const void *args)
             check_row(&p->view, o->first + t, p->heads, p->head_dim);
             if (p->pairs > 0)
                 fake_check(o->angles + t * o->angles_stride + p->angles, 2 * p->pairs * sizeof *o->angles);
-            for (uint32_t item = 0; item < xkv_plane_items(p); item++)
+            for (uint32_t item = 0; item < xkv_items_of(p, p->heads); item++)
                 xkv_store_item(o, p, t, item);
         }
 }
@@ -126,7 +131,7 @@ static void run_move(const void *args)
     fake_check(o->rows, o->tokens * o->row_bytes);
     for (uint32_t t = 0; t < o->tokens; t++) {
         check_row(&o->view, o->first + t, o->heads, o->head_dim);
-        for (uint32_t e = 0; e < o->heads * o->head_dim; e++)
+        for (uint32_t e = 0; e < xkv_move_items(o); e++)
             xkv_move_element(o, t, e);
     }
 }

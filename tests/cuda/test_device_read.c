@@ -401,6 +401,75 @@ static void test_blocks(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* All planes in blocks, or in f32, dense [planes][tokens][width]. */
+static uint8_t *read_dense(xkv_ctx *ctx, const subject *t, uint32_t dtype, size_t *size)
+{
+    const xkv_plane *p = t->s.geometry.planes;
+    uint32_t planes = t->s.geometry.plane_count, tokens = t->s.geometry.token_count, width = row_width(p);
+    size_t row = (size_t)xkv_dtype_bytes(dtype, width);
+    xkv_view *views = calloc(planes, sizeof *views);
+    uint8_t *there, *data;
+
+    *size = planes * tokens * row;
+    data = malloc(*size);
+    assert_true(device->api->alloc(device->plug, *size, (void **)&there) == XKV_OK);
+    for (uint32_t i = 0; i < planes; i++)
+        views[i] = (xkv_view){.data = there + i * tokens * row,
+                              .token_stride = (int64_t)row,
+                              .head_stride = (int64_t)row,
+                              .dim_stride = (int64_t)xkv_dtype_size(dtype),
+                              .dtype = dtype,
+                              .head_dim = width};
+    assert_ok(ctx, xkv_device_read(ctx, device, t->p.entry, NULL, NULL, views));
+    device_copy(data, there, *size);
+    device->api->release(device->plug, there);
+    free(views);
+    return data;
+}
+
+/* The blocks are those that the CPU makes of the same rows, rounded to the plane's 16 bits first. */
+static void check_blocks(xkv_ctx *ctx, const subject *t, uint32_t dtype)
+{
+    const xkv_kernels *k = xkv_kernels_cpu();
+    size_t rows_size, size, n;
+    uint8_t *rows = read_dense(ctx, t, XKV_F32, &rows_size), *blocks = read_dense(ctx, t, dtype, &size);
+    uint8_t *expected = malloc(size), *bits = malloc(rows_size);
+    float *x = (float *)(void *)rows;
+
+    n = rows_size / sizeof *x;
+    if (t->s.geometry.planes->dtype != XKV_F32) {
+        k->from_f32(t->s.geometry.planes->dtype, x, bits, n);
+        k->to_f32(t->s.geometry.planes->dtype, bits, x, n);
+    }
+    k->from_f32(dtype, x, expected, n);
+    assert_memory_equal(blocks, expected, size);
+    free(rows);
+    free(blocks);
+    free(expected);
+    free(bits);
+}
+
+/* Into a quantized cache, with blocks that reach over heads, and with such that do not. */
+static void test_into_blocks(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+
+    (void)state;
+    for (head_dim = 16; head_dim <= 32; head_dim += 16)
+        for (size_t i = 0; i < KINDS; i++) {
+            subject t = make_subject(ctx, 67,
+                                     i % 3 == 2   ? XKV_F32
+                                     : i % 3 == 1 ? XKV_F16
+                                                  : XKV_BF16,
+                                     kinds[i].profile, kinds[i].quality, kinds[i].cross);
+            check_blocks(ctx, &t, XKV_Q8_0);
+            check_blocks(ctx, &t, XKV_Q4_0);
+            free_subject(ctx, &t);
+        }
+    head_dim = 16;
+    xkv_ctx_free(ctx);
+}
+
 /* Tokens around those of chunks and rounds. */
 static void test_lengths(void **state)
 {
@@ -666,10 +735,12 @@ static void test_refusals(void **state)
     c.views[1].data = (uint8_t *)c.views[1].data + 1;
     assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_ARGUMENT);
     c.views[1].data = (uint8_t *)c.views[1].data - 1;
-    c.views[1].dtype = XKV_Q8_0;
+    c.views[1].dtype = XKV_Q8_0; /* blocks that reach over heads */
     c.views[1].dim_stride = 34;
-    c.views[1].head_dim = 32;
-    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_UNSUPPORTED);
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_ARGUMENT);
+    c.views[1].dtype = 99;
+    assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, NULL, c.views), XKV_ERROR_ARGUMENT);
+    c.views[1].dim_stride = 2;
     c.views[1].dtype = XKV_BF16;
     c.views[1].dim_stride = 2;
     c.views[1].head_dim = 7;
@@ -805,7 +876,7 @@ int main(void)
         cmocka_unit_test(test_codecs),         cmocka_unit_test(test_blocks),   cmocka_unit_test(test_lengths),
         cmocka_unit_test(test_positions),      cmocka_unit_test(test_wide),     cmocka_unit_test(test_workspace),
         cmocka_unit_test(test_callbacks),      cmocka_unit_test(test_refusals), cmocka_unit_test(test_extended),
-        cmocka_unit_test(test_damaged_chunks), cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_damaged_chunks), cmocka_unit_test(test_heads),    cmocka_unit_test(test_into_blocks),
     };
     const struct CMUnitTest told_to_fail[] = {
         /* the last one leaves the device broken */

@@ -311,7 +311,7 @@ static void check_store(int layout, uint32_t dtype, const xkv_rope *rope, const 
         xkv_rope_cos_sin(rope, 1000 + t, false, angles + (uint32_t)t * rope->n_rot);
     expect_rows(rows, with_mean ? mean : NULL, angles, rope, &plane, column, &view);
 
-    xkv_plug_plane p = {view_into(&found, layout, dtype, map), HEADS, DIMS, column, 0, 0, 0, 0};
+    xkv_plug_plane p = {view_into(&found, layout, dtype, map), HEADS, DIMS, column, 0, 0, 0, 0, XKV_F32};
     if (rope) {
         p.pairs = rope->n_rot / 2;
         p.offset = rope->offset;
@@ -319,7 +319,7 @@ static void check_store(int layout, uint32_t dtype, const xkv_rope *rope, const 
     }
     xkv_plug_store o = {rows, WIDTH, with_mean ? mean : NULL, angles, rope ? rope->n_rot : 0, &p, 1, TOKENS - 1, 1};
     for (uint32_t t = 0; t < o.tokens; t++)
-        for (uint32_t i = 0; i < xkv_plane_items(&p); i++)
+        for (uint32_t i = 0; i < xkv_items_of(&p, p.heads); i++)
             xkv_store_item(&o, &p, t, i);
     assert_memory_equal(found.bytes, expected.bytes, sizeof found.bytes);
 }

@@ -289,7 +289,8 @@ static target make_target(gpu *g, uint32_t tokens, uint32_t plane_count)
     for (uint32_t i = 0; i < plane_count; i++) {
         xkv_view v = {
             t.cache + (size_t)i * tokens * HEADS * DIMS * 2, HEADS * DIMS * 2, DIMS * 2, 2, t.rows, XKV_BF16, 0};
-        planes[i] = (xkv_plug_plane){v, HEADS, DIMS, i * HEADS * DIMS, i % 2 ? 0 : DIMS / 2, 0, XKV_ROPE_HALF_SPLIT, 0};
+        planes[i] = (xkv_plug_plane){v, HEADS,   DIMS, i * HEADS * DIMS, i % 2 ? 0 : DIMS / 2, 0, XKV_ROPE_HALF_SPLIT,
+                                     0, XKV_BF16};
     }
     t.planes = device_copy(g, planes, plane_count * sizeof *planes);
     t.mean = device_memory(g, t.width * 4ull);

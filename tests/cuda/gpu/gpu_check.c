@@ -394,7 +394,7 @@ static void check_store_of(gpu *g, uint32_t layout, uint32_t dtype, uint32_t sty
     memset(host, 0x5a, sizeof host);
     for (uint32_t i = 0; i < PLANES; i++) {
         xkv_plug_plane *p = &host_planes[i];
-        *p = (xkv_plug_plane){{.dtype = dtype, .rows = map}, HEADS, DIMS, 2 + i * HEADS * DIMS, 0, 0, 0, 0};
+        *p = (xkv_plug_plane){{.dtype = dtype, .rows = map}, HEADS, DIMS, 2 + i * HEADS * DIMS, 0, 0, 0, 0, XKV_F32};
         size_t at = strides_of(&p->view, layout, (int64_t)size_of(dtype));
         if (i == 0 && style < 2) {
             p->pairs = 16;
@@ -412,7 +412,7 @@ static void check_store_of(gpu *g, uint32_t layout, uint32_t dtype, uint32_t sty
     xkv_plug_store o = {rows, WIDTH, style == 1 ? NULL : mean, cos_sin, DIMS, host_planes, PLANES, ROWS - 3, 2};
     for (uint32_t i = 0; i < PLANES; i++)
         for (uint32_t t = 0; t < o.tokens; t++)
-            for (uint32_t item = 0; item < xkv_plane_items(&host_planes[i]); item++)
+            for (uint32_t item = 0; item < xkv_items_of(&host_planes[i], HEADS); item++)
                 xkv_store_item(&o, &host_planes[i], t, item);
     o.rows = (const void *)rows_there.p;
     o.mean = o.mean ? (const void *)mean_there.p : NULL;
