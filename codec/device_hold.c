@@ -552,6 +552,13 @@ static xkv_status hold(holding *h)
     return xkv_device_wait_copies(h->ctx, d->device);
 }
 
+/* Nothing is on its way any more to what is given back. */
+static void settle(xkv_device *d)
+{
+    if (d->api->record(d->plug, d->begun, d->copies) == XKV_OK)
+        (void)d->api->wait(d->plug, d->begun);
+}
+
 xkv_status xkv_device_attention_create(xkv_ctx *ctx, xkv_device *device, const xkv_attention *attention,
                                        const xkv_device_dict *dict, xkv_device_attention **copy_p)
 {
@@ -569,7 +576,7 @@ xkv_status xkv_device_attention_create(xkv_ctx *ctx, xkv_device *device, const x
     status = hold(&h);
     holding_fini(&h);
     if (status != XKV_OK) {
-        (void)xkv_device_wait_copies(ctx, device); /* nothing is on its way to what is given back */
+        settle(device);
         xkv_device_attention_free(ctx, h.d);
         return status;
     }

@@ -142,7 +142,7 @@ check_entries() { # ARCHITECTURE
 }
 
 check_sanitizers() {
-    local tool
+    local tool program=${bundle:-build-cuda/tests/cuda/gpu}/gpu_device_attend
     for tool in memcheck racecheck initcheck synccheck; do
         if command -v compute-sanitizer >/dev/null; then
             check "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build-gpu/gpu_check build-gpu/libxkv_cuda.so
@@ -150,6 +150,12 @@ check_sanitizers() {
             record "$tool" "not run: compute-sanitizer is not installed"
         fi
     done
+    # Blocks that share memory: what the emulation cannot see is a missing barrier.
+    if command -v compute-sanitizer >/dev/null && [ -x "$program" ]; then
+        check "racecheck, attention" env XKV_CUDA_PLUGIN="$PWD/build-gpu/libxkv_cuda.so" \
+            LD_LIBRARY_PATH="${bundle:+$bundle/lib:}${LD_LIBRARY_PATH-}" \
+            compute-sanitizer --tool racecheck --error-exitcode 1 "$program"
+    fi
 }
 
 while [ $# -gt 0 ]; do

@@ -269,8 +269,8 @@ typedef struct xkv_read_options {
     /* [token_count, filled in] RoPE positions that K is to be rotated for, of any order and distance that an int32_t
      * holds; NULL: those it was computed at. Rows that are stored exactly turn once more, in f32. */
     const int32_t *positions;
-    /* KV heads [first, first+count) of each plane; count 0: to the end. Default: all. Head `first_head` is head 0 of the
-     * views. What all heads share (MLA's latent and rotated key part) is restored whole. */
+    /* KV heads [first, first+count) of each plane; count 0: to the end. Default: all. Head `first_head` is head 0 of
+     * the views. What all heads share (MLA's latent and rotated key part) is restored whole. */
     uint32_t first_head, head_count;
 } xkv_read_options;
 
@@ -289,10 +289,10 @@ static inline xkv_read_options xkv_read_options_default(void)
  * input, and threads that find no more chunks go on to it. Memory: the components of two groups in f32, up to 32 MiB of
  * those of more, one chunk per thread, and the integers of the cross stage, if there is one: 2 bytes for each asked
  * token and coded component of it. Of some heads only their columns of the basis are multiplied; their rows agree with
- * the whole's as spec/codec.md, section 3 demands of two decoders. On error the views' contents are undefined and must not be used, but for those of
- * groups that were announced before. Errors: ARGUMENT (range, heads, positions, a view that cannot be used), UNSUPPORTED
- * (other positions for a K whose RoPE the entry does not know), CHECKSUM, CORRUPT, TRUNCATED, LIMIT, MEMORY, CANCELLED,
- * and what the input returns. */
+ * the whole's as spec/codec.md, section 3 demands of two decoders. On error the views' contents are undefined and must
+ * not be used, but for those of groups that were announced before. Errors: ARGUMENT (range, heads, positions, a view
+ * that cannot be used), UNSUPPORTED (other positions for a K whose RoPE the entry does not know), CHECKSUM, CORRUPT,
+ * TRUNCATED, LIMIT, MEMORY, CANCELLED, and what the input returns. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *entry, const xkv_read_options *options,
                                                  const xkv_view *views);
 
@@ -335,14 +335,15 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device 
                                                        uint64_t *best);
 
 /* xkv_entry_read() into views of the device's memory, `rows` included, with elements of f32, f16 or bf16 at addresses
- * that are multiples of their size. Groups are decoded by the device while the next bytes are read and copied; what it
- * does not decode (zstd, sinks and window, lossless rows that change their dtype or position, groups with a chunk
- * larger than a staging buffer) comes from the CPU. The call returns, and group_ready is called, when rows are in place
- * and checked; other streams may use them at once. Rows agree with those of xkv_entry_read() as spec/codec.md, section
- * 3 demands of two decoders. Without enough memory on the device the call takes smaller tiles, then the CPU for
- * everything, and says so in the log. Of an entry that extends another each part is such a read; `dict` is that of one
- * of them, others are copied. `target` may be NULL for defaults. Errors: those of xkv_entry_read(); ARGUMENT
- * (alignment, workspace), UNSUPPORTED (another dtype), BACKEND (the device: see xkv_device_get_info()). */
+ * that are multiples of their size, or blocks (q8_0, q4_0) anywhere. Groups are decoded by the device while the next
+ * bytes are read and copied; what it does not decode (zstd, sinks and window, lossless rows that change their dtype or
+ * position, groups with a chunk larger than a staging buffer) comes from the CPU. The call returns, and group_ready is
+ * called, when rows are in place and checked; other streams may use them at once. Rows agree with those of
+ * xkv_entry_read() as spec/codec.md, section 3 demands of two decoders. Without enough memory on the device the call
+ * takes smaller tiles, then the CPU for everything, and says so in the log. Of an entry that extends another each part
+ * is such a read; `dict` is that of one of them, others are copied. `target` may be NULL for defaults. Errors: those of
+ * xkv_entry_read(); ARGUMENT (alignment, workspace), UNSUPPORTED (another dtype), BACKEND (the device: see
+ * xkv_device_get_info()). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_device_read(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
                                                   const xkv_read_options *options, const xkv_device_target *target,
                                                   const xkv_view *views);

@@ -617,6 +617,59 @@ static void test_extended(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* --- Graphs ------------------------------------------------------------------------------------------------------- */
+
+static const xkv_plugin *real;
+
+#define WATCHED(name)                                                                                                  \
+    static xkv_status watch_##name(xkv_plug_device *d, const xkv_plug_##name *o, void *stream)                         \
+    {                                                                                                                  \
+        control->capturing = 1;                                                                                        \
+        xkv_status status = real->name(d, o, stream);                                                                  \
+        control->capturing = 0;                                                                                        \
+        return status;                                                                                                 \
+    }
+WATCHED(decode)
+WATCHED(expand)
+WATCHED(split)
+WATCHED(spread)
+WATCHED(gemm)
+WATCHED(angles)
+WATCHED(store)
+WATCHED(move)
+WATCHED(join)
+WATCHED(fused)
+
+/* Operations allocate nothing and wait for nothing, so that a graph can take them up: the runtime ends the program. */
+static void test_operations_can_be_captured(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    real = device->api;
+    xkv_plugin watched = *real;
+
+    (void)state;
+    watched.decode = watch_decode;
+    watched.expand = watch_expand;
+    watched.split = watch_split;
+    watched.spread = watch_spread;
+    watched.gemm = watch_gemm;
+    watched.angles = watch_angles;
+    watched.store = watch_store;
+    watched.move = watch_move;
+    watched.join = watch_join;
+    watched.fused = watch_fused;
+    device->api = &watched;
+    for (size_t i = 0; i < 2 * KINDS; i++) {
+        head_dim = i % 2 ? 20 : 16;
+        subject t = make_subject(ctx, 70, XKV_BF16, kinds[i / 2].profile, kinds[i / 2].quality, kinds[i / 2].cross);
+        check_read(ctx, &t, NULL, NULL, XKV_BF16, TOKEN_MAJOR, true);
+        free_subject(ctx, &t);
+    }
+    head_dim = 16;
+    device->api = real;
+    xkv_ctx_free(ctx);
+}
+
 /* --- The caller's memory, stream and dictionary ------------------------------------------------------------------- */
 
 static void test_workspace(void **state)
@@ -880,6 +933,7 @@ int main(void)
     };
     const struct CMUnitTest told_to_fail[] = {
         /* the last one leaves the device broken */
+        cmocka_unit_test(test_operations_can_be_captured),
         cmocka_unit_test(test_short_of_memory),
         cmocka_unit_test(test_failing_calls),
         cmocka_unit_test(test_broken_device),

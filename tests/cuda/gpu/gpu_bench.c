@@ -326,6 +326,7 @@ typedef struct restore {
     xkv_plug_split split;
     float *rows;
     bool upload, entropy, product, store; /* which stages run */
+    bool fused;                           /* expanding, product and storing in one kernel */
 } restore;
 
 static void store_tile(gpu *g, const restore *r, uint32_t first, uint32_t t0)
@@ -334,6 +335,30 @@ static void store_tile(gpu *g, const restore *r, uint32_t first, uint32_t t0)
     xkv_plug_store o = {r->rows,        t->width, t->mean,   t->angles + (size_t)t0 * DIMS, DIMS, t->planes,
                         t->plane_count, TILE,     first + t0};
     GPU_TRY(g, store(g->d, &o, g->stream));
+}
+
+static void fuse_batch(gpu *g, const restore *r, uint32_t first)
+{
+    const target *t = &r->target;
+    xkv_plug_fused o = {.q = {r->decode.q, NULL},
+                        .q_stride = {r->decode.stride, 0},
+                        .rows = {r->expand.rows, NULL},
+                        .count = {r->components, 0},
+                        .high = r->split.high,
+                        .low = r->split.low,
+                        .width = t->width,
+                        .alpha = 1 / 16.0f,
+                        .heads = t->plane_count * HEADS,
+                        .dim = DIMS,
+                        .fault = r->decode.fault,
+                        .store = {.mean = t->mean,
+                                  .angles = t->angles,
+                                  .angles_stride = DIMS,
+                                  .planes = t->planes,
+                                  .plane_count = t->plane_count,
+                                  .tokens = BATCH,
+                                  .first = first}};
+    GPU_TRY(g, fused(g->d, &o, g->stream));
 }
 
 static void do_batch(gpu *g, restore *r, uint32_t first, uint32_t turn)
@@ -351,13 +376,16 @@ static void do_batch(gpu *g, restore *r, uint32_t first, uint32_t turn)
     r->decode.packed = r->slot[slot];
     if (r->entropy) {
         GPU_TRY(g, decode(g->d, &r->decode, g->stream));
-        GPU_TRY(g, expand(g->d, &r->expand, g->stream));
+        if (!r->fused)
+            GPU_TRY(g, expand(g->d, &r->expand, g->stream));
     }
     if (r->upload)
         GPU_TRY(g, record(g->d, r->used[slot], g->stream));
     if (r->store)
         GPU_TRY(g, angles(g->d, &angles, g->stream));
-    for (uint32_t t0 = 0; t0 < BATCH; t0 += TILE) {
+    if (r->fused)
+        fuse_batch(g, r, first);
+    for (uint32_t t0 = 0; t0 < BATCH && !r->fused; t0 += TILE) {
         xkv_plug_gemm o = {(uint16_t *)r->expand.tile + t0,
                            r->split.high,
                            r->rows,
@@ -485,6 +513,27 @@ static void print_dict(gpu *g, const xkv_warp_table *tables)
     printf("\"rope_store\": %.2f}},\n", stage(g, &r, false, false, false, true));
     free_restore(g, &r);
     free_chunks(&c);
+}
+
+/* Where one kernel beats three: device_work.c decides by the number of operands. */
+static void print_fused(gpu *g, const xkv_warp_table *tables)
+{
+    static const uint32_t counts[] = {64, 128, 256, 512, 1024};
+    uint32_t count = quick ? 1 : 5;
+
+    printf("  \"restore_fused\": [\n");
+    for (uint32_t i = 0; i < count; i++) {
+        chunks c = make_chunks(counts[i]);
+        restore r = make_restore(g, tables, &c, BATCH, 1);
+        double apart = stage(g, &r, false, true, true, true);
+        r.fused = true;
+        double fused = stage(g, &r, false, true, true, true);
+        printf("    {\"components\": %u, \"apart_ms\": %.3f, \"fused_ms\": %.3f}%s\n", counts[i], apart, fused,
+               i + 1 < count ? "," : "");
+        free_restore(g, &r);
+        free_chunks(&c);
+    }
+    printf("  ],\n");
 }
 
 /* --- 16-bit factors ----------------------------------------------------------------------------------------------- */
@@ -731,6 +780,7 @@ int main(int argc, char **argv)
         print_decode(&g, tables, counts[i], i == (quick ? 0 : 3));
     printf("  ],\n");
     print_dict(&g, tables);
+    print_fused(&g, tables);
     print_attention(&g);
     print_factors(&g);
     printf("}\n");
