@@ -71,22 +71,31 @@ static double sum_squared_errors(const float *y, const int16_t *q, uint32_t n, f
     return sum;
 }
 
+bool xkv_is_all_zeros(double energy, float step, uint32_t n)
+{
+    return energy < 0.01 * (double)step * (double)step * n;
+}
+
+bool xkv_is_worth_coding(double gain, float step, bool own, double bits)
+{
+    return gain > (own ? OWN_LAMBDA : LAMBDA) * (double)step * (double)step * (bits + TABLE_BITS);
+}
+
 bool xkv_code_component(const xkv_coder *coder, const float *y, uint32_t n, float step, double more_bits, double lost,
                         int16_t *q, uint8_t *table, double *bits, double *squares)
 {
-    double energy = sum_squares(y, n), error, lambda = more_bits > 0 ? OWN_LAMBDA : LAMBDA;
+    double energy = sum_squares(y, n), error;
 
     *table = 0;
     *bits = 0;
     *squares = energy;
-    if (energy < 0.01 * (double)step * (double)step * n) /* nothing but zeros, almost surely */
+    if (xkv_is_all_zeros(energy, step, n))
         return true;
     if (!xkv_quantize(coder, y, n, step, q))
         return false;
     *table = (uint8_t)xkv_table_choose(q, n, bits);
     error = sum_squared_errors(y, q, n, step);
-    if (*table == 0 ||
-        energy - error - lost <= lambda * (double)step * (double)step * (*bits + TABLE_BITS + more_bits)) {
+    if (*table == 0 || !xkv_is_worth_coding(energy - error - lost, step, more_bits > 0, *bits + more_bits)) {
         *table = 0;
         *bits = 0;
         return true;

@@ -33,10 +33,12 @@ typedef struct xkv_coded {
     uint32_t first, tokens; /* tokens [first, first + tokens) of the cache */
     uint32_t rank;
     float step;
-    uint8_t *tables;                      /* [rank]; 0: not coded */
-    uint32_t coded;                       /* how many are */
-    uint8_t *coded_tables;                /* [coded] their tables */
-    int16_t *q;                           /* [coded][tokens] their integers */
+    uint8_t *tables;         /* [rank]; 0: not coded */
+    uint32_t coded;          /* how many are */
+    uint8_t *coded_tables;   /* [coded] their tables */
+    int16_t *q;              /* [coded][tokens] their integers */
+    const int16_t *device_q; /* or those of components first_row .. rank - 1, in a device's memory (device_pack.h) */
+    uint32_t first_row;
     const struct xkv_svdq_basis *basis;   /* svdq: what they are coefficients of; belongs to somebody else */
     bool overflow;                        /* a coefficient exceeds 32767 steps: nothing else is set */
     double bits;                          /* of the coded components */
@@ -46,6 +48,12 @@ typedef struct xkv_coded {
 /* Coefficients first .. rank-1 of x [tokens][width] into y, component-major: y[(j - first) * stride + t]. */
 void xkv_analyze(const xkv_kernels *k, const xkv_transform *t, uint32_t first, const float *x, uint32_t tokens,
                  float *y, size_t stride);
+
+/* Whether n coefficients of this sum of squares are nothing but zeros at `step`, almost surely. */
+bool xkv_is_all_zeros(double energy, float step, uint32_t n);
+/* Whether a component is worth its bits: coding it lowers the squared error by `gain`. `own`: the component itself is
+ * stored with the entry, which `bits` include. */
+bool xkv_is_worth_coding(double gain, float step, bool own, double bits);
 
 /* Quantize one component and choose its table, or 0 when coding it is not worth its bits: it must lower
  * squared error + lambda * step^2 * bits, where `more_bits` are those that it takes elsewhere and `lost` is the squared

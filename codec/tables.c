@@ -87,21 +87,21 @@ xkv_table xkv_table_get(uint32_t index)
 
 /* How often |u| occurs for one shift; the last count is for everything beyond the reach of any table. */
 typedef struct histogram {
-    uint32_t count[XKV_MAX_REACH + 2];
+    uint32_t count[XKV_TABLE_BINS];
     bool made;
 } histogram;
 
 static void make_histogram(histogram *h, const int16_t *q, size_t n, uint32_t shift)
 {
     const int32_t half = (int32_t)((1u << shift) >> 1), offset = 1 << 16;
-    uint32_t count[2][XKV_MAX_REACH + 2] = {{0}}; /* two, because equal neighbours would wait for each other */
+    uint32_t count[2][XKV_TABLE_BINS] = {{0}}; /* two, because equal neighbours would wait for each other */
 
     for (size_t i = 0; i < n; i++) {
         int32_t u = ((q[i] + half + offset) >> shift) - (offset >> shift);
         uint32_t magnitude = (uint32_t)(u < 0 ? -u : u);
         count[i & 1][magnitude <= XKV_MAX_REACH ? magnitude : XKV_MAX_REACH + 1]++;
     }
-    for (size_t i = 0; i < XKV_MAX_REACH + 2; i++)
+    for (size_t i = 0; i < XKV_TABLE_BINS; i++)
         h->count[i] = count[0][i] + count[1][i];
     h->made = true;
 }
@@ -127,7 +127,8 @@ double xkv_table_cost(uint32_t index, const int16_t *q, size_t n)
 /* --- Choice ------------------------------------------------------------------------------------------------------- */
 
 typedef struct search {
-    const int16_t *q;
+    const int16_t *q; /* NULL: histograms are all that is known */
+    bool incomplete;  /* one that was not known was needed */
     size_t n;
     histogram by_shift[MAX_SHIFT + 1];
     uint32_t best; /* table index */
@@ -140,6 +141,10 @@ static uint64_t try_table(search *s, uint32_t shape, uint32_t rung)
     uint32_t index = 1 + shape * XKV_TABLE_RUNGS + rung;
     xkv_table t = xkv_table_get(index);
     histogram *h = &s->by_shift[t.shift];
+    if (!h->made && !s->q) {
+        s->incomplete = true;
+        return UINT64_MAX;
+    }
     if (!h->made)
         make_histogram(h, s->q, s->n, t.shift);
     uint64_t cost = histogram_cost(h, t, s->n);
@@ -165,33 +170,83 @@ static void walk(search *s, uint32_t shape, uint32_t rung, int direction)
 }
 
 /* The rung whose sigma/step fits the mean magnitude of a Gaussian or Laplace variable best. */
-static uint32_t first_rung(const int16_t *q, size_t n)
+static uint32_t first_rung(uint64_t magnitude, size_t n)
 {
-    uint64_t sum = 0;
-    for (size_t i = 0; i < n; i++)
-        sum += (uint64_t)(q[i] < 0 ? -q[i] : q[i]);
-    if (sum == 0)
+    if (magnitude == 0)
         return XKV_TABLE_RUNGS;
-    double rung = 4 * (3 + log2(1.3 * (double)sum / (double)n));
+    double rung = 4 * (3 + log2(1.3 * (double)magnitude / (double)n));
     return (uint32_t)fmin(fmax(rung, 0), XKV_TABLE_RUNGS - 1);
+}
+
+static void search_init(search *s, const int16_t *q, size_t n)
+{
+    s->q = q;
+    s->incomplete = false;
+    s->n = n;
+    s->best = 0;
+    s->best_cost = UINT64_MAX;
+    for (uint32_t i = 0; i <= MAX_SHIFT; i++)
+        s->by_shift[i].made = false;
+}
+
+static void search_all(search *s, uint32_t rung)
+{
+    for (uint32_t shape = 0; shape < XKV_TABLE_SHAPES; shape++)
+        for (int direction = -1; direction <= 1; direction += 2)
+            walk(s, shape, rung, direction);
 }
 
 uint32_t xkv_table_choose(const int16_t *q, size_t n, double *bits)
 {
-    uint32_t rung = first_rung(q, n);
+    uint64_t magnitude = 0;
+    uint32_t rung;
     search s;
 
+    for (size_t i = 0; i < n; i++)
+        magnitude += (uint64_t)(q[i] < 0 ? -q[i] : q[i]);
+    rung = first_rung(magnitude, n);
     *bits = 0;
     if (rung == XKV_TABLE_RUNGS)
         return 0;
-    s.q = q;
-    s.n = n;
-    s.best_cost = UINT64_MAX;
-    for (uint32_t i = 0; i <= MAX_SHIFT; i++)
-        s.by_shift[i].made = false;
-    for (uint32_t shape = 0; shape < XKV_TABLE_SHAPES; shape++)
-        for (int direction = -1; direction <= 1; direction += 2)
-            walk(&s, shape, rung, direction);
+    search_init(&s, q, n);
+    search_all(&s, rung);
     *bits = (double)s.best_cost / COST_UNITS;
     return s.best;
+}
+
+static uint32_t shift_of_rung(uint32_t rung)
+{
+    return rung < XKV_BASE_RUNGS ? 0 : 1 + (rung - XKV_BASE_RUNGS) / 4;
+}
+
+void xkv_table_window(uint64_t magnitude, size_t n, uint32_t *first, uint32_t *shifts)
+{
+    uint32_t rung = first_rung(magnitude, n), reach = 3 * PATIENCE;
+
+    *first = *shifts = 0;
+    if (rung == XKV_TABLE_RUNGS)
+        return;
+    *first = shift_of_rung(rung > reach ? rung - reach : 0);
+    *shifts = shift_of_rung(rung + reach < XKV_TABLE_RUNGS ? rung + reach : XKV_TABLE_RUNGS - 1) - *first + 1;
+}
+
+bool xkv_table_choose_counted(const xkv_table_counts *counts, size_t n, uint32_t *table, double *bits)
+{
+    uint32_t rung = first_rung(counts->magnitude, n);
+    search s;
+
+    *table = 0;
+    *bits = 0;
+    if (rung == XKV_TABLE_RUNGS)
+        return true;
+    search_init(&s, NULL, n);
+    for (uint32_t i = 0; i < counts->shifts; i++) {
+        histogram *h = &s.by_shift[counts->first + i];
+        memcpy(h->count, counts->counts + (size_t)i * XKV_TABLE_BINS, sizeof h->count);
+        h->made = true;
+    }
+    search_all(&s, rung);
+    *table = s.best;
+    *bits = (double)s.best_cost / COST_UNITS;
+    return !s.incomplete;
 }

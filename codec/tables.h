@@ -43,4 +43,18 @@ double xkv_table_cost(uint32_t index, const int16_t *q, size_t n);
 /* The table of the smallest cost, and that cost; 0 and no bits when all values are zero. */
 uint32_t xkv_table_choose(const int16_t *q, size_t n, double *bits);
 
+/* What the choice looks at of n values that are elsewhere: how often |u| occurs at shifts first .. first + shifts - 1.
+ */
+#define XKV_TABLE_BINS (XKV_MAX_REACH + 2) /* the last one is for all magnitudes beyond XKV_MAX_REACH */
+typedef struct xkv_table_counts {
+    const uint32_t *counts; /* [shifts][XKV_TABLE_BINS] */
+    uint32_t first, shifts;
+    uint64_t magnitude; /* sum of |q| */
+} xkv_table_counts;
+
+/* The shifts that choosing for n values with this sum of |q| will mostly look at, at most 7; none for zeros. */
+void xkv_table_window(uint64_t magnitude, size_t n, uint32_t *first, uint32_t *shifts);
+/* The same choice as xkv_table_choose(); false when it needs another shift. */
+bool xkv_table_choose_counted(const xkv_table_counts *counts, size_t n, uint32_t *table, double *bits);
+
 #endif
