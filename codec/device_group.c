@@ -70,28 +70,13 @@ static xkv_status make_angles(const xkv_device_batch *b)
 {
     const xkv_device_work *w = b->w;
     xkv_device_reading *r = w->r;
-    const xkv_geometry *geometry = &r->entry->c.geometry;
-    uint32_t last = XKV_NO_ROPE, at = 0;
-    uint64_t rope_at = w->ropes_at;
+    xkv_plug_angles o = {.positions = (const int32_t *)(const void *)b->there,
+                         .tokens = b->end - b->first,
+                         .out = xkv_device_place(w, r->at.angles),
+                         .stride = w->angles};
 
-    for (uint32_t i = 0; i < w->g->plane_count; i++) {
-        uint32_t index = geometry->planes[w->g->planes[i]].rope;
-        if (index == XKV_NO_ROPE || index == last)
-            continue;
-        const xkv_rope *rope = &geometry->ropes[index];
-        xkv_plug_angles o = {(const int32_t *)(const void *)b->there,
-                             xkv_device_constant(w, rope_at),
-                             b->end - b->first,
-                             rope->n_rot / 2,
-                             rope->scale,
-                             (float *)xkv_device_place(w, r->at.angles) + at,
-                             w->angles};
-        XKV_DEVICE(r, angles(r->device->plug, &o, r->stream));
-        rope_at = xkv_align64(rope_at + rope->n_rot / 2 * sizeof(double), XKV_CONSTANT_ALIGN);
-        at += rope->n_rot;
-        last = index;
-    }
-    return XKV_OK;
+    return xkv_device_make_angles(r->ctx, r->device, r->stream, &r->entry->c.geometry, w->g,
+                                  xkv_device_constant(w, w->ropes_at), false, o);
 }
 
 /* A product of a tile, or of some heads the columns of each plane. */

@@ -17,19 +17,9 @@ static uint64_t count_operands(const xkv_side *side)
     return sum;
 }
 
-uint32_t xkv_device_angle_width(const xkv_device_reading *r, const xkv_group *g)
+static uint32_t angles_of(const xkv_device_reading *r, const xkv_group *g)
 {
-    const xkv_geometry *geometry = &r->entry->c.geometry;
-    uint32_t sum = 0, last = XKV_NO_ROPE;
-
-    for (uint32_t i = 0; i < g->plane_count; i++) {
-        uint32_t rope = geometry->planes[g->planes[i]].rope;
-        if (rope != XKV_NO_ROPE && rope != last)
-            sum += geometry->ropes[rope].n_rot;
-        if (rope != XKV_NO_ROPE)
-            last = rope;
-    }
-    return sum;
+    return xkv_device_count_angles(&r->entry->c.geometry, g);
 }
 
 /* `lists`: rows of operands, or elements of a scalar group's row; two words each. */
@@ -76,7 +66,7 @@ bool xkv_device_takes(const xkv_device_reading *r, const xkv_group *g)
     if (g->codec == XKV_GROUP_DICT && r->cross.g && !xkv_device_takes(r, r->cross.g))
         return false;
     return chunk_bound(r, g) <= room && 4ull * g->width <= room &&
-           constant_bytes(g, g->rank, 2ull * g->rank + 2 * r->need.cross, xkv_device_angle_width(r, g)) <= room;
+           constant_bytes(g, g->rank, 2ull * g->rank + 2 * r->need.cross, angles_of(r, g)) <= room;
 }
 
 static void add_need(xkv_device_need *need, const xkv_group *g, uint64_t coded, uint64_t operands, uint64_t angles)
@@ -113,7 +103,7 @@ xkv_status xkv_device_group_need(xkv_device_reading *r, const xkv_group *g, xkv_
     if (g->codec == XKV_GROUP_LOSSLESS)
         need->matrix = xkv_max64(need->matrix, chunk_bound(r, g));
     if (g->codec == XKV_GROUP_LOSSLESS || g->codec == XKV_GROUP_SVD) {
-        add_need(need, g, 0, g->codec == XKV_GROUP_SVD ? g->rank : 0, xkv_device_angle_width(r, g));
+        add_need(need, g, 0, g->codec == XKV_GROUP_SVD ? g->rank : 0, angles_of(r, g));
         return XKV_OK;
     }
     if (g->codec == XKV_GROUP_DICT) {
@@ -124,7 +114,7 @@ xkv_status xkv_device_group_need(xkv_device_reading *r, const xkv_group *g, xkv_
     }
     status = xkv_side_read(r->ctx, r->entry, g, &side);
     if (status == XKV_OK)
-        add_need(need, g, side.coded, operands_of(r, g, &side, b), xkv_device_angle_width(r, g));
+        add_need(need, g, side.coded, operands_of(r, g, &side, b), angles_of(r, g));
     xkv_side_free(r->ctx, &side);
     return status;
 }

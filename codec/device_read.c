@@ -2,6 +2,7 @@
  * and groups in order, the next one on its way while the host learns how the last one went. */
 #include "device_read.h"
 
+#include "device_planes.h"
 #include "parts.h"
 
 /* Beyond these more does not help: enough streams for all multiprocessors, and rows that stay in the L2 cache. */
@@ -187,26 +188,14 @@ xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device *device, const xkv_entr
 
 /* --- Views -------------------------------------------------------------------------------------------------------- */
 
-static xkv_status check_view(const xkv_device_reading *r, uint32_t plane)
-{
-    const xkv_view *v = &r->views[plane];
-    uint64_t places =
-        (uintptr_t)v->data | (uint64_t)v->token_stride | (uint64_t)v->head_stride | (uint64_t)v->dim_stride;
-
-    XKV_TRY(xkv_check_heads_view(r->ctx, &r->entry->c.geometry, plane, r->target.heads, v));
-    if (xkv_dtype_block(v->dtype) == 1 && places % xkv_dtype_size(v->dtype) != 0)
-        return xkv_fail(r->ctx, XKV_ERROR_ARGUMENT, "view %u: its address and strides are no multiples of %zu bytes",
-                        plane, xkv_dtype_size(v->dtype));
-    return XKV_OK;
-}
-
 static xkv_status check_views(const xkv_device_reading *r)
 {
     const xkv_group *groups = r->entry->c.groups;
 
     for (uint32_t j = r->o->first_group; j < r->o->first_group + r->o->group_count; j++)
         for (uint32_t i = 0; i < groups[j].plane_count; i++)
-            XKV_TRY(check_view(r, groups[j].planes[i]));
+            XKV_TRY(xkv_device_check_view(r->ctx, &r->entry->c.geometry, groups[j].planes[i], r->target.heads,
+                                          &r->views[groups[j].planes[i]]));
     return XKV_OK;
 }
 

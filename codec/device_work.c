@@ -151,7 +151,7 @@ xkv_status xkv_device_work_open(xkv_device_reading *r, const xkv_group *g, bool 
     *w = (xkv_device_work){.r = r, .g = g, .exact = exact, .integers = xkv_group_is_coded(g) || xkv_group_is_cross(g)};
     w->scalar = g->codec == XKV_GROUP_SCALAR;
     w->lossless = g->codec == XKV_GROUP_LOSSLESS;
-    w->angles = xkv_device_angle_width(r, g);
+    w->angles = xkv_device_count_angles(&r->entry->c.geometry, g);
     if (xkv_group_is_cross(g)) /* only its integers are decoded, for which the call has read the side part */
         return XKV_OK;
     XKV_TRY(xkv_group_reader_open(r->ctx, r->entry, g, &r->cross, &w->reader));
@@ -218,40 +218,12 @@ static void append_codes(xkv_device_work *w, uint8_t *bytes, uint64_t *used)
 static void append_planes(xkv_device_work *w, uint8_t *bytes, uint64_t *used)
 {
     const xkv_geometry *geometry = &w->r->entry->c.geometry;
-    uint32_t column = 0, angles = 0, last = XKV_NO_ROPE, last_angles = 0;
 
     w->ropes_at = xkv_align64(*used, XKV_CONSTANT_ALIGN);
-    *used = w->ropes_at;
-    for (uint32_t i = 0; i < w->g->plane_count; i++) { /* neighbouring layers share their angles */
-        uint32_t rope = geometry->planes[w->g->planes[i]].rope;
-        if (rope == XKV_NO_ROPE || rope == last)
-            continue;
-        (void)append(bytes, used, geometry->ropes[rope].inv_freq, geometry->ropes[rope].n_rot / 2 * sizeof(double));
-        last = rope;
-    }
-    last = XKV_NO_ROPE;
-    w->planes_at = xkv_align64(*used, XKV_CONSTANT_ALIGN);
-    for (uint32_t i = 0; i < w->g->plane_count; i++) {
-        const xkv_plane *p = &geometry->planes[w->g->planes[i]];
-        uint32_t first;
-        xkv_plane part = xkv_plane_heads(p, w->r->target.heads, &first);
-        xkv_plug_plane plane = {
-            w->r->views[w->g->planes[i]], part.heads, p->head_dim, column + first, 0, 0, 0, 0, p->dtype};
-        if (p->rope != XKV_NO_ROPE) {
-            const xkv_rope *rope = &geometry->ropes[p->rope];
-            if (p->rope != last) {
-                last_angles = angles;
-                angles += rope->n_rot;
-            }
-            last = p->rope;
-            plane.pairs = rope->n_rot / 2;
-            plane.offset = rope->offset;
-            plane.style = rope->style;
-            plane.angles = last_angles;
-        }
-        memcpy(bytes + w->planes_at + i * sizeof plane, &plane, sizeof plane);
-        column += xkv_plane_width(p);
-    }
+    w->planes_at =
+        xkv_align64(w->ropes_at + xkv_device_list_ropes(geometry, w->g, bytes + w->ropes_at), XKV_CONSTANT_ALIGN);
+    xkv_device_list_planes(geometry, w->g, w->r->views, w->r->target.heads,
+                           (xkv_plug_plane *)(void *)(bytes + w->planes_at));
     *used = w->planes_at + w->g->plane_count * sizeof(xkv_plug_plane);
 }
 

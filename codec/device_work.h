@@ -4,12 +4,10 @@
 #ifndef XKV_DEVICE_WORK_H
 #define XKV_DEVICE_WORK_H
 
+#include "device_planes.h"
 #include "device_read.h"
 #include "device_tables.h"
 #include "parts.h"
-
-/* Where the arrays of the constants, and of a batch, begin. */
-#define XKV_CONSTANT_ALIGN 16u
 
 /* A group at hand. */
 typedef struct xkv_device_work {
@@ -48,8 +46,6 @@ static inline void *xkv_device_constant(const xkv_device_work *w, uint64_t offse
 
 /* Rows of operands that a component with this table takes: 1 or 2. */
 uint32_t xkv_device_parts_of(uint8_t table);
-/* Cosines and sines of a token: neighbouring layers of one RoPE share them. */
-uint32_t xkv_device_angle_width(const xkv_device_reading *r, const xkv_group *g);
 /* Whether the cross stage adds to a group, of whose coefficients it codes the first `top`. */
 bool xkv_device_is_crossed(const xkv_device_reading *r, const xkv_group *g, uint32_t top);
 
