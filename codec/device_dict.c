@@ -15,19 +15,6 @@ float xkv_largest(const float *x, size_t n)
 
 /* --- Copying ------------------------------------------------------------------------------------------------------ */
 
-xkv_status xkv_device_upload(xkv_ctx *ctx, xkv_device *d, const void *from, uint64_t size, void *to, void *stream)
-{
-    for (uint64_t at = 0, n; at < size; at += n) {
-        xkv_staging *s;
-        n = xkv_min64(size - at, d->staging_bytes);
-        XKV_TRY(xkv_staging_get(ctx, d, &s));
-        memcpy(s->bytes, (const uint8_t *)from + at, (size_t)n);
-        XKV_TRY(xkv_device_result(ctx, d, d->api->copy(d->plug, (uint8_t *)to + at, s->bytes, n, stream)));
-        XKV_TRY(xkv_staging_put(ctx, d, s, stream));
-    }
-    return XKV_OK;
-}
-
 xkv_status xkv_device_wait_copies(xkv_ctx *ctx, xkv_device *d)
 {
     XKV_TRY(xkv_device_result(ctx, d, d->api->record(d->plug, d->begun, d->copies)));
@@ -76,6 +63,13 @@ static uint64_t basis_bytes(const xkv_basis *b)
     return (uint64_t)b->rank * b->width * sizeof(float);
 }
 
+/* Device memory with `size` bytes at `from` on their way to it. */
+static xkv_status copy_rows(xkv_ctx *ctx, xkv_device *d, const float *from, uint64_t size, float **rows)
+{
+    XKV_TRY(xkv_device_result(ctx, d, d->api->alloc(d->plug, size, (void **)rows)));
+    return xkv_device_upload(ctx, d, from, size, *rows, d->copies);
+}
+
 static xkv_status copy_basis(xkv_ctx *ctx, xkv_device *d, const xkv_basis *b, xkv_device_basis *out)
 {
     if (!b->synthesis)
@@ -84,8 +78,13 @@ static xkv_status copy_basis(xkv_ctx *ctx, xkv_device *d, const xkv_basis *b, xk
     for (size_t j = 0; j < b->rank; j++)
         out->largest[j] = xkv_largest(b->synthesis + j * b->width, b->width);
     out->top_norm = column_norm(b);
-    XKV_TRY(xkv_device_result(ctx, d, d->api->alloc(d->plug, basis_bytes(b), (void **)&out->rows)));
-    return xkv_device_upload(ctx, d, b->synthesis, basis_bytes(b), out->rows, d->copies);
+    XKV_TRY(copy_rows(ctx, d, b->synthesis, basis_bytes(b), &out->rows));
+    return b->analysis ? copy_rows(ctx, d, b->analysis, basis_bytes(b), &out->analysis) : XKV_OK;
+}
+
+static xkv_status copy_cross(xkv_ctx *ctx, xkv_device *d, const xkv_cross_basis *b, float **rows)
+{
+    return b && b->analysis ? copy_rows(ctx, d, b->analysis, 4ull * b->rank * b->width, rows) : XKV_OK;
 }
 
 xkv_status xkv_device_dict_copy(xkv_ctx *ctx, xkv_device *device, const xkv_dict *dict, xkv_device_dict **dict_p)
@@ -99,6 +98,7 @@ xkv_status xkv_device_dict_copy(xkv_ctx *ctx, xkv_device *device, const xkv_dict
     XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, dict->c.group_count, &d->bases), out);
     for (uint32_t i = 0; i < dict->c.group_count; i++)
         XKV_TRY_GOTO(copy_basis(ctx, device, &dict->bases[i], &d->bases[i]), out);
+    XKV_TRY_GOTO(copy_cross(ctx, device, dict->cross, &d->cross), out);
     XKV_TRY_GOTO(xkv_device_wait_copies(ctx, device), out);
     *dict_p = d;
     return XKV_OK;
@@ -119,8 +119,10 @@ void xkv_device_dict_free(xkv_ctx *ctx, xkv_device_dict *d)
         return;
     for (uint32_t i = 0; d->bases && i < d->dict->c.group_count; i++) {
         d->device->api->release(d->device->plug, d->bases[i].rows);
+        d->device->api->release(d->device->plug, d->bases[i].analysis);
         xkv_release(ctx, d->bases[i].largest);
     }
+    d->device->api->release(d->device->plug, d->cross);
     xkv_release(ctx, d->bases);
     xkv_release(ctx, d);
 }

@@ -10,12 +10,15 @@ typedef struct xkv_device_basis {
     float *rows;    /* the device's: [rank][width] synthesis rows */
     float *largest; /* [rank] magnitude in each row */
     float top_norm; /* of the columns of the first `top` rows, the largest */
+
+    float *analysis; /* the device's: [rank][width]; NULL unless the dictionary is open for packing */
 } xkv_device_basis;
 
 struct xkv_device_dict {
     xkv_device *device;
     const xkv_dict *dict;
     xkv_device_basis *bases; /* [c.group_count] */
+    float *cross;            /* the device's: [rank][width] analysis rows of the cross stage; NULL likewise */
 };
 
 /* The basis that belongs to one of the dictionary's; NULL if it is none of them. */
@@ -30,10 +33,6 @@ XKV_MUST_CHECK xkv_status xkv_device_wait_copies(xkv_ctx *ctx, xkv_device *devic
 
 /* Have the static tables on the device. Errors: MEMORY, BACKEND. */
 XKV_MUST_CHECK xkv_status xkv_device_load_tables(xkv_ctx *ctx, xkv_device *device);
-
-/* Copy host memory, any size, through the staging buffers, behind what is on `stream`. */
-XKV_MUST_CHECK xkv_status xkv_device_upload(xkv_ctx *ctx, xkv_device *device, const void *from, uint64_t size, void *to,
-                                            void *stream);
 
 /* The largest magnitude of n elements. */
 float xkv_largest(const float *x, size_t n);

@@ -14,10 +14,32 @@ static void fill_table(const xkv_base_table *base, xkv_warp_table *t)
     }
 }
 
+/* Base table (shape, rung) is that of index 1 + 60 shape + rung. */
+static const xkv_base_table *base_table(uint32_t i)
+{
+    return xkv_table_get(1 + i / XKV_BASE_RUNGS * XKV_TABLE_RUNGS + i % XKV_BASE_RUNGS).base;
+}
+
 void xkv_device_tables(xkv_warp_table *tables)
 {
-    for (uint32_t i = 0; i < XKV_BASE_TABLES; i++) /* base table (shape, rung) is that of index 1 + 60 shape + rung */
-        fill_table(xkv_table_get(1 + i / XKV_BASE_RUNGS * XKV_TABLE_RUNGS + i % XKV_BASE_RUNGS).base, &tables[i]);
+    for (uint32_t i = 0; i < XKV_BASE_TABLES; i++)
+        fill_table(base_table(i), &tables[i]);
+}
+
+static void fill_encode_table(const xkv_base_table *base, xkv_warp_encode_table *t)
+{
+    memset(t, 0, sizeof *t);
+    t->reach = base->reach;
+    for (uint32_t i = 0; i <= 2 * base->reach + 1; i++) {
+        t->reciprocal[i] = base->encode[i].reciprocal;
+        t->packed[i] = base->encode[i].packed;
+    }
+}
+
+void xkv_device_encode_tables(xkv_warp_encode_table *tables)
+{
+    for (uint32_t i = 0; i < XKV_BASE_TABLES; i++)
+        fill_encode_table(base_table(i), &tables[i]);
 }
 
 xkv_warp_code xkv_device_code(uint32_t index)

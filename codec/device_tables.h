@@ -10,6 +10,9 @@
 /* All base tables: tables[XKV_BASE_TABLES]. */
 void xkv_device_tables(xkv_warp_table *tables);
 
+/* The same as a device's encoder takes them. */
+void xkv_device_encode_tables(xkv_warp_encode_table *tables);
+
 /* Table `index`, 1 .. XKV_TABLE_MAX, in terms of these. */
 xkv_warp_code xkv_device_code(uint32_t index);
 

@@ -159,3 +159,32 @@ xkv_status xkv_staging_put(xkv_ctx *ctx, xkv_device *d, xkv_staging *s, void *st
     s->busy = true;
     return XKV_OK;
 }
+
+/* --- Copying ------------------------------------------------------------------------------------------------------ */
+
+xkv_status xkv_device_upload(xkv_ctx *ctx, xkv_device *d, const void *from, uint64_t size, void *to, void *stream)
+{
+    for (uint64_t at = 0, n; at < size; at += n) {
+        xkv_staging *s;
+        n = xkv_min64(size - at, d->staging_bytes);
+        XKV_TRY(xkv_staging_get(ctx, d, &s));
+        memcpy(s->bytes, (const uint8_t *)from + at, (size_t)n);
+        XKV_TRY(xkv_device_result(ctx, d, d->api->copy(d->plug, (uint8_t *)to + at, s->bytes, n, stream)));
+        XKV_TRY(xkv_staging_put(ctx, d, s, stream));
+    }
+    return XKV_OK;
+}
+
+xkv_status xkv_device_download(xkv_ctx *ctx, xkv_device *d, const void *from, uint64_t size, void *to, void *stream)
+{
+    for (uint64_t at = 0, n; at < size; at += n) {
+        xkv_staging *s;
+        n = xkv_min64(size - at, d->staging_bytes);
+        XKV_TRY(xkv_staging_get(ctx, d, &s));
+        XKV_TRY(xkv_device_result(ctx, d, d->api->copy(d->plug, s->bytes, (const uint8_t *)from + at, n, stream)));
+        XKV_TRY(xkv_staging_put(ctx, d, s, stream));
+        XKV_TRY(xkv_device_result(ctx, d, d->api->wait(d->plug, s->event)));
+        memcpy((uint8_t *)to + at, s->bytes, (size_t)n);
+    }
+    return XKV_OK;
+}

@@ -44,4 +44,12 @@ XKV_MUST_CHECK xkv_status xkv_staging_get(xkv_ctx *ctx, xkv_device *device, xkv_
 /* All work on `stream` so far reads it. */
 XKV_MUST_CHECK xkv_status xkv_staging_put(xkv_ctx *ctx, xkv_device *device, xkv_staging *staging, void *stream);
 
+/* Copy host memory, any size, through the staging buffers, behind what is on `stream`. */
+XKV_MUST_CHECK xkv_status xkv_device_upload(xkv_ctx *ctx, xkv_device *device, const void *from, uint64_t size, void *to,
+                                            void *stream);
+
+/* The reverse, and wait for it. */
+XKV_MUST_CHECK xkv_status xkv_device_download(xkv_ctx *ctx, xkv_device *device, const void *from, uint64_t size,
+                                              void *to, void *stream);
+
 #endif

@@ -139,6 +139,9 @@ XKV_MUST_CHECK xkv_status xkv_svd(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernel
                                   size_t cols, const xkv_svd_options *options, xkv_svd_result *result);
 void xkv_svd_result_free(xkv_ctx *ctx, xkv_svd_result *result);
 
+/* Columns of the block for a rank, if there are so many. */
+size_t xkv_svd_block_width(size_t rank);
+
 /* Eigenvalues (ascending) and eigenvectors (columns, column-major, replacing a[n*n]) of a symmetric matrix, of which
  * the upper triangle (column-major) is read: dsyevd_ with workspace sizes of our own. In f64, since f32 eigenvectors
  * are not orthonormal to 1e-6 from n of about 100 on. Errors: LIMIT (n = 0, n > 32764), MEMORY, BACKEND. */

@@ -1,5 +1,6 @@
 /* plugin.h - what a device backend is: a shared library that is loaded at run time and exports one symbol, the table
- * below. It knows nothing of entries and dictionaries; codec/device_read.c makes its operations into a restore.
+ * below. It knows nothing of entries and dictionaries: codec/device_read.c makes its operations into a restore,
+ * codec/device_pack.c into packing, kernels/device_svd.c into a truncated SVD.
  *
  * The rule of XKV_PLUGIN_ABI: it rises whenever this file changes. A plug-in of another number is refused, for both
  * come from one build.
@@ -152,6 +153,8 @@ typedef struct xkv_plug_join {
 
 #include "plugin_attend.h"
 #include "plugin_fused.h"
+#include "plugin_pack.h"
+#include "plugin_svd.h"
 
 /* --- The table ---------------------------------------------------------------------------------------------------- */
 
@@ -210,6 +213,25 @@ typedef struct xkv_plugin {
 
     /* plugin_fused.h */
     xkv_status (*fused)(xkv_plug_device *d, const xkv_plug_fused *o, void *stream);
+
+    /* plugin_pack.h */
+    xkv_status (*gather)(xkv_plug_device *d, const xkv_plug_gather *o, void *stream);
+    xkv_status (*take)(xkv_plug_device *d, const xkv_plug_take *o, void *stream);
+    xkv_status (*scan)(xkv_plug_device *d, const xkv_plug_scan *o, void *stream);
+    xkv_status (*halve)(xkv_plug_device *d, const xkv_plug_halve *o, void *stream);
+    xkv_status (*product)(xkv_plug_device *d, const xkv_plug_product *o, void *stream);
+    xkv_status (*sums)(xkv_plug_device *d, const xkv_plug_sums *o, void *stream);
+    xkv_status (*quantize)(xkv_plug_device *d, const xkv_plug_quantize *o, void *stream);
+    xkv_status (*count_values)(xkv_plug_device *d, const xkv_plug_count *o, void *stream);
+    xkv_status (*encode)(xkv_plug_device *d, const xkv_plug_encode *o, void *stream);
+
+    /* plugin_svd.h */
+    xkv_status (*dense_size)(xkv_plug_device *d, uint64_t n, uint64_t batch, xkv_plug_dense_size *size);
+    xkv_status (*sketch)(xkv_plug_device *d, const xkv_plug_sketch *o, void *stream);
+    xkv_status (*convert)(xkv_plug_device *d, const xkv_plug_convert *o, void *stream);
+    xkv_status (*scale_gram)(xkv_plug_device *d, const xkv_plug_scale_gram *o, void *stream);
+    xkv_status (*cholesky)(xkv_plug_device *d, const xkv_plug_cholesky *o, void *stream);
+    xkv_status (*eigen)(xkv_plug_device *d, const xkv_plug_eigen *o, void *stream);
 } xkv_plugin;
 
 #ifdef __cplusplus

@@ -507,9 +507,8 @@ static double ritz_value(const svd *s, size_t j)
 
 /* --- Rank --------------------------------------------------------------------------------------------------------- */
 
-/* Columns of the block for rank r: with oversampling, and a multiple of 16, up to which GEMM's vector kernels make
- * columns nearly free. */
-static size_t block_width(size_t rank)
+/* With oversampling, and a multiple of 16, up to which GEMM's vector kernels make columns nearly free. */
+size_t xkv_svd_block_width(size_t rank)
 {
     return xkv_align64(rank + xkv_max64(8, rank / 8), 16);
 }
@@ -528,7 +527,7 @@ static size_t rank_for(const svd *s, double wanted)
 
 static xkv_status solve_for_rank(svd *s, size_t rank, const xkv_svd_options *options)
 {
-    XKV_TRY(start_block(s, xkv_min64(block_width(rank), xkv_min64(s->rows, s->cols))));
+    XKV_TRY(start_block(s, xkv_min64(xkv_svd_block_width(rank), xkv_min64(s->rows, s->cols))));
     XKV_TRY(find_subspace(s, options->iterations));
     XKV_TRY(rayleigh_ritz(s));
     s->result.rank = (uint32_t)xkv_min64(rank, s->width);
@@ -538,7 +537,7 @@ static xkv_status solve_for_rank(svd *s, size_t rank, const xkv_svd_options *opt
 /* Widen the block until it holds the rank that keeps the wanted energy, with the usual oversampling. */
 static xkv_status solve_for_energy(svd *s, size_t max_rank, const xkv_svd_options *options)
 {
-    size_t smaller = xkv_min64(s->rows, s->cols), limit = xkv_min64(smaller, block_width(max_rank));
+    size_t smaller = xkv_min64(s->rows, s->cols), limit = xkv_min64(smaller, xkv_svd_block_width(max_rank));
     size_t width = xkv_min64(xkv_max64(ENERGY_START, smaller / 8), limit), rank;
     for (;;) {
         XKV_TRY(start_block(s, width));
@@ -547,9 +546,9 @@ static xkv_status solve_for_energy(svd *s, size_t max_rank, const xkv_svd_option
         rank = rank_for(s, options->energy * s->energy);
         /* Enough when oversampled as usual, or when null columns were dropped, which leaves little to be found. */
         bool reached = rank <= s->width;
-        if (width == limit || (reached && (block_width(rank) <= s->width || s->width < width)))
+        if (width == limit || (reached && (xkv_svd_block_width(rank) <= s->width || s->width < width)))
             break;
-        width = xkv_min64(reached ? block_width(rank) : 2 * width, limit);
+        width = xkv_min64(reached ? xkv_svd_block_width(rank) : 2 * width, limit);
     }
     s->result.rank = (uint32_t)xkv_min64(xkv_min64(rank, s->width), max_rank);
     return XKV_OK;

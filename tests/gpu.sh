@@ -2,8 +2,8 @@
 # gpu.sh - everything that needs a GPU, in a few minutes:
 #   1. build of the plug-in with the programs of tests/cuda/gpu, which need the CUDA toolkit and nothing else
 #   2. correctness: operations against the CPU, with guards around all memory, odd shapes, damaged streams, graphs
-#   3. entries restored into the memory of the GPU, and attended to there, against the CPU: with the libraries of
-#      .ci/packages.txt installed, or from a bundle that another machine has made
+#   3. entries restored into the memory of the GPU, attended to there, and packed from there, against the CPU: with the
+#      libraries of .ci/packages.txt installed, or from a bundle that another machine has made
 #   4. compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 #   5. the benchmark, beside the ceilings of the same process
 # and one JSON document about it all. No network is needed.
@@ -57,7 +57,8 @@ libraries_of() {
     ldd "$1" | awk '$3 ~ /^\// {print $3}' | grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*|libcuda|libcudart|libcublas|libcublasLt)\.so'
 }
 
-entry_programs='gpu_device_read gpu_device_attend'
+# What needs the whole library.
+entry_programs='gpu_device_read gpu_device_attend gpu_device_svd'
 
 build_entry_programs() { # ARCHITECTURE
     # shellcheck disable=SC2086
@@ -122,23 +123,22 @@ build() { # ARCHITECTURE
 }
 
 check_entries() { # ARCHITECTURE
-    local missing program
+    local missing program folder=build-cuda/tests/cuda/gpu
     missing=$(missing_library)
     if [ -n "$bundle" ]; then
-        for program in $entry_programs; do
-            check "entries, $program" env XKV_CUDA_PLUGIN="$PWD/build-gpu/libxkv_cuda.so" \
-                LD_LIBRARY_PATH="$bundle/lib:${LD_LIBRARY_PATH-}" "$bundle/$program"
-        done
+        folder=$bundle
+        export XKV_CUDA_PLUGIN="$PWD/build-gpu/libxkv_cuda.so" LD_LIBRARY_PATH="$bundle/lib:${LD_LIBRARY_PATH-}"
     elif [ -n "$missing" ]; then
         record entries "not run: $missing is not installed, and there is no --bundle"
-    elif build_entry_programs "$1" >build-cuda.log 2>&1; then
-        for program in $entry_programs; do
-            check "entries, $program" "build-cuda/tests/cuda/gpu/$program"
-        done
-    else
+        return
+    elif ! build_entry_programs "$1" >build-cuda.log 2>&1; then
         tail -n 30 build-cuda.log
         record entries failed
+        return
     fi
+    for program in $entry_programs; do
+        check "${program#gpu_device_}" "$folder/$program"
+    done
 }
 
 check_sanitizers() {

@@ -106,16 +106,31 @@ XKV_ELEMENT float xkv_stored_value(const xkv_plug_store *o, uint64_t t, uint32_t
     return o->mean ? o->mean[column] + x : x;
 }
 
+/* The two dims of a pair. */
+XKV_ELEMENT void xkv_pair_dims(const xkv_plug_plane *p, uint32_t pair, uint32_t *i, uint32_t *j)
+{
+    *i = p->offset + (p->style == XKV_ROPE_INTERLEAVED ? 2 * pair : pair);
+    *j = p->style == XKV_ROPE_INTERLEAVED ? *i + 1 : *i + p->pairs;
+}
+
+/* The dim of an item of a head that is no pair. */
+XKV_ELEMENT uint32_t xkv_unpaired_dim(const xkv_plug_plane *p, uint32_t item)
+{
+    uint32_t dim = item - p->pairs;
+
+    return dim >= p->offset ? dim + 2 * p->pairs : dim;
+}
+
 XKV_ELEMENT void xkv_store_pair(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t head,
                                 uint32_t pair)
 {
-    uint32_t i = p->offset + (p->style == XKV_ROPE_INTERLEAVED ? 2 * pair : pair);
-    uint32_t j = p->style == XKV_ROPE_INTERLEAVED ? i + 1 : i + p->pairs;
-    uint32_t first = head * p->head_dim, column = p->column + first;
+    uint32_t i, j, first = head * p->head_dim, column = p->column + first;
     const float *angles = o->angles + t * o->angles_stride + p->angles;
-    float a = xkv_stored_value(o, t, column + i), b = xkv_stored_value(o, t, column + j);
-    float c = angles[pair], s = angles[p->pairs + pair];
+    float c = angles[pair], s = angles[p->pairs + pair], a, b;
 
+    xkv_pair_dims(p, pair, &i, &j);
+    a = xkv_stored_value(o, t, column + i);
+    b = xkv_stored_value(o, t, column + j);
     xkv_put_element(p, o->first + t, first + i, a * c - b * s);
     xkv_put_element(p, o->first + t, first + j, a * s + b * c);
 }
@@ -172,10 +187,7 @@ XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p
         xkv_store_pair(o, p, t, head, i);
         return;
     }
-    uint32_t dim = i - p->pairs;
-    if (dim >= p->offset)
-        dim += 2 * p->pairs;
-    uint32_t e = head * p->head_dim + dim;
+    uint32_t e = head * p->head_dim + xkv_unpaired_dim(p, i);
     xkv_put_element(p, o->first + t, e, xkv_stored_value(o, t, p->column + e));
 }
 

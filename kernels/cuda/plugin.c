@@ -3,8 +3,11 @@
 #include "attend.h"
 #include "fused.h"
 #include "launch.h"
+#include "pack.h"
+#include "svd.h"
 
 #include <cublas_v2.h>
+#include <cusolverDn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +21,8 @@ struct xkv_plug_device {
     int index;
     cublasHandle_t blas;
     void *blas_workspace;
+    cusolverDnHandle_t solver; /* with `params`, once somebody asks for dense_size() */
+    cusolverDnParams_t params;
     int dead;
     char error[256];
 };
@@ -94,6 +99,27 @@ static xkv_status result_of_blas(xkv_plug_device *d, cublasStatus_t s, const cha
             return status_;                                                                                            \
     } while (0)
 
+static xkv_status result_of_solver(xkv_plug_device *d, cusolverStatus_t s, const char *call)
+{
+    cudaError_t e = cudaSuccess;
+
+    if (s == CUSOLVER_STATUS_SUCCESS)
+        return XKV_OK;
+    if (s == CUSOLVER_STATUS_EXECUTION_FAILED || s == CUSOLVER_STATUS_INTERNAL_ERROR)
+        e = cudaGetLastError();
+    if (e != cudaSuccess)
+        return result_of(d, e, call);
+    write_text(d->error, sizeof d->error, "%s: cuSOLVER status %d", call, (int)s);
+    return s == CUSOLVER_STATUS_ALLOC_FAILED ? XKV_ERROR_MEMORY : XKV_ERROR_BACKEND;
+}
+
+#define TRY_SOLVER(d, call)                                                                                            \
+    do {                                                                                                               \
+        xkv_status status_ = result_of_solver(d, call, #call);                                                         \
+        if (status_ != XKV_OK)                                                                                         \
+            return status_;                                                                                            \
+    } while (0)
+
 /* --- The current device ------------------------------------------------------------------------------------------- */
 
 /* The runtime works on the thread's current device; the caller's comes back. */
@@ -121,6 +147,18 @@ static void leave(const xkv_plug_device *d, int callers)
         xkv_status on_device_ = enter(d, &callers_);                                                                   \
         if (on_device_ == XKV_OK) {                                                                                    \
             on_device_ = result_of(d, call, #call);                                                                    \
+            leave(d, callers_);                                                                                        \
+        }                                                                                                              \
+        return on_device_;                                                                                             \
+    } while (0)
+
+/* Run `call`, an expression of an xkv_status, on the device. */
+#define ALL_ON_DEVICE(d, call)                                                                                         \
+    do {                                                                                                               \
+        int callers_;                                                                                                  \
+        xkv_status on_device_ = enter(d, &callers_);                                                                   \
+        if (on_device_ == XKV_OK) {                                                                                    \
+            on_device_ = call;                                                                                         \
             leave(d, callers_);                                                                                        \
         }                                                                                                              \
         return on_device_;                                                                                             \
@@ -174,6 +212,10 @@ static void close_device(xkv_plug_device *d)
     if (enter(d, &callers) == XKV_OK) { /* a broken context frees nothing */
         if (d->blas != NULL)
             (void)cublasDestroy(d->blas);
+        if (d->params != NULL)
+            (void)cusolverDnDestroyParams(d->params);
+        if (d->solver != NULL)
+            (void)cusolverDnDestroy(d->solver);
         (void)cudaFree(d->blas_workspace);
         leave(d, callers);
     }
@@ -390,32 +432,189 @@ static xkv_status join(xkv_plug_device *d, const xkv_plug_join *o, void *stream)
     ON_DEVICE(d, xkv_launch_join(o, stream));
 }
 
-/* cuBLAS counts columns first: its C is our C transposed, and so are A and B, so that they change places. */
-static xkv_status multiply(xkv_plug_device *d, const xkv_plug_gemm *o, cudaStream_t stream)
+static cudaDataType element_type(const xkv_plug_gemm *g)
 {
-    cudaDataType type = o->exact ? CUDA_R_32F : CUDA_R_16F;
+    return g->exact == XKV_PRODUCT_F16    ? CUDA_R_16F
+           : g->exact == XKV_PRODUCT_BF16 ? CUDA_R_16BF
+           : g->exact == XKV_PRODUCT_F64  ? CUDA_R_64F
+                                          : CUDA_R_32F;
+}
 
+static cublasComputeType_t compute_type(const xkv_plug_gemm *g)
+{
+    return g->exact == XKV_PRODUCT_TF32  ? CUBLAS_COMPUTE_32F_FAST_TF32
+           : g->exact == XKV_PRODUCT_F64 ? CUBLAS_COMPUTE_64F
+                                         : CUBLAS_COMPUTE_32F;
+}
+
+/* cuBLAS counts columns first: its C is our C transposed, and so are A and B, so that they change places. */
+static xkv_status multiply(xkv_plug_device *d, const xkv_plug_product *o, cudaStream_t stream)
+{
+    const xkv_plug_gemm *g = &o->g;
+    cublasOperation_t op_a = g->component_major ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t op_b = o->transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cudaDataType type = element_type(g), out = type == CUDA_R_64F ? CUDA_R_64F : CUDA_R_32F;
+    const double alpha = (double)g->alpha, beta = (double)g->beta; /* of the type that is computed in */
+    const void *factors[2] = {&g->alpha, &g->beta};
+
+    if (type == CUDA_R_64F) {
+        factors[0] = &alpha;
+        factors[1] = &beta;
+    }
     TRY_BLAS(d, cublasSetStream(d->blas, stream)); /* which also takes the workspace away */
     TRY_BLAS(d, cublasSetWorkspace(d->blas, d->blas_workspace, BLAS_WORKSPACE));
-    TRY_BLAS(d, cublasGemmEx(d->blas, CUBLAS_OP_N, o->component_major ? CUBLAS_OP_T : CUBLAS_OP_N, (int)o->n, (int)o->m,
-                             (int)o->k, &o->alpha, o->b, type, (int)o->ldb, o->a, type, (int)o->lda, &o->beta, o->c,
-                             CUDA_R_32F, (int)o->ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    TRY_BLAS(d, cublasGemmStridedBatchedEx(d->blas, op_b, op_a, (int)g->n, (int)g->m, (int)g->k, factors[0], g->b, type,
+                                           (int)g->ldb, (long long)o->b_step, g->a, type, (int)g->lda,
+                                           (long long)o->a_step, factors[1], g->c, out, (int)g->ldc,
+                                           (long long)o->c_step, (int)o->batch, compute_type(g), CUBLAS_GEMM_DEFAULT));
     return XKV_OK;
+}
+
+static xkv_status product(xkv_plug_device *d, const xkv_plug_product *o, void *stream)
+{
+    if (o->g.m == 0 || o->g.n == 0 || o->batch == 0)
+        return XKV_OK;
+    ALL_ON_DEVICE(d, multiply(d, o, stream));
 }
 
 static xkv_status gemm(xkv_plug_device *d, const xkv_plug_gemm *o, void *stream)
 {
-    xkv_status status;
-    int callers;
+    xkv_plug_product one = {*o, 0, 1, 0, 0, 0};
 
-    if (o->m == 0 || o->n == 0)
+    return product(d, &one, stream);
+}
+
+/* --- Packing ------------------------------------------------------------------------------------------------------ */
+
+static xkv_status gather(xkv_plug_device *d, const xkv_plug_gather *o, void *stream)
+{
+    if (o->tokens == 0 || o->plane_count == 0)
         return XKV_OK;
-    status = enter(d, &callers);
-    if (status != XKV_OK)
-        return status;
-    status = multiply(d, o, stream);
-    leave(d, callers);
-    return status;
+    ON_DEVICE(d, xkv_launch_gather(o, stream));
+}
+
+static xkv_status take(xkv_plug_device *d, const xkv_plug_take *o, void *stream)
+{
+    if (o->tokens == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_take(o, stream));
+}
+
+static xkv_status scan(xkv_plug_device *d, const xkv_plug_scan *o, void *stream)
+{
+    if (o->tokens == 0 || o->plane_count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_scan(o, stream));
+}
+
+static xkv_status halve(xkv_plug_device *d, const xkv_plug_halve *o, void *stream)
+{
+    if (o->count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_halve(o, stream));
+}
+
+static xkv_status sums(xkv_plug_device *d, const xkv_plug_sums *o, void *stream)
+{
+    if (o->tokens == 0 || o->count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_sums(o, stream));
+}
+
+static xkv_status quantize(xkv_plug_device *d, const xkv_plug_quantize *o, void *stream)
+{
+    if (o->count == 0 || o->tokens == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_quantize(o, stream));
+}
+
+static xkv_status count_values(xkv_plug_device *d, const xkv_plug_count *o, void *stream)
+{
+    if (o->count == 0 || o->tokens == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_count(o, stream));
+}
+
+static xkv_status encode(xkv_plug_device *d, const xkv_plug_encode *o, void *stream)
+{
+    if (o->count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_encode(o, stream));
+}
+
+/* --- Dense algebra ------------------------------------------------------------------------------------------------ */
+
+static xkv_status find_dense_size(xkv_plug_device *d, uint64_t n, uint64_t batch, xkv_plug_dense_size *size)
+{
+    size_t on_device = 0, on_host = 0;
+    int words = 0;
+
+    if (d->solver == NULL)
+        TRY_SOLVER(d, cusolverDnCreate(&d->solver));
+    if (d->params == NULL)
+        TRY_SOLVER(d, cusolverDnCreateParams(&d->params));
+    TRY_SOLVER(d, cusolverDnDpotrf_bufferSize(d->solver, CUBLAS_FILL_MODE_UPPER, (int)n, NULL, (int)n, &words));
+    TRY_SOLVER(d, cusolverDnXsyevBatched_bufferSize(
+                      d->solver, d->params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, (int64_t)n, CUDA_R_64F,
+                      NULL, (int64_t)n, CUDA_R_64F, NULL, CUDA_R_64F, &on_device, &on_host, (int64_t)batch));
+    *size = (xkv_plug_dense_size){(uint64_t)words * sizeof(double), on_device, on_host};
+    return XKV_OK;
+}
+
+static xkv_status dense_size(xkv_plug_device *d, uint64_t n, uint64_t batch, xkv_plug_dense_size *size)
+{
+    ALL_ON_DEVICE(d, find_dense_size(d, n, batch, size));
+}
+
+static xkv_status sketch(xkv_plug_device *d, const xkv_plug_sketch *o, void *stream)
+{
+    ON_DEVICE(d, xkv_launch_sketch(o, stream));
+}
+
+static xkv_status convert(xkv_plug_device *d, const xkv_plug_convert *o, void *stream)
+{
+    ON_DEVICE(d, xkv_launch_convert(o, stream));
+}
+
+static xkv_status scale_gram(xkv_plug_device *d, const xkv_plug_scale_gram *o, void *stream)
+{
+    ON_DEVICE(d, xkv_launch_scale_gram(o, stream));
+}
+
+/* By columns: gram = U^T U with U = L^T, and z^T = L^-1 z^T = U^-T z^T. */
+static xkv_status factor(xkv_plug_device *d, const xkv_plug_cholesky *o, cudaStream_t stream)
+{
+    const double one = 1;
+
+    TRY_SOLVER(d, cusolverDnSetStream(d->solver, stream));
+    TRY_SOLVER(d, cusolverDnDpotrf(d->solver, CUBLAS_FILL_MODE_UPPER, (int)o->n, o->gram, (int)o->n, o->work,
+                                   (int)(o->work_size / sizeof(double)), o->info));
+    TRY_BLAS(d, cublasSetStream(d->blas, stream));
+    TRY_BLAS(d, cublasSetWorkspace(d->blas, d->blas_workspace, BLAS_WORKSPACE));
+    TRY_BLAS(d, cublasDtrsm(d->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_T, CUBLAS_DIAG_NON_UNIT,
+                            (int)o->n, (int)o->rows, &one, o->gram, (int)o->n, o->z, (int)o->n));
+    return XKV_OK;
+}
+
+static xkv_status cholesky(xkv_plug_device *d, const xkv_plug_cholesky *o, void *stream)
+{
+    ALL_ON_DEVICE(d, factor(d, o, stream));
+}
+
+/* Eigenvectors are columns by columns, hence our rows. */
+static xkv_status find_eigen(xkv_plug_device *d, const xkv_plug_eigen *o, cudaStream_t stream)
+{
+    TRY_SOLVER(d, cusolverDnSetStream(d->solver, stream));
+    TRY_SOLVER(d, cusolverDnXsyevBatched(d->solver, d->params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER,
+                                         (int64_t)o->n, CUDA_R_64F, o->a, (int64_t)o->n, CUDA_R_64F, o->values,
+                                         CUDA_R_64F, o->work, (size_t)o->work_size, o->host_work, (size_t)o->host_size,
+                                         o->info, (int64_t)o->batch));
+    return XKV_OK;
+}
+
+static xkv_status eigen(xkv_plug_device *d, const xkv_plug_eigen *o, void *stream)
+{
+    ALL_ON_DEVICE(d, find_eigen(d, o, stream));
 }
 
 static xkv_status fused(xkv_plug_device *d, const xkv_plug_fused *o, void *stream)
@@ -480,4 +679,19 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .attend = attend,
     .merge = merge,
     .fused = fused,
+    .gather = gather,
+    .take = take,
+    .scan = scan,
+    .halve = halve,
+    .product = product,
+    .sums = sums,
+    .quantize = quantize,
+    .count_values = count_values,
+    .encode = encode,
+    .dense_size = dense_size,
+    .sketch = sketch,
+    .convert = convert,
+    .scale_gram = scale_gram,
+    .cholesky = cholesky,
+    .eigen = eigen,
 };

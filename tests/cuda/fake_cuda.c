@@ -10,6 +10,11 @@
 
 __attribute__((visibility("default"))) fake_cuda_control fake_cuda = {.devices = 1, .capability = 9};
 
+const fake_cuda_control *fake_cuda_now(void)
+{
+    return &fake_cuda;
+}
+
 static cudaError_t last_error;
 static int broken; /* a context that has met an error like an illegal address stays so */
 
@@ -410,6 +415,11 @@ struct fake_blas {
     void *workspace;
 };
 
+cudaStream_t fake_blas_stream(const struct fake_blas *blas)
+{
+    return blas->stream;
+}
+
 static cublasStatus_t blas_call(void)
 {
     return call() == cudaSuccess                          ? CUBLAS_STATUS_SUCCESS
@@ -466,54 +476,116 @@ cublasStatus_t cublasSetWorkspace(cublasHandle_t blas, void *workspace, size_t s
 
 /* Columns first: element (i, j) of a matrix is at i + j ld. */
 typedef struct product {
-    const void *a, *b;
-    float *c;
-    size_t m, n, k, lda, ldb, ldc;
-    float alpha, beta;
-    int transpose_b, half;
+    const uint8_t *a, *b;
+    uint8_t *c;
+    size_t m, n, k, lda, ldb, ldc, elem;
+    double alpha, beta;
+    int transpose_a, transpose_b;
+    cudaDataType type;
+    int batch;
+    size_t a_step, b_step, c_step;
 } product;
 
-static float operand(const product *p, const void *x, size_t at)
+static double operand(const product *p, const uint8_t *x, size_t at)
 {
-    return p->half ? xkv_f16_to_f32(((const uint16_t *)x)[at]) : ((const float *)x)[at];
+    uint16_t bits;
+
+    x += p->elem * at;
+    if (p->type == CUDA_R_64F)
+        return *(const double *)(const void *)x;
+    if (p->type == CUDA_R_32F)
+        return (double)*(const float *)(const void *)x;
+    memcpy(&bits, x, 2);
+    return (double)(p->type == CUDA_R_16F ? xkv_f16_to_f32(bits) : xkv_float_from_bits((uint32_t)bits << 16));
+}
+
+/* Sums are f32 unless everything is f64. */
+static double next_sum(const product *p, double sum, double more)
+{
+    return p->type == CUDA_R_64F ? sum + more : (double)((float)sum + (float)more);
+}
+
+static void put_result(const product *p, uint8_t *c, double sum)
+{
+    if (p->type == CUDA_R_64F) {
+        double *out = (double *)(void *)c;
+        *out = p->alpha * sum + (p->beta != 0 ? p->beta * *out : 0);
+    } else {
+        float *out = (float *)(void *)c;
+        *out = (float)p->alpha * (float)sum + (p->beta != 0 ? (float)p->beta * *out : 0);
+    }
+}
+
+/* Elements of a matrix of `rows` x `columns`, stored transposed or not. */
+static size_t span_of(size_t rows, size_t columns, size_t ld, int transposed)
+{
+    return transposed ? (rows - 1) * ld + columns : (columns - 1) * ld + rows;
+}
+
+static void run_one(const product *p, const uint8_t *a, const uint8_t *b, uint8_t *c)
+{
+    size_t elem = p->type == CUDA_R_64F ? 8 : 4;
+
+    if (p->k > 0) {
+        fake_check(a, p->elem * span_of(p->m, p->k, p->lda, p->transpose_a));
+        fake_check(b, p->elem * span_of(p->k, p->n, p->ldb, p->transpose_b));
+    }
+    fake_check(c, elem * span_of(p->m, p->n, p->ldc, 0));
+    for (size_t j = 0; j < p->n; j++)
+        for (size_t i = 0; i < p->m; i++) {
+            double sum = 0;
+            for (size_t l = 0; l < p->k; l++)
+                sum = next_sum(p, sum,
+                               operand(p, a, p->transpose_a ? i * p->lda + l : l * p->lda + i) *
+                                   operand(p, b, p->transpose_b ? l * p->ldb + j : j * p->ldb + l));
+            put_result(p, c + elem * (j * p->ldc + i), sum);
+        }
 }
 
 static void run_product(const void *args)
 {
     const product *p = args;
-    fake_cuda.exact_products += !p->half;
-    size_t elem = p->half ? 2 : 4, last_b = p->transpose_b ? (p->k - 1) * p->ldb + p->n : (p->n - 1) * p->ldb + p->k;
+    size_t elem = p->type == CUDA_R_64F ? 8 : 4;
 
-    if (p->k > 0) {
-        fake_check(p->a, elem * ((p->k - 1) * p->lda + p->m));
-        fake_check(p->b, elem * last_b);
-    }
-    fake_check(p->c, 4 * ((p->n - 1) * p->ldc + p->m));
-    for (size_t j = 0; j < p->n; j++)
-        for (size_t i = 0; i < p->m; i++) {
-            float *c = p->c + j * p->ldc + i, sum = 0;
-            for (size_t l = 0; l < p->k; l++)
-                sum += operand(p, p->a, l * p->lda + i) *
-                       operand(p, p->b, p->transpose_b ? l * p->ldb + j : j * p->ldb + l);
-            *c = p->alpha * sum + (p->beta != 0 ? p->beta * *c : 0);
-        }
+    fake_cuda.exact_products += p->type == CUDA_R_32F;
+    for (size_t i = 0; i < (size_t)p->batch; i++)
+        run_one(p, p->a + i * p->a_step * p->elem, p->b + i * p->b_step * p->elem, p->c + i * p->c_step * elem);
 }
 
-cublasStatus_t cublasGemmEx(cublasHandle_t blas, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
-                            const void *alpha, const void *a, cudaDataType type_a, int lda, const void *b,
-                            cudaDataType type_b, int ldb, const void *beta, void *c, cudaDataType type_c, int ldc,
-                            cublasComputeType_t compute, cublasGemmAlgo_t algo)
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t blas, cublasOperation_t op_a, cublasOperation_t op_b, int m,
+                                          int n, int k, const void *alpha, const void *a, cudaDataType type_a, int lda,
+                                          long long a_step, const void *b, cudaDataType type_b, int ldb,
+                                          long long b_step, const void *beta, void *c, cudaDataType type_c, int ldc,
+                                          long long c_step, int batch, cublasComputeType_t compute,
+                                          cublasGemmAlgo_t algo)
 {
-    product p = {a, b, c, (size_t)m, (size_t)n, (size_t)k, (size_t)lda, (size_t)ldb, (size_t)ldc, 0, 0, 0, 0};
+    product p = {.a = a,
+                 .b = b,
+                 .c = c,
+                 .m = (size_t)m,
+                 .n = (size_t)n,
+                 .k = (size_t)k,
+                 .lda = (size_t)lda,
+                 .ldb = (size_t)ldb,
+                 .ldc = (size_t)ldc,
+                 .elem = type_a == CUDA_R_64F   ? 8
+                         : type_a == CUDA_R_32F ? 4
+                                                : 2,
+                 .transpose_a = op_a == CUBLAS_OP_T,
+                 .transpose_b = op_b == CUBLAS_OP_T,
+                 .type = type_a,
+                 .batch = batch,
+                 .a_step = (size_t)a_step,
+                 .b_step = (size_t)b_step,
+                 .c_step = (size_t)c_step};
 
-    (void)compute;
     (void)algo;
-    memcpy(&p.alpha, alpha, sizeof p.alpha);
-    memcpy(&p.beta, beta, sizeof p.beta);
-    p.transpose_b = op_b == CUBLAS_OP_T;
-    p.half = type_a == CUDA_R_16F;
-    if (op_a != CUBLAS_OP_N || type_a != type_b || type_c != CUDA_R_32F || lda < m || ldc < m ||
-        ldb < (p.transpose_b ? n : k) || blas->workspace == NULL) {
+    p.alpha = compute == CUBLAS_COMPUTE_64F ? *(const double *)alpha : (double)*(const float *)alpha;
+    p.beta = compute == CUBLAS_COMPUTE_64F ? *(const double *)beta : (double)*(const float *)beta;
+    if (type_a != type_b || type_c != (type_a == CUDA_R_64F ? CUDA_R_64F : CUDA_R_32F) ||
+        (compute == CUBLAS_COMPUTE_64F) != (type_a == CUDA_R_64F) || lda < (p.transpose_a ? k : m) || ldc < m ||
+        ldb < (p.transpose_b ? n : k) || (compute == CUBLAS_COMPUTE_32F_FAST_TF32 && type_a != CUDA_R_32F) ||
+        blas->workspace == NULL) {
         fprintf(stderr, "fake_cuda: a GEMM that cuBLAS would refuse, or one without a workspace\n");
         abort();
     }

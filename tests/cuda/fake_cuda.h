@@ -26,6 +26,10 @@ typedef struct fake_cuda_control {
 } fake_cuda_control;
 
 extern fake_cuda_control fake_cuda;
+/* For the other files of the plug-in: what it is told, and the stream of a handle. */
+const fake_cuda_control *fake_cuda_now(void);
+struct fake_blas;
+cudaStream_t fake_blas_stream(const struct fake_blas *blas);
 
 /* Put `run`(args) on a stream. */
 cudaError_t fake_launch(cudaStream_t stream, void (*run)(const void *args), const void *args, size_t size);

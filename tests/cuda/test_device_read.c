@@ -2,7 +2,7 @@
  * of xkv_entry_read(), within what spec/codec.md, section 3 allows two decoders, whatever the codec, range, layout,
  * positions and memory; failures of any call; damage. Streams run only when somebody waits, so that what is overwritten
  * too early shows. */
-#include "emulated.h"
+#include "device_support.h"
 
 #include "device_read.h"
 
@@ -10,63 +10,7 @@
 #include <stdio.h>
 #include <xxhash.h>
 
-enum { SENTINEL = 64 };
-
-static fake_cuda_control *control;
-static xkv_device *device;
-static uint32_t errors_logged, warnings_logged;
-
-static void count_log(void *user, xkv_log_level level, const char *message)
-{
-    (void)user;
-    (void)message;
-    errors_logged += level == XKV_LOG_ERROR;
-    warnings_logged += level == XKV_LOG_WARNING;
-}
-
-static xkv_ctx *logging_ctx(void)
-{
-    xkv_ctx_options o = xkv_ctx_options_default();
-    xkv_ctx *ctx;
-
-    o.threads = 2;
-    o.log = count_log;
-    errors_logged = warnings_logged = 0;
-    assert_true(xkv_ctx_create(&o, &ctx) == XKV_OK);
-    return ctx;
-}
-
-static xkv_device *open_device(xkv_ctx *ctx)
-{
-    xkv_device_options o = xkv_device_options_default();
-    xkv_device *d = NULL;
-
-    o.staging_bytes = 1u << 20;
-    o.staging_count = 2;
-    assert_ok(ctx, xkv_device_open(ctx, &o, &d));
-    return d;
-}
-
 /* --- Samples ------------------------------------------------------------------------------------------------------ */
-
-/* Of 16 elements: heads that the fused kernel takes; of others it does not. */
-static uint32_t head_dim = 16;
-
-static synthetic sample(uint32_t tokens, uint32_t dtype, int rope)
-{
-    synthetic_options o = {.layers = 3,
-                           .tokens = tokens,
-                           .heads = 2,
-                           .head_dim = head_dim,
-                           .dtype = dtype,
-                           .rank = 10,
-                           .group_layers = 2,
-                           .noise = 0.1,
-                           .mean = 1.5,
-                           .rope = rope,
-                           .first_position = 11};
-    return make_synthetic(&o);
-}
 
 /* A cache, packed one way, with its dictionary. */
 typedef struct subject {
@@ -78,18 +22,7 @@ typedef struct subject {
 
 static void train(xkv_ctx *ctx, subject *t, uint32_t cross)
 {
-    xkv_train_options o = xkv_train_options_default();
-    const synthetic *list = &t->s;
-    memory *m = calloc(1, sizeof *m);
-    xkv_input input;
-
-    o.group_layers = 2;
-    o.cross = cross;
-    assert_ok(ctx, train_on(ctx, &list, 1, &o, m));
-    t->trained = *m;
-    free(m);
-    input = xkv_input_from_memory(t->trained.data, t->trained.size);
-    assert_ok(ctx, xkv_dict_open(ctx, &input, 1, &t->dict));
+    t->dict = train_dict(ctx, &t->s, cross, &t->trained);
 }
 
 static subject make_subject(xkv_ctx *ctx, uint32_t tokens, uint32_t dtype, uint32_t profile, double quality,
@@ -131,91 +64,7 @@ static bool has_codec(const subject *t, uint32_t codec)
     return false;
 }
 
-/* --- Views in the device's memory --------------------------------------------------------------------------------- */
-
-typedef enum layout { TOKEN_MAJOR, HEAD_MAJOR, TRANSPOSED, LAYOUTS } layout;
-
-/* All planes, one behind the other, with sentinels around: on the device, and the same on the host. */
-typedef struct cache {
-    uint32_t planes, tokens, dtype;
-    layout layout;
-    uint64_t size, plane_size;
-    uint8_t *there, *host, *found; /* found: what was there when it was compared */
-    uint32_t *rows;                /* the device's; NULL: none */
-    uint32_t *host_rows;
-    xkv_view *views, *host_views;
-} cache;
-
-static xkv_view make_view(const cache *c, const xkv_plane *p, uint8_t *at, const uint32_t *rows)
-{
-    int64_t e = (int64_t)xkv_dtype_size(c->dtype), h = p->heads, d = p->head_dim, n = c->tokens;
-    const int64_t strides[LAYOUTS][3] = {{h * d * e, d * e, e}, {d * e, n * d * e, e}, {e, n * d * e, n * e}};
-
-    return (xkv_view){.data = at,
-                      .token_stride = strides[c->layout][0],
-                      .head_stride = strides[c->layout][1],
-                      .dim_stride = strides[c->layout][2],
-                      .rows = rows,
-                      .dtype = c->dtype};
-}
-
-/* Copy to or from the device's memory. */
-static void device_copy(void *to, const void *from, uint64_t size)
-{
-    void *event;
-
-    assert_true(device->api->event_create(device->plug, &event) == XKV_OK);
-    assert_true(device->api->copy(device->plug, to, from, size, NULL) == XKV_OK);
-    assert_true(device->api->record(device->plug, event, NULL) == XKV_OK);
-    assert_true(device->api->wait(device->plug, event) == XKV_OK);
-    device->api->event_destroy(device->plug, event);
-}
-
-/* Nothing has been written there. */
-static void clear_cache(cache *c)
-{
-    memset(c->found, 0xee, c->size);
-    device_copy(c->there, c->found, c->size);
-}
-
-static cache make_cache(const synthetic *s, uint32_t tokens, uint32_t dtype, layout l, bool paged)
-{
-    cache c = {.planes = s->geometry.plane_count, .tokens = tokens, .dtype = dtype, .layout = l};
-    const xkv_plane *p = s->geometry.planes;
-
-    c.plane_size = SENTINEL + (uint64_t)tokens * row_width(p) * xkv_dtype_size(dtype);
-    c.plane_size = (c.plane_size + 15) / 16 * 16;
-    c.size = c.plane_size * c.planes + SENTINEL;
-    assert_true(device->api->alloc(device->plug, c.size, (void **)&c.there) == XKV_OK);
-    assert_true(device->api->alloc(device->plug, tokens * 4ull, (void **)&c.rows) == XKV_OK);
-    c.host = malloc(c.size);
-    c.found = malloc(c.size);
-    c.host_rows = malloc(tokens * sizeof *c.host_rows);
-    memset(c.host, 0xee, c.size);
-    clear_cache(&c);
-    for (uint32_t i = 0; i < tokens; i++) /* whole pages of 8 tokens from last to first, then what is left */
-        c.host_rows[i] = i < tokens / 8 * 8 ? (tokens / 8 - 1 - i / 8) * 8 + i % 8 : i;
-    device_copy(c.rows, c.host_rows, tokens * sizeof *c.host_rows);
-    c.views = malloc(c.planes * sizeof *c.views);
-    c.host_views = malloc(c.planes * sizeof *c.host_views);
-    for (uint32_t i = 0; i < c.planes; i++) {
-        uint64_t at = c.plane_size * i + SENTINEL;
-        c.views[i] = make_view(&c, &p[i], c.there + at, paged ? c.rows : NULL);
-        c.host_views[i] = make_view(&c, &p[i], c.host + at, paged ? c.host_rows : NULL);
-    }
-    return c;
-}
-
-static void free_cache(cache *c)
-{
-    device->api->release(device->plug, c->there);
-    device->api->release(device->plug, c->rows);
-    free(c->host);
-    free(c->found);
-    free(c->host_rows);
-    free(c->views);
-    free(c->host_views);
-}
+/* --- Comparing --- */
 
 static double value_at(const cache *c, const uint8_t *p)
 {
@@ -913,16 +762,6 @@ static void test_broken_device(void **state)
     xkv_ctx_free(ctx);
 }
 
-static int set_up(void **state)
-{
-    xkv_ctx *ctx = new_ctx(1);
-
-    (void)state;
-    device = open_device(ctx);
-    xkv_ctx_free(ctx);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest everywhere[] = {
@@ -938,20 +777,11 @@ int main(void)
         cmocka_unit_test(test_failing_calls),
         cmocka_unit_test(test_broken_device),
     };
-    xkv_backend_info info;
     int failed;
 
-#ifdef XKV_GPU_PLUGIN
-    setenv("XKV_CUDA_PLUGIN", XKV_GPU_PLUGIN, 0);
-#else
-    control = emulated_control();
-#endif
-    xkv_backend_get_info(&info);
-    if (info.device_count == 0) {
-        print_message("SKIP: %s\n", info.reason);
+    if (!find_device())
         return 77;
-    }
-    failed = cmocka_run_group_tests_name("everywhere", everywhere, set_up, NULL);
+    failed = cmocka_run_group_tests_name("everywhere", everywhere, open_the_device, NULL);
     if (control != NULL)
         failed += cmocka_run_group_tests_name("told to fail", told_to_fail, NULL, NULL);
     return failed;

@@ -29,7 +29,7 @@ typedef enum cudaError {
 typedef struct fake_stream *cudaStream_t;
 typedef struct fake_event *cudaEvent_t;
 typedef enum cudaMemcpyKind { cudaMemcpyDefault = 4 } cudaMemcpyKind;
-typedef enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16F = 2 } cudaDataType;
+typedef enum cudaDataType { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14 } cudaDataType;
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocPortable = 1, cudaHostAllocMapped = 2 };
 

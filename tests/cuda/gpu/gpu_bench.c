@@ -3,7 +3,7 @@
  * Restores are those of codec/device_group.c with the file left out: packed bytes lie in pinned memory. Coefficients
  * are normal deviates whose deviation falls like a spectrum, so that the ratio comes out near 16. Exit code 77: no
  * device. */
-#include "gpu_support.h"
+#include "gpu_bench.h"
 
 #include <cuda_runtime_api.h>
 #include <math.h>
@@ -11,10 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHUNK = 256, PAGE = 16, LAYERS = 4, HEADS = 8, DIMS = 128, WIDTH = 2 * LAYERS * HEADS * DIMS };
-enum { TILE = 2048, BATCH = 16384, DISTINCT = 16, ROUNDS = 5 };
+enum { DISTINCT = 16, ROUNDS = 5 };
 
-static bool quick;
+bool quick;
 
 static void must(cudaError_t e, const char *what)
 {
@@ -26,10 +25,7 @@ static void must(cudaError_t e, const char *what)
 
 /* --- Time --------------------------------------------------------------------------------------------------------- */
 
-typedef void (*work_fn)(gpu *g, void *user);
-
-/* Seconds of the best of some rounds, after one that does not count. */
-static double best_time(gpu *g, work_fn work, void *user)
+double best_time(gpu *g, work_fn work, void *user)
 {
     cudaEvent_t begin, end;
     double best = INFINITY;
@@ -51,7 +47,7 @@ static double best_time(gpu *g, work_fn work, void *user)
     return best;
 }
 
-static void *device_memory(gpu *g, size_t size)
+void *device_memory(gpu *g, size_t size)
 {
     void *p;
 
@@ -61,7 +57,7 @@ static void *device_memory(gpu *g, size_t size)
     return p;
 }
 
-static void *device_copy(gpu *g, const void *from, size_t size)
+void *device_copy(gpu *g, const void *from, size_t size)
 {
     void *p = device_memory(g, size);
 
@@ -70,7 +66,7 @@ static void *device_copy(gpu *g, const void *from, size_t size)
     return p;
 }
 
-static void *pinned_memory(gpu *g, size_t size)
+void *pinned_memory(gpu *g, size_t size)
 {
     void *p;
 
@@ -115,7 +111,7 @@ static double gemm_rate(gpu *g, uint64_t m, uint64_t n, uint64_t k)
     return 2.0 * (double)m * (double)n * (double)k / t;
 }
 
-static double gemm_ceiling;
+double gemm_ceiling;
 
 static void print_ceilings(gpu *g)
 {
@@ -145,13 +141,12 @@ typedef struct chunks {
     size_t offset[DISTINCT + 1];
 } chunks;
 
-/* Deviations of the coefficients over the step: from 60 down to about 0.35. */
-static double deviation(uint32_t component)
+double deviation(uint32_t component)
 {
     return 60 / pow(1 + component / 4.0, 0.85);
 }
 
-static uint8_t table_for(double sigma)
+uint8_t table_for(double sigma)
 {
     double rung = rint(4 * (3 + log2(sigma)));
     return (uint8_t)(1 + fmin(fmax(rung, 0), XKV_TABLE_RUNGS - 1));
@@ -251,18 +246,7 @@ static void print_decode(gpu *g, const xkv_warp_table *tables, uint32_t count, b
 
 /* --- Restores ----------------------------------------------------------------------------------------------------- */
 
-/* Planes of a group in pages of 16 tokens, in a shuffled order. */
-typedef struct target {
-    uint8_t *cache;
-    uint32_t *rows;
-    xkv_plug_plane *planes; /* the device's */
-    uint32_t plane_count, width;
-    float *mean, *angles;
-    int32_t *positions;
-    double *inv_freq;
-} target;
-
-static target make_target(gpu *g, uint32_t tokens, uint32_t plane_count)
+target make_target(gpu *g, uint32_t tokens, uint32_t plane_count)
 {
     target t = {.plane_count = plane_count, .width = plane_count * HEADS * DIMS};
     uint32_t *rows = malloc(tokens * 4ull), pages = tokens / PAGE;
@@ -303,7 +287,7 @@ static target make_target(gpu *g, uint32_t tokens, uint32_t plane_count)
     return t;
 }
 
-static void free_target(gpu *g, target *t)
+void free_target(gpu *g, target *t)
 {
     g->api->release(g->d, t->cache);
     g->api->release(g->d, t->rows);
@@ -622,7 +606,7 @@ static void print_factors(gpu *g)
     double ms = time_factors(g, tokens, 512, count) + time_factors(g, tokens, 768, count);
     double raw = 2.0 * tokens * WIDTH * count;
 
-    printf("  \"restore_svd16\": {\"tokens\": %u, \"ranks\": [512, 768], \"ms\": %.2f, \"raw_gb_s\": %.1f}\n", tokens,
+    printf("  \"restore_svd16\": {\"tokens\": %u, \"ranks\": [512, 768], \"ms\": %.2f, \"raw_gb_s\": %.1f},\n", tokens,
            ms, raw / ms * 1e-6);
 }
 
@@ -783,6 +767,8 @@ int main(int argc, char **argv)
     print_fused(&g, tables);
     print_attention(&g);
     print_factors(&g);
+    print_pack(&g);
+    print_svd(&g);
     printf("}\n");
     g.api->release(g.d, tables);
     gpu_end(&g);

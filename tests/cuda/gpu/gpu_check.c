@@ -2,8 +2,9 @@
  *     gpu_check PLUGIN
  * Integers, operands, views and byte planes must be the same bits; products agree to 1e-7 of their energy; cosines to
  * one unit of f32. All memory has guards. Exit code: 0 passed, 1 failed, 77 no device. */
+#include "gpu_check.h"
+
 #include "elements.h"
-#include "gpu_support.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -20,7 +21,7 @@ static size_t size_of(uint32_t dtype)
     return dtype == XKV_F32 ? 4 : 2;
 }
 
-XKV_PRINTF(2, 0) static void check(bool good, const char *format, uint32_t a, uint32_t b, uint32_t c)
+XKV_PRINTF(2, 0) void check(bool good, const char *format, uint32_t a, uint32_t b, uint32_t c)
 {
     checks++;
     if (good)
@@ -31,7 +32,7 @@ XKV_PRINTF(2, 0) static void check(bool good, const char *format, uint32_t a, ui
     printf("\n");
 }
 
-static void release(gpu *g, gpu_block *b, const char *what)
+void release(gpu *g, gpu_block *b, const char *what)
 {
     check(gpu_free(g, b), what, 0, 0, 0);
 }
@@ -585,6 +586,8 @@ int main(int argc, char **argv)
     check_gemm(&g);
     check_angles(&g);
     check_rows(&g);
+    check_pack(&g);
+    check_svd(&g);
     check_graph(&g);
     gpu_end(&g);
     printf("%d checks, %d failed\n", checks, failures);

@@ -1,5 +1,7 @@
 #include "gpu_support.h"
 
+#include "warp_pack.h"
+
 #include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
@@ -139,36 +141,31 @@ int16_t gpu_value(uint32_t table, uint64_t *state)
 
 /* --- rANS --------------------------------------------------------------------------------------------------------- */
 
-static void make_encode_table(uint32_t index, xkv_warp_encode_table *t)
+static const xkv_warp_encode_table *encode_tables(void)
 {
-    const xkv_base_table *base = xkv_table_get(index).base;
+    static xkv_warp_encode_table tables[XKV_BASE_TABLES];
 
-    memset(t, 0, sizeof *t);
-    t->reach = base->reach;
-    for (uint32_t i = 0; i <= 2 * base->reach + 1; i++) {
-        t->reciprocal[i] = base->encode[i].reciprocal;
-        t->packed[i] = base->encode[i].packed;
-    }
+    if (tables[0].reach == 0)
+        xkv_device_encode_tables(tables);
+    return tables;
 }
 
 size_t gpu_encode(const int16_t *q, size_t stride, uint32_t tokens, const uint8_t *tables, uint32_t components,
                   uint8_t *out)
 {
-    uint32_t lanes = tokens < 32 ? tokens : 32, bound = 2 * components * tokens;
-    uint16_t *words = malloc((bound + 1u) * sizeof *words);
-    xkv_warp_writer w = {.words = words, .next = bound};
-    xkv_warp_encode_table t;
+    uint32_t lanes = tokens < 32 ? tokens : 32, bound = 2 * lanes + 2 * components * tokens;
+    uint16_t *words = malloc(bound * sizeof *words);
+    xkv_warp_writer w;
     size_t size;
 
-    for (uint32_t i = 0; i < 32; i++)
-        w.x[i] = XKV_WARP_RANS_LOW;
+    xkv_warp_write_from(&w, words, bound);
     for (uint32_t i = components; i-- > 0;) {
-        make_encode_table(tables[i], &t);
-        xkv_warp_encode_component(&w, &t, xkv_device_code(tables[i]).shift, tokens, q + i * stride);
+        xkv_warp_code code = xkv_device_code(tables[i]);
+        xkv_warp_encode_component(&w, &encode_tables()[code.table], code.shift, tokens, q + i * stride);
     }
-    size = 4 * lanes + (bound - w.next) * sizeof *words;
-    memcpy(out, w.x, 4 * lanes);
-    memcpy(out + 4 * lanes, words + w.next, (bound - w.next) * sizeof *words);
+    xkv_warp_write_states(&w, lanes);
+    size = (bound - w.next) * sizeof *words;
+    memcpy(out, words + w.next, size);
     free(words);
     return size;
 }
