@@ -1,3 +1,4 @@
+#include "device_pack.h"
 #include "encoder.h"
 #include "values.h"
 
@@ -29,6 +30,8 @@ static xkv_status find_nonfinite(xkv_encoder *e)
     xkv_status status = XKV_OK;
 
     XKV_TRY(XKV_NEW_ZERO(e->ctx, e->c.geometry.plane_count, &e->nonfinite));
+    if (e->device)
+        return xkv_device_pack_scan(e->device, e->nonfinite);
     for (uint32_t i = 0; i < e->c.geometry.plane_count; i++)
         row = (size_t)xkv_max64(row, xkv_plane_width(&e->c.geometry.planes[i]) * 4ull);
     for (uint32_t i = 0; i < e->threads; i++)
@@ -193,20 +196,38 @@ static xkv_status pack(xkv_encoder *e, const xkv_output *output, xkv_pack_report
     return XKV_OK;
 }
 
+/* All of xkv_pack() but for the checks that it alone needs. */
+static xkv_status pack_all(xkv_encoder *e, const xkv_geometry *geometry, const xkv_framing *framing, const void *source,
+                           uint64_t source_size, const xkv_pack_options *options, const xkv_output *output,
+                           xkv_pack_report *report)
+{
+    xkv_status status;
+
+    XKV_TRY(xkv_plan_options(e->ctx, options, &e->o));
+    set_cache(e, geometry, framing, source, source_size);
+    status = pack(e, output, report);
+    fini(e);
+    return status;
+}
+
 xkv_status xkv_pack(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *views, const xkv_framing *framing,
                     const void *source, uint64_t source_size, const xkv_pack_options *options, const xkv_output *output,
                     xkv_pack_report *report)
 {
     xkv_encoder e = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .views = views};
-    xkv_status status;
 
     xkv_ctx_begin(ctx);
     XKV_TRY(check_source(ctx, framing, source, source_size));
-    XKV_TRY(xkv_plan_options(ctx, options, &e.o));
-    set_cache(&e, geometry, framing, source, source_size);
-    status = pack(&e, output, report);
-    fini(&e);
-    return status;
+    return pack_all(&e, geometry, framing, source, source_size, options, output, report);
+}
+
+xkv_status xkv_encoder_pack_rows(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *views,
+                                 struct xkv_device_packing *device, const xkv_pack_options *options,
+                                 const xkv_output *output, xkv_pack_report *report)
+{
+    xkv_encoder e = {.ctx = ctx, .kernels = xkv_kernels_cpu(), .views = views, .device = device};
+
+    return pack_all(&e, geometry, NULL, NULL, 0, options, output, report);
 }
 
 xkv_status xkv_pack_cache(xkv_ctx *ctx, const xkv_cache *cache, const xkv_pack_options *options,

@@ -1,3 +1,4 @@
+#include "device_pack.h"
 #include "encoder.h"
 
 #include <math.h>
@@ -179,6 +180,16 @@ static void drop_large(xkv_encoder *e, const float *norms, bool all)
             xkv_encoder_fall_back(e, &e->c.groups[i]);
 }
 
+/* The stage, and what decides who is left out if it overflows. */
+static xkv_status code_stage(xkv_encoder *e, float *norms)
+{
+    if (!e->device)
+        return xkv_code_cross(e->ctx, e->pool, e->rotators, &e->c, e->views, e->c.sinks, coded_end(e), e->transforms,
+                              e->o.dict->cross, NULL, e->step, norms, &e->cross);
+    XKV_TRY(xkv_device_code_cross(e->device, e->pool, &e->c, e->transforms, e->step, &e->cross));
+    return e->cross.overflow ? xkv_device_cross_norms(e->device, &e->c, e->transforms, norms) : XKV_OK;
+}
+
 /* Code the cross stage at e->step, in place of what was there. */
 xkv_status xkv_encoder_code_cross(xkv_encoder *e)
 {
@@ -190,9 +201,7 @@ xkv_status xkv_encoder_code_cross(xkv_encoder *e)
     XKV_TRY(XKV_NEW(e->ctx, e->c.group_count, &norms));
     for (int attempt = 0; attempt < 3; attempt++) {
         xkv_coded_free(e->ctx, &e->cross);
-        XKV_TRY_GOTO(xkv_code_cross(e->ctx, e->pool, e->rotators, &e->c, e->views, e->c.sinks, coded_end(e),
-                                    e->transforms, e->o.dict->cross, NULL, e->step, norms, &e->cross),
-                     out);
+        XKV_TRY_GOTO(code_stage(e, norms), out);
         if (!e->cross.overflow)
             break;
         drop_large(e, norms, attempt > 0);
@@ -210,6 +219,8 @@ static xkv_status code_with_cross(xkv_encoder *e, xkv_group *g, const xkv_transf
 
     if (crossed)
         cross = xkv_cross_of_coded(e->o.dict->cross, &e->cross);
+    if (e->device)
+        return xkv_device_code_group(e->device, e->pool, g, t, e->step, crossed ? &cross : NULL, coded);
     return xkv_code_group(e->ctx, e->pool, e->rotators, g, e->views, coded_span(e), t, e->step, crossed ? &cross : NULL,
                           (xkv_integers){crossed ? e->cross.q : NULL, e->cross.tokens}, coded);
 }

@@ -1,3 +1,4 @@
+#include "device_pack.h"
 #include "encoder.h"
 
 /* The group and batch at hand. */
@@ -69,16 +70,22 @@ static const void *part_matrix(const batch *b, uint32_t part, xkv_shape shape, x
     return s->raw;
 }
 
-/* The coefficients of one chunk as a rANS stream. */
+/* The coefficients of one chunk as a rANS stream, if not the device has made it. */
 static void encode_chunk(const batch *b, uint32_t part, xkv_slot *s)
 {
     const xkv_coded *coded = b->coded;
     uint32_t t0, t1;
 
+    s->method = XKV_METHOD_CODED;
+    if (b->e->device) {
+        const uint64_t *at = b->e->device->stream_at + (part - XKV_PART_CHUNKS);
+        s->data = b->e->device->streams + at[0];
+        s->size = at[1] - at[0];
+        return;
+    }
     xkv_chunk_coded(&b->e->c, part - XKV_PART_CHUNKS, &t0, &t1);
     xkv_rans_shape shape = {t1 - t0, coded->coded, coded->tokens, coded->coded_tables};
     s->size = xkv_rans_encode(xkv_coder_cpu(), &shape, coded->q + (t0 - coded->first), s->packed);
-    s->method = XKV_METHOD_CODED;
     s->data = s->packed;
 }
 
@@ -230,11 +237,20 @@ void xkv_encoder_release_slots(xkv_encoder *e)
     }
 }
 
+/* What the device has of a group: its streams, or all rows of one that is stored lossless. */
+static xkv_status get_from_device(xkv_encoder *e, const xkv_group *g, const xkv_coded *coded)
+{
+    XKV_TRY(xkv_device_pack_bring(e->device, g->codec == XKV_GROUP_LOSSLESS ? g : NULL));
+    return coded ? xkv_device_pack_streams(e->device, &e->c, coded) : XKV_OK;
+}
+
 xkv_status xkv_encoder_write_group(xkv_encoder *e, xkv_group *g, const xkv_factors *f, const xkv_coded *coded,
                                    uint64_t *count_only)
 {
     xkv_status status = XKV_OK;
 
+    if (e->device)
+        XKV_TRY_GOTO(get_from_device(e, g, coded), out);
     XKV_TRY_GOTO(size_slots(e, g, coded), out);
     XKV_TRY_GOTO(encode_parts(e, g, f, coded, count_only), out);
 out:

@@ -46,6 +46,7 @@ typedef struct xkv_encoder {
     xkv_pool *pool;
     uint32_t threads;
     const xkv_view *views;
+    struct xkv_device_packing *device; /* which has the rows; views are those of few of them (device_pack.h); or NULL */
     xkv_container c;
     xkv_container_writer w;
     xkv_rotator *rotators; /* [threads] */
@@ -67,6 +68,14 @@ typedef struct xkv_encoder {
     xkv_profile_estimate estimates[8]; /* by profile */
     xkv_appending append;
 } xkv_encoder;
+
+/* --- encode.c --- */
+
+/* xkv_pack() without framing and without forgetting the last error, for use inside other calls; `device` may be NULL.
+ */
+XKV_MUST_CHECK xkv_status xkv_encoder_pack_rows(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_view *views,
+                                                struct xkv_device_packing *device, const xkv_pack_options *options,
+                                                const xkv_output *output, xkv_pack_report *report);
 
 /* --- encode_parts.c --- */
 

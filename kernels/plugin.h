@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define XKV_PLUGIN_ABI    2u
+#define XKV_PLUGIN_ABI    3u
 #define XKV_PLUGIN_SYMBOL "xkv_plugin_table"
 
 /* --- Operations --------------------------------------------------------------------------------------------------- */

@@ -58,7 +58,7 @@ libraries_of() {
 }
 
 # What needs the whole library.
-entry_programs='gpu_device_read gpu_device_attend gpu_device_svd'
+entry_programs='gpu_device_read gpu_device_attend gpu_device_pack gpu_device_svd'
 
 build_entry_programs() { # ARCHITECTURE
     # shellcheck disable=SC2086

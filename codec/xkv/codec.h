@@ -299,8 +299,8 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_entry_read(xkv_ctx *ctx, const xkv_entry *
 /* --- Restoring into a device's memory (<xkv/kernels.h>) -------------------------------------------------------------
  */
 
-/* The bases of a dictionary in a device's memory: 4 bytes an element. Read-only, for any number of calls on the device.
- */
+/* The bases of a dictionary in a device's memory: 4 bytes an element, 8 when it was opened for packing. Read-only, for
+ * any number of calls on the device. */
 typedef struct xkv_device_dict xkv_device_dict;
 
 /* Copy them; `dict` must outlive them. Errors: MEMORY (the device's is used up), BACKEND. */
@@ -308,15 +308,17 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_dict_create(xkv_ctx *ctx, xkv_devic
                                                          xkv_device_dict **dict_p);
 XKV_API void xkv_device_dict_free(xkv_ctx *ctx, xkv_device_dict *dict); /* before the device is closed; accepts NULL */
 
+/* What a call works with on the device. */
 typedef struct xkv_device_target {
     size_t struct_size;
     /* A cudaStream_t of the device; NULL: its default stream. The work comes behind what is on it. */
     void *stream;
     /* Device memory that is the call's until it returns, aligned to 256 bytes; at least the least that
-     * xkv_device_read_size() says. NULL: the call allocates it, less where memory is short. */
+     * xkv_device_read_size() or xkv_device_pack_size() says. NULL: the call allocates it, less where memory is short.
+     */
     void *workspace;
     uint64_t workspace_size; /* bytes */
-    /* The dictionary of the entry. NULL, for an entry that needs one: the call copies its bases first. */
+    /* The dictionary of the entry. NULL, where one is needed: the call copies its bases first. */
     const xkv_device_dict *dict;
 } xkv_device_target;
 
@@ -347,6 +349,30 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device 
 XKV_API XKV_MUST_CHECK xkv_status xkv_device_read(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
                                                   const xkv_read_options *options, const xkv_device_target *target,
                                                   const xkv_view *views);
+
+/* --- Packing from a device's memory ------------------------------------------------------------------------------- */
+
+/* Workspace of xkv_device_pack() with the same options, in bytes: what it needs at least, and beyond what more does not
+ * help. 0 and 0 when the device has nothing to compute: see there. Errors: as xkv_pack(). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_pack_size(xkv_ctx *ctx, xkv_device *device, const xkv_geometry *geometry,
+                                                       const xkv_pack_options *options, uint64_t *least,
+                                                       uint64_t *best);
+
+/* xkv_pack() of planes in a device's memory, `rows` of the views included, with elements of f32, f16 or bf16 at
+ * addresses that are multiples of their size; without framing. With profile dict the device does all that grows with
+ * the tokens: gathering and un-rotating rows, coefficients, quantizer, counts for the choice of tables, rANS and the
+ * measured error; only streams, exact rows and, for a ratio or an error, a sample of 1,024 tokens come to the host.
+ * Of equal coefficients the integers and the bytes are those of xkv_pack(). Coefficients are products of numbers in two
+ * bf16 halves, 16 bits of them, so that some integers are rounded to a neighbour (in tests one of 60,000); errors in
+ * the metric are measured with products in TF32. Groups that are stored lossless, and everything with other profiles,
+ * are packed by the CPU from a copy of their rows. Without enough memory on the device the call takes smaller tiles,
+ * then the CPU for everything, and says so in the log. Returns when the entry is written. `target`, whose dict is that
+ * of the options, may be NULL for defaults. Errors: those of xkv_pack(); ARGUMENT (alignment, workspace), UNSUPPORTED
+ * (another dtype), BACKEND (the device: see xkv_device_get_info()). */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_pack(xkv_ctx *ctx, xkv_device *device, const xkv_geometry *geometry,
+                                                  const xkv_view *views, const xkv_pack_options *options,
+                                                  const xkv_device_target *target, const xkv_output *output,
+                                                  xkv_pack_report *report);
 
 /* --- Checking and rebuilding -------------------------------------------------------------------------------------- */
 

@@ -6,11 +6,11 @@
  * The environment variable XKV_CPU ("generic", "avx2", "neon") lowers the choice for tests; a value that names nothing
  * that runs here is ignored with a warning through the context's log.
  *
- * Devices restore entries straight into their own memory: xkv_device_read() of <xkv/codec.h>. They come with a plug-in,
- * libxkv_cuda.so, which is looked for beside this library (or program, when it is linked in) and loaded when it is
- * first asked for; the library itself needs no CUDA. The environment variable XKV_BACKEND ("auto", the default; "cpu":
- * use no device; "cuda": there must be one) chooses for programs that do not, and XKV_CUDA_PLUGIN names another file.
- * Everything that has no device falls back to the CPU, and says so.
+ * Devices restore entries straight into their own memory, and pack from there: xkv_device_read() and xkv_device_pack()
+ * of <xkv/codec.h>. They come with a plug-in, libxkv_cuda.so, which is looked for beside this library (or program, when
+ * it is linked in) and loaded when it is first asked for; the library itself needs no CUDA. The environment variable
+ * XKV_BACKEND ("auto", the default; "cpu": use no device; "cuda": there must be one) chooses for programs that do not,
+ * and XKV_CUDA_PLUGIN names another file. Everything that has no device falls back to the CPU, and says so.
  */
 #ifndef XKV_KERNELS_H
 #define XKV_KERNELS_H

@@ -48,7 +48,7 @@ static void gather(const synthetic *s, const xkv_group *g, const xkv_view *views
     float *angles = calloc((size_t)tokens * (width + 1), sizeof *angles);
     const xkv_rope *rope = s->geometry.rope_count > 0 ? &s->geometry.ropes[0] : NULL;
 
-    xkv_device_list_planes(&s->geometry, g, views, planes);
+    xkv_device_list_planes(&s->geometry, g, views, (xkv_heads){0}, planes);
     for (uint32_t t = 0; rope && t < tokens; t++)
         xkv_rope_cos_sin(rope, s->geometry.positions[3 + t], true, angles + (size_t)t * width);
     xkv_plug_gather o = {planes, g->plane_count, tokens, 3, angles, width, mean, rows, g->width};
