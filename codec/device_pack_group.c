@@ -620,7 +620,7 @@ xkv_status xkv_device_pack_scan(xkv_device_packing *p, uint8_t *nonfinite)
 
     for (uint32_t i = 0; i < p->geometry->plane_count; i++) {
         const xkv_plane *g = &p->geometry->planes[i];
-        plane = (xkv_plug_plane){p->views[i], g->heads, g->head_dim, 0, 0, 0, 0, 0};
+        plane = (xkv_plug_plane){p->views[i], g->heads, g->head_dim, 0, 0, 0, 0, 0, 0};
         XKV_TRY(
             xkv_device_upload(p->ctx, p->device, &plane, sizeof plane, xkv_pack_place(p, p->at.constants), p->stream));
         XKV_PACKING(p, clear(p->device->plug, o.flags, sizeof flag, p->stream));

@@ -32,7 +32,7 @@ __global__ void gather_kernel(const xkv_plug_gather o)
 {
     const xkv_plug_plane p = o.planes[blockIdx.y];
 
-    for (uint32_t i = threadIdx.x; i < xkv_plane_items(&p); i += blockDim.x)
+    for (uint32_t i = threadIdx.x; i < xkv_items_of(&p, p.heads); i += blockDim.x)
         xkv_gather_item(&o, &p, blockIdx.x, i);
 }
 

@@ -40,7 +40,7 @@ XKV_ELEMENT void xkv_gather_pair(const xkv_plug_gather *o, const xkv_plug_plane 
     xkv_put_row(o, t, column + j, b * c - a * s);
 }
 
-/* Items are those of xkv_plane_items(). */
+/* Items are those of xkv_items_of(). */
 XKV_ELEMENT void xkv_gather_item(const xkv_plug_gather *o, const xkv_plug_plane *p, uint32_t t, uint32_t item)
 {
     uint32_t items = p->head_dim - p->pairs, head = item / items, i = item % items;

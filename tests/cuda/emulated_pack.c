@@ -26,7 +26,7 @@ static void run_gather(const void *args)
             check_row(p, o->first + t);
             if (p->pairs > 0)
                 fake_check(o->angles + t * o->angles_stride + p->angles, 2 * p->pairs * sizeof *o->angles);
-            for (uint32_t item = 0; item < xkv_plane_items(p); item++)
+            for (uint32_t item = 0; item < xkv_items_of(p, p->heads); item++)
                 xkv_gather_item(o, p, t, item);
         }
 }
@@ -34,7 +34,7 @@ static void run_gather(const void *args)
 static void run_take(const void *args)
 {
     const xkv_plug_take *o = args;
-    const xkv_plug_plane p = {o->view, o->heads, o->head_dim, 0, 0, 0, 0, 0};
+    const xkv_plug_plane p = {o->view, o->heads, o->head_dim, 0, 0, 0, 0, 0, 0};
 
     fake_check(o->rows, o->tokens * o->row_bytes);
     for (uint32_t t = 0; t < o->tokens; t++) {

@@ -54,7 +54,7 @@ static void gather(const synthetic *s, const xkv_group *g, const xkv_view *views
     xkv_plug_gather o = {planes, g->plane_count, tokens, 3, angles, width, mean, rows, g->width};
     for (uint32_t i = 0; i < g->plane_count; i++)
         for (uint32_t t = 0; t < tokens; t++)
-            for (uint32_t item = 0; item < xkv_plane_items(&planes[i]); item++)
+            for (uint32_t item = 0; item < xkv_items_of(&planes[i], planes[i].heads); item++)
                 xkv_gather_item(&o, &planes[i], t, item);
     free(angles);
 }

@@ -21,7 +21,7 @@ static void make_planes(xkv_plug_plane *planes, uint8_t *data, const uint32_t *r
         xkv_view v = {data + i * CACHE, ROW * e, DIMS * e, e, rows, dtype, 0};
         if (i == 1) /* transposed */
             v = (xkv_view){data + CACHE, e, TOKENS * DIMS * e, TOKENS * e, NULL, dtype, 0};
-        planes[i] = (xkv_plug_plane){v, HEADS, DIMS, i * ROW + 2, i == 0 ? 8 : 0, 3, style, 1};
+        planes[i] = (xkv_plug_plane){v, HEADS, DIMS, i * ROW + 2, i == 0 ? 8 : 0, 3, style, 1, 0};
     }
 }
 
@@ -62,7 +62,7 @@ static void check_gather_of(gpu *g, uint32_t dtype, uint32_t style, bool with_me
     xkv_plug_gather host = {planes, PLANES, TOKENS - 2, 2, angles, 20, with_mean ? mean : NULL, expected, LD}, o = host;
     for (uint32_t i = 0; i < PLANES; i++)
         for (uint32_t t = 0; t < host.tokens; t++)
-            for (uint32_t item = 0; item < xkv_plane_items(&planes[i]); item++)
+            for (uint32_t item = 0; item < xkv_items_of(&planes[i], planes[i].heads); item++)
                 xkv_gather_item(&host, &planes[i], t, item);
     o.planes = (const void *)list.p;
     o.angles = (const void *)turn.p;

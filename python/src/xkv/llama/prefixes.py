@@ -100,6 +100,8 @@ class Prefixes:
 
     def _why(self, match: Match, tokens: Sequence[int]) -> str:
         """A reason that helps: a miss for other settings is one for want of entries, too."""
+        if match.reason == "whole only":
+            return "what is stored of this prompt can only be restored as the whole prefix that it is"
         if match.reason not in ("none", "short"):
             return f"the stored entry is not usable: {match.reason}"
         for difference, namespace in self.identity.relatives(self.salt):
