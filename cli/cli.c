@@ -422,6 +422,12 @@ static bool take_common_option(cli *c, int option, const char *value)
     }
 }
 
+/* OpenBLAS runs its oldest kernels on processors newer than itself. */
+static bool blas_is_slow(void)
+{
+    return strcmp(xkv_kernels_cpu_name(), "avx2") == 0 && strstr(xkv_kernels_blas_name(), "Prescott") != NULL;
+}
+
 /* Version, and what does the arithmetic here. */
 static void print_version(const cli_tool *tool)
 {
@@ -429,6 +435,9 @@ static void print_version(const cli_tool *tool)
     xkv_backend_get_info(&backend);
     printf("%s %s\n", tool->name, xkv_version());
     printf("CPU: %s, %s\n", xkv_kernels_cpu_name(), xkv_kernels_blas_name());
+    if (blas_is_slow())
+        printf("     OpenBLAS does not know this processor: set OPENBLAS_CORETYPE=Haswell, which is several times as "
+               "fast\n");
     if (backend.device_count > 0)
         printf("CUDA: %u device%s\n", backend.device_count, backend.device_count == 1 ? "" : "s");
     else
