@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { MAX_LENGTHS = 8, MAX_REPEATS = 99, PIECE = 1 << 22 };
@@ -163,6 +164,12 @@ static double restore_once(const measured *m, xkv_ctx *ctx, double *first)
     return seconds;
 }
 
+/* OpenBLAS's own threads go on spinning for tens of milliseconds after a product, on the processors that are needed. */
+static void rest(void)
+{
+    nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
+}
+
 static restores measure(const bench_plan *plan, const measured *m)
 {
     xkv_ctx *ctx = bench_context(m->threads);
@@ -172,6 +179,7 @@ static restores measure(const bench_plan *plan, const measured *m)
     for (int i = -1; i < plan->repeats; i++) { /* round -1 is the warm-up */
         int at = i < 0 ? 0 : i;
         r.square = fmax(r.square, bench_sgemm_square(plan, m->threads, 1));
+        rest();
         r.warm[at] = restore_once(m, ctx, &r.first[at]);
     }
     r.peak = xkv_ctx_memory_peak(ctx);
