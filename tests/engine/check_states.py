@@ -3,7 +3,6 @@ layers have sliding windows. Each is packed, restored byte for byte, and cut; a 
 its own cut. Run through run.sh."""
 import argparse
 import ctypes
-import os
 import pathlib
 import pydoc_data.topics
 import sys

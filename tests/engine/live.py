@@ -15,7 +15,7 @@ import numpy as np
 import models
 import xkv
 from live_checks import fallbacks, other_contexts, readme, windows
-from texts import default_texts, facts_text, training_texts
+from texts import default_texts, facts_text, named_facts, training_texts
 from xkv.fidelity import compare
 from xkv.llama import engine
 from xkv.llama.__main__ import prompt_tokens

@@ -9,7 +9,7 @@ import math
 import pathlib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from . import _svg
 from ._svg import Axis, Chart, number
