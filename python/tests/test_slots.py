@@ -156,3 +156,9 @@ def test_watching(folder, tmp_path):
         os.kill(watcher.pid, signal.SIGINT)
         watcher.wait(30)
     assert watcher.returncode == 130 and not (folder / "a.bin").exists()
+
+
+def test_a_name_may_stand_behind_the_options():
+    places = ["--folder", "f", "--store", "s", "--model", "m"]
+    for arguments in (["restore", "text.bin", *places], ["restore", *places, "text.bin"], [*places, "restore", "text.bin"]):
+        assert slots.parse_arguments(arguments).name == "text.bin"

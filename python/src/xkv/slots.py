@@ -184,7 +184,7 @@ def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--quality", type=float)
     parser.add_argument("--keep", action="store_true", help="do not remove slot files that are packed")
     parser.add_argument("--interval", type=float, default=1.0, help="watch: seconds between looks [1]")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # names may stand behind options
     if args.command != "watch" and not args.name:
         parser.error(f"{args.command} needs a name")
     return args
