@@ -672,7 +672,8 @@ static void values_that_are_no_numbers_stay_so(void **state)
 
 /* --- Only on a device --- */
 
-/* Beside the CPU's own answer from the same coefficients, for many queries: more than are attended to at a time. */
+/* Beside the CPU's own answer from the same coefficients, within what the header promises, whatever kernels OpenBLAS
+ * has; for many queries: more than are attended to at a time. */
 static void a_device_agrees_with_the_cpu(void **state)
 {
     enum { QUERIES = 11, HEADS = 3 * KV_HEADS, COUNT = QUERIES * HEADS };
@@ -687,8 +688,8 @@ static void a_device_agrees_with_the_cpu(void **state)
         xkv_queries queries = {.data = q, .count = QUERIES, .heads = HEADS};
         assert_ok(f.ctx, xkv_attend(f.ctx, attention, 3, &queries, NULL, one, lse[0]));
         assert_ok(f.ctx, attend(f.ctx, attention, 3, &queries, NULL, two, lse[1]));
-        assert_near(two, one, COUNT * HEAD_DIM, 2e-6);
-        assert_near(lse[1], lse[0], COUNT, 2e-6);
+        assert_near(two, one, COUNT * HEAD_DIM, 1e-5);
+        assert_near(lse[1], lse[0], COUNT, 1e-5);
         xkv_attention_close(f.ctx, attention);
         free_fixture(&f);
     }

@@ -1,10 +1,11 @@
-/* Some KV heads of an entry: their rows are those of a whole restore bit for bit, whatever the codec, range, positions
- * and layout, and nothing else is written. OpenBLAS sums up a column the same way in a matrix of fewer columns as long
- * as these begin at multiples of 16: heads here have 16 elements, as real ones have 64 and more. */
+/* Some KV heads of an entry: their rows are those of a whole restore, whatever the codec, range, positions and layout,
+ * and nothing else is written. Where rows are products they agree as spec/codec.md, section 3 demands of two decoders,
+ * since some kernels of OpenBLAS round a column differently in a matrix of fewer columns; else bit for bit. */
 #include "support.h"
 
 #include "entry_internal.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 enum { LAYERS = 3, TOKENS = 150, HEADS = 5, HEAD_DIM = 16 };
@@ -108,8 +109,38 @@ static uint8_t *read_heads(xkv_ctx *ctx, const subject *t, const xkv_read_option
     return data;
 }
 
+static uint16_t half_at(const uint8_t *p, size_t i)
+{
+    uint16_t h;
+
+    memcpy(&h, p + 2 * i, sizeof h);
+    return h;
+}
+
+/* One token's rows of f16 of a plane: of some heads, `stride` bytes from one to the next, and of all, [all][HEAD_DIM].
+ */
+static void check_row(const uint8_t *part, size_t stride, uint32_t first, uint32_t heads, const uint8_t *whole,
+                      uint32_t all, bool exact)
+{
+    double most = 0;
+
+    for (uint32_t i = 0; i < all * HEAD_DIM; i++)
+        most = fmax(most, fabs(test_from_half(half_at(whole, i))));
+    for (uint32_t h = 0; h < heads; h++)
+        for (uint32_t d = 0; d < HEAD_DIM; d++) {
+            uint16_t found = half_at(part + h * stride, d), expected = half_at(whole, (first + h) * HEAD_DIM + d);
+            double x = test_from_half(found), y = test_from_half(expected);
+            int exponent;
+            (void)frexp(y, &exponent);
+            if (exact)
+                assert_int_equal(found, expected);
+            else
+                assert_true(fabs(x - y) <= fmax(exp2(fmax(exponent, -13) - 11), most * exp2(-16)));
+        }
+}
+
 static void check_part(xkv_ctx *ctx, const subject *t, xkv_read_options o, uint32_t first, uint32_t count,
-                       bool head_major)
+                       bool head_major, bool exact)
 {
     uint32_t tokens = o.token_count ? o.token_count : TOKENS - o.first_token, all = t->s.geometry.planes->heads;
     uint32_t heads = count ? count : all - first;
@@ -121,10 +152,8 @@ static void check_part(xkv_ctx *ctx, const subject *t, xkv_read_options o, uint3
     part = read_heads(ctx, t, &o, tokens, heads, head_major, &size);
     for (uint32_t i = 0; i < t->s.geometry.plane_count; i++)
         for (uint32_t k = 0; k < tokens; k++)
-            for (uint32_t h = 0; h < heads; h++) {
-                size_t at = head_major ? (h * tokens + k) * head : (k * heads + h) * head;
-                assert_memory_equal(part + i * size + at, whole + i * whole_size + (k * all + first + h) * head, head);
-            }
+            check_row(part + i * size + (head_major ? k : k * heads) * head, head_major ? tokens * head : head, first,
+                      heads, whole + i * whole_size + k * all * head, all, exact);
     free(whole);
     free(part);
 }
@@ -140,13 +169,14 @@ static void heads_are_those_of_the_whole(void **state)
         positions[i] = 900 - 5 * i;
     for (int k = 0; k < KINDS; k++) {
         subject t = make_subject(ctx, &kinds[k], 0);
+        bool exact = kinds[k].codec == XKV_GROUP_LOSSLESS || kinds[k].codec == XKV_GROUP_SCALAR;
         for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
             xkv_read_options o = xkv_read_options_default();
-            check_part(ctx, &t, o, ranges[i][0], ranges[i][1], i % 2);
+            check_part(ctx, &t, o, ranges[i][0], ranges[i][1], i % 2, exact);
             o.first_token = 2;
             o.token_count = 100;
             o.positions = i % 2 ? positions : NULL;
-            check_part(ctx, &t, o, ranges[i][0], ranges[i][1], i % 3 == 0);
+            check_part(ctx, &t, o, ranges[i][0], ranges[i][1], i % 3 == 0, exact);
         }
         free_subject(ctx, &t);
     }
