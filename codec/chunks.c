@@ -266,10 +266,12 @@ static xkv_status choose_columns(xkv_group_reader *r, xkv_heads heads)
 {
     uint32_t column = 0;
 
-    if (heads.count == 0)
+    r->column_count = heads.count == 0 ? 1 : r->g->plane_count;
+    XKV_TRY(XKV_NEW(r->ctx, r->column_count, &r->columns));
+    if (heads.count == 0) {
+        r->columns[0] = (xkv_columns){0, r->g->width};
         return XKV_OK;
-    XKV_TRY(XKV_NEW(r->ctx, r->g->plane_count, &r->columns));
-    r->column_count = r->g->plane_count;
+    }
     for (uint32_t i = 0; i < r->g->plane_count; i++) {
         const xkv_plane *p = &r->entry->c.geometry.planes[r->g->planes[i]];
         uint32_t at;
@@ -469,8 +471,8 @@ void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_c
 
     if (r->g->codec == XKV_GROUP_SVD) {
         r->kernels->to_f32(XKV_F16, chunk->matrix + from * rank * 2, s->coefficients, rows * rank);
-        for (uint32_t i = 0; i < (r->columns ? r->column_count : 1); i++) {
-            xkv_columns c = r->columns ? r->columns[i] : (xkv_columns){0, r->g->width};
+        for (uint32_t i = 0; i < r->column_count; i++) {
+            xkv_columns c = r->columns[i];
             r->kernels->gemm_nn(rows, c.count, rank, s->coefficients, rank, r->components + c.first, width, 0,
                                 x + c.first, width);
         }

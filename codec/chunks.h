@@ -69,7 +69,7 @@ typedef struct xkv_group_reader {
     xkv_transform transform;
     xkv_synthesis synthesis; /* empty until asked for */
 
-    xkv_columns *columns; /* [column_count] that xkv_chunk_rows() makes; NULL: all */
+    xkv_columns *columns; /* [column_count] that xkv_chunk_rows() makes; empty until asked for */
     uint32_t column_count;
 } xkv_group_reader;
 

@@ -203,11 +203,11 @@ static bool takes_part(const chosen *c, uint32_t j)
     return j < c->top || c->tables[j] != 0;
 }
 
-static uint32_t count_chosen(const chosen *c, uint32_t first)
+static uint32_t count_chosen(const chosen *c)
 {
     uint32_t count = 0;
 
-    for (uint32_t j = first; j < c->rank; j++)
+    for (uint32_t j = 0; j < c->rank; j++)
         count += takes_part(c, j);
     return count;
 }
@@ -224,8 +224,8 @@ static xkv_status choose_rows(xkv_ctx *ctx, const chosen *c, const float *matrix
     for (end = first; end < c->rank && takes_part(c, end);)
         end++;
     *out = (xkv_basis_rows){
-        .run = matrix + first * stride, .stride = stride, .in_run = end - first, .in_rest = count_chosen(c, end)};
-    XKV_TRY(XKV_NEW(ctx, (size_t)out->in_rest * width, &out->rest));
+        .run = matrix + first * stride, .stride = stride, .count = count_chosen(c), .in_run = end - first};
+    XKV_TRY(XKV_NEW(ctx, (size_t)(out->count - out->in_run) * width, &out->rest));
     row = out->rest;
     for (uint32_t j = end; j < c->rank; j++)
         if (takes_part(c, j)) {
@@ -244,16 +244,16 @@ static void add_product_b(const xkv_kernels *k, size_t m, xkv_columns columns, s
 
     if (b->in_run > 0)
         k->gemm_tn(m, count, b->in_run, a, m, b->run + first, b->stride, 1, c + first, n);
-    if (b->in_rest > 0)
-        k->gemm_tn(m, count, b->in_rest, a + b->in_run * m, m, b->rest + first, n, 1, c + first, n);
+    if (b->count > b->in_run)
+        k->gemm_tn(m, count, b->count - b->in_run, a + b->in_run * m, m, b->rest + first, n, 1, c + first, n);
 }
 
 static void add_product_a(const xkv_kernels *k, size_t m, size_t n, const xkv_basis_rows *a, const float *b, float *c)
 {
     if (a->in_run > 0)
         k->gemm_tn(m, n, a->in_run, a->run, a->stride, b, n, 1, c, n);
-    if (a->in_rest > 0)
-        k->gemm_tn(m, n, a->in_rest, a->rest, m, b + a->in_run * n, n, 1, c, n);
+    if (a->count > a->in_run)
+        k->gemm_tn(m, n, a->count - a->in_run, a->rest, m, b + a->in_run * n, n, 1, c, n);
 }
 
 static xkv_status choose_mix(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis *s)
@@ -262,7 +262,6 @@ static xkv_status choose_mix(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis
     chosen c = {cross->tables, cross->rank, 0};
 
     s->top = s->t->top;
-    s->cross = cross->coded;
     s->cross_step = cross->step;
     return choose_rows(ctx, &c, b->components + s->t->cross_at, b->width, s->top, &s->mix);
 }
@@ -278,7 +277,6 @@ xkv_status xkv_synthesis_create(xkv_ctx *ctx, const xkv_transform *t, const uint
     if (cross && t->top > 0 && cross->coded > 0)
         XKV_TRY(choose_mix(ctx, cross, s));
     c.top = s->top;
-    s->lines = count_chosen(&c, 0);
     return choose_rows(ctx, &c, t->synthesis, t->width, t->width, &s->rows);
 }
 
@@ -291,7 +289,7 @@ void xkv_synthesis_free(xkv_ctx *ctx, xkv_synthesis *s)
 
 size_t xkv_synthesis_scratch(const xkv_synthesis *s, uint32_t tokens)
 {
-    return (size_t)tokens * (s->lines + s->cross);
+    return (size_t)tokens * (s->rows.count + s->mix.count);
 }
 
 static void fill_mean(const xkv_transform *t, uint32_t tokens, float *x)
@@ -317,7 +315,7 @@ static void synthesize_diagonal(const xkv_synthesis *s, xkv_integers own, uint32
     }
 }
 
-/* The group's own coefficients a [lines][tokens], zeros where only the cross stage adds to one. */
+/* The group's own coefficients a [rows.count][tokens], zeros where only the cross stage adds to one. */
 static void fill_own(const xkv_synthesis *s, xkv_integers own, uint32_t tokens, float *a)
 {
     for (uint32_t j = 0; j < s->t->rank; j++) {
@@ -337,7 +335,7 @@ static void fill_own(const xkv_synthesis *s, xkv_integers own, uint32_t tokens, 
 static void add_cross(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers cross, uint32_t tokens, float *scratch,
                       float *a)
 {
-    for (size_t i = 0; i < s->cross; i++)
+    for (size_t i = 0; i < s->mix.count; i++)
         xkv_dequantize(xkv_coder_cpu(), cross.q + i * cross.stride, tokens, s->cross_step, scratch + i * tokens);
     add_product_a(k, s->top, tokens, &s->mix, scratch, a);
 }
@@ -345,8 +343,6 @@ static void add_cross(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers
 void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
                     const xkv_columns *columns, uint32_t column_count, float *a, float *x)
 {
-    const xkv_columns all = {0, s->t->width};
-
     fill_mean(s->t, tokens, x);
     if (s->t->diagonal) {
         synthesize_diagonal(s, own, tokens, x);
@@ -354,9 +350,9 @@ void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers o
     }
     fill_own(s, own, tokens, a);
     if (s->top > 0)
-        add_cross(k, s, cross, tokens, a + (size_t)s->lines * tokens, a);
-    for (uint32_t i = 0; i < (columns ? column_count : 1); i++)
-        add_product_b(k, tokens, columns ? columns[i] : all, s->t->width, a, &s->rows, x);
+        add_cross(k, s, cross, tokens, a + (size_t)s->rows.count * tokens, a);
+    for (uint32_t i = 0; i < column_count; i++)
+        add_product_b(k, tokens, columns[i], s->t->width, a, &s->rows, x);
 }
 
 /* --- A group ------------------------------------------------------------------------------------------------------ */
@@ -462,12 +458,13 @@ static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
     uint32_t row, n = tile_tokens(j, tile, &row), known = j->span.measured - j->span.t0;
     size_t width = j->g->width, skip = known > row ? known - row : 0;
     float *x = j->scratch + worker * j->scratch_size, *y = x + XKV_TILE_ROWS * width, *a = y + XKV_TILE_ROWS * width;
+    const xkv_columns all = {0, j->g->width};
 
     if (skip >= n)
         return XKV_OK;
     XKV_TRY(gather_tile(j, worker, row, n, x));
     xkv_synthesize(j->kernels, &j->synthesis, xkv_integers_from((xkv_integers){c->q, c->tokens}, row),
-                   xkv_integers_from(j->cross_q, row), n, NULL, 0, a, y);
+                   xkv_integers_from(j->cross_q, row), n, &all, 1, a, y);
     measure_rows(j, x + skip * width, y + skip * width, n - (uint32_t)skip, a,
                  j->planes + tile * (j->g->plane_count + 1));
     return XKV_OK;

@@ -80,10 +80,10 @@ typedef struct xkv_cross {
 /* Rows [..][width] of a wider matrix, those that coefficients are multiplied with. The first run of them is used where
  * it lies; few follow its first gap, and these are copied. */
 typedef struct xkv_basis_rows {
-    const float *run; /* belongs to somebody else */
-    size_t stride;    /* from one row of the run to the next */
-    uint32_t in_run, in_rest;
-    float *rest; /* [in_rest][width] */
+    const float *run;       /* belongs to somebody else */
+    size_t stride;          /* from one row of the run to the next */
+    uint32_t count, in_run; /* rows; those of the run */
+    float *rest;            /* [count - in_run][width] */
 } xkv_basis_rows;
 
 /* Columns [first, first + count) of a group's rows. */
@@ -96,11 +96,10 @@ typedef struct xkv_synthesis {
     const xkv_transform *t;
     const uint8_t *tables; /* [rank]; belongs to somebody else */
     float step, cross_step;
-    uint32_t top;        /* coefficients that the cross stage adds to; 0 without one */
-    uint32_t lines;      /* coefficients: those, and the group's own coded ones */
-    uint32_t cross;      /* coded components of the stage */
-    xkv_basis_rows rows; /* of the group's components, [lines][width]; empty for a diagonal */
-    xkv_basis_rows mix;  /* of the stage's, [cross][top] */
+    uint32_t top; /* coefficients that the cross stage adds to; 0 without one */
+    xkv_basis_rows
+        rows; /* [..][width] for each coefficient: those, and the group's own coded ones; none for a diagonal */
+    xkv_basis_rows mix; /* [..][top] for each coded component of the stage */
 } xkv_synthesis;
 
 /* `cross` NULL: none. */
@@ -125,8 +124,8 @@ static inline xkv_integers xkv_integers_from(xkv_integers in, uint32_t token)
     return in;
 }
 
-/* Rows x [tokens][width] (K before RoPE) from the group's own integers and those of the cross stage. With `columns`
- * [column_count] only these are made (the others hold the mean); NULL: all. */
+/* Rows x [tokens][width] (K before RoPE) from the group's own integers and those of the cross stage. Of its
+ * columns these `columns` [column_count] are made; the others hold the mean. */
 void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
                     const xkv_columns *columns, uint32_t column_count, float *scratch, float *x);
 
