@@ -151,11 +151,9 @@ const xkv_coder *xkv_coder_cpu_generic(void)
 
 const xkv_coder *xkv_coder_cpu(void)
 {
-    const xkv_coder *coders[] = {xkv_coder_cpu_avx2(), xkv_coder_cpu_neon()};
-    for (size_t i = 0; i < sizeof coders / sizeof *coders; i++)
-        if (coders[i] != NULL && strcmp(xkv_kernels_cpu()->name, coders[i]->name) == 0)
-            return coders[i];
-    return &generic;
+    const xkv_coder *vector = xkv_coder_cpu_avx2() ? xkv_coder_cpu_avx2() : xkv_coder_cpu_neon();
+
+    return vector && xkv_kernels_cpu() != xkv_kernels_cpu_generic() ? vector : &generic;
 }
 
 /* --- Chunks ------------------------------------------------------------------------------------------------------- */

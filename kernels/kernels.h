@@ -32,6 +32,26 @@ XKV_MUST_CHECK xkv_status xkv_pool_run(xkv_ctx *ctx, xkv_pool *pool, uint64_t co
 
 /* --- Operation table ---------------------------------------------------------------------------------------------- */
 
+#define XKV_MAX_PANEL 32u
+
+/* The inner product of panels.h: C [XKV_STRIP][cols] += A^T B. */
+typedef struct xkv_tile_product {
+    size_t rows, depth;   /* only so many rows of C matter */
+    const float *a;       /* [depth][XKV_STRIP] */
+    const float *b;       /* row k is the `cols` elements at b + pick[k] * cols */
+    const uint32_t *pick; /* [depth] */
+    float *c;
+    size_t ldc;
+    const float *next; /* these rows [next_count] of it are wanted soon */
+    const uint32_t *next_pick;
+    size_t next_count;
+} xkv_tile_product;
+
+typedef struct xkv_panel_tile {
+    void (*add)(const xkv_tile_product *p);
+    size_t cols; /* at most XKV_MAX_PANEL */
+} xkv_panel_tile;
+
 typedef struct xkv_kernels {
     const char *name;
 
@@ -59,6 +79,8 @@ typedef struct xkv_kernels {
     /* C[m,n] = A[m,k] B[n,k]^T + beta C. */
     void (*gemm_nt)(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
                     float *c, size_t ldc);
+
+    xkv_panel_tile panel_tile;
 
     /* Sum of squares of n f32 in f64, and of differences (a - b)^2. */
     double (*sum_squares)(const float *x, size_t n);

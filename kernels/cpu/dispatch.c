@@ -11,17 +11,23 @@ static bool choice_ignored;
 
 const xkv_kernels *xkv_kernels_cpu_vector(void)
 {
-    const xkv_kernels *avx2 = xkv_kernels_cpu_avx2();
-    return avx2 != NULL ? avx2 : xkv_kernels_cpu_neon();
+    const xkv_kernels *tables[] = {xkv_kernels_cpu_avx512(), xkv_kernels_cpu_avx2(), xkv_kernels_cpu_neon()};
+
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
+        if (tables[i])
+            return tables[i];
+    return NULL;
 }
 
 static void choose(void)
 {
     const xkv_kernels *generic = xkv_kernels_cpu_generic(), *vector = xkv_kernels_cpu_vector();
+    const xkv_kernels *lower[] = {xkv_kernels_cpu_avx2(), generic};
     const char *wanted = getenv("XKV_CPU");
     chosen = vector != NULL ? vector : generic;
-    if (wanted != NULL && strcmp(wanted, generic->name) == 0)
-        chosen = generic;
+    for (size_t i = 0; wanted != NULL && i < sizeof lower / sizeof *lower; i++)
+        if (lower[i] != NULL && strcmp(wanted, lower[i]->name) == 0)
+            chosen = lower[i];
     choice_ignored = wanted != NULL && strcmp(wanted, chosen->name) != 0;
 }
 

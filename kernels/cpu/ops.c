@@ -198,6 +198,7 @@ const xkv_kernels *xkv_kernels_cpu_generic(void)
         .gemm_nn = xkv_blas_gemm_nn,
         .gemm_tn = xkv_blas_gemm_tn,
         .gemm_nt = xkv_blas_gemm_nt,
+        .panel_tile = {xkv_generic_add_tile, XKV_GENERIC_COLS},
         .sum_squares = generic_sum_squares,
         .sum_squared_difference = generic_sum_squared_difference,
         .split_bytes = xkv_generic_split_bytes,

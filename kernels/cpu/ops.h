@@ -8,8 +8,10 @@
 
 #include <float.h>
 
-/* The AVX2 + FMA + F16C table; NULL where it is not built in or the processor lacks them. */
+/* The AVX2 + FMA + F16C table, and the same with products in AVX-512; NULL where they are not built in or the processor
+ * lacks the instructions. */
 const xkv_kernels *xkv_kernels_cpu_avx2(void);
+const xkv_kernels *xkv_kernels_cpu_avx512(void);
 /* The AArch64 NEON table; NULL where it is not built in. */
 const xkv_kernels *xkv_kernels_cpu_neon(void);
 /* The one of these that runs here, or NULL. */
@@ -34,6 +36,13 @@ void xkv_blas_gemm_nt(size_t m, size_t n, size_t k, const float *a, size_t lda, 
                       float *c, size_t ldc);
 void xkv_blas_gemm_tn(size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b, size_t ldb, float beta,
                       float *c, size_t ldc);
+/* Tiles of products (panels.c): how many columns each has, and what adds it up. */
+enum { XKV_GENERIC_COLS = 8, XKV_AVX2_COLS = 16, XKV_AVX512_COLS = 32, XKV_NEON_COLS = 16 };
+void xkv_generic_add_tile(const xkv_tile_product *p);
+void xkv_avx2_add_tile(const xkv_tile_product *p);
+void xkv_avx512_add_tile(const xkv_tile_product *p);
+void xkv_neon_add_tile(const xkv_tile_product *p);
+
 void xkv_generic_split_bytes(const void *src, size_t rows, size_t cols, size_t elem, uint8_t *planes);
 void xkv_generic_join_bytes(const uint8_t *planes, size_t rows, size_t cols, size_t elem, void *dst);
 

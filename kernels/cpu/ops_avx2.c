@@ -401,30 +401,36 @@ static bool processor_has_f16c(void)
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 
+#define OPERATIONS                                                                                                     \
+    .to_f32 = avx2_to_f32, .from_f32 = avx2_from_f32, .all_finite = avx2_all_finite, .rope_row = avx2_rope_row,        \
+    .gemm_nn = xkv_blas_gemm_nn, .gemm_tn = xkv_blas_gemm_tn, .gemm_nt = xkv_blas_gemm_nt,                             \
+    .sum_squares = avx2_sum_squares, .sum_squared_difference = avx2_sum_squared_difference,                            \
+    .split_bytes = avx2_split_bytes, .join_bytes = avx2_join_bytes
+
 const xkv_kernels *xkv_kernels_cpu_avx2(void)
 {
-    static const xkv_kernels table = {
-        .name = "avx2",
-        .to_f32 = avx2_to_f32,
-        .from_f32 = avx2_from_f32,
-        .all_finite = avx2_all_finite,
-        .rope_row = avx2_rope_row,
-        .gemm_nn = xkv_blas_gemm_nn,
-        .gemm_tn = xkv_blas_gemm_tn,
-        .gemm_nt = xkv_blas_gemm_nt,
-        .sum_squares = avx2_sum_squares,
-        .sum_squared_difference = avx2_sum_squared_difference,
-        .split_bytes = avx2_split_bytes,
-        .join_bytes = avx2_join_bytes,
-    };
-    /* cpu_supports("avx2") also asks whether the system saves the wide registers; F16C needs nothing more. */
+    static const xkv_kernels table = {.name = "avx2", OPERATIONS, .panel_tile = {xkv_avx2_add_tile, XKV_AVX2_COLS}};
+    /* cpu_supports("avx2") also asks whether the system saves the wide registers; the others need nothing more. */
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && processor_has_f16c() ? &table : NULL;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && processor_has_f16c() ? &table : NULL;
+}
+
+const xkv_kernels *xkv_kernels_cpu_avx512(void)
+{
+    static const xkv_kernels table = {
+        .name = "avx512", OPERATIONS, .panel_tile = {xkv_avx512_add_tile, XKV_AVX512_COLS}};
+    __builtin_cpu_init();
+    return xkv_kernels_cpu_avx2() && __builtin_cpu_supports("avx512f") ? &table : NULL;
 }
 
 #else
 
 const xkv_kernels *xkv_kernels_cpu_avx2(void)
+{
+    return NULL;
+}
+
+const xkv_kernels *xkv_kernels_cpu_avx512(void)
 {
     return NULL;
 }

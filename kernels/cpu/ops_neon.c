@@ -198,6 +198,7 @@ const xkv_kernels *xkv_kernels_cpu_neon(void)
         .gemm_nn = xkv_blas_gemm_nn,
         .gemm_tn = xkv_blas_gemm_tn,
         .gemm_nt = xkv_blas_gemm_nt,
+        .panel_tile = {xkv_neon_add_tile, XKV_NEON_COLS},
         .sum_squares = neon_sum_squares,
         .sum_squared_difference = neon_sum_squared_difference,
         .split_bytes = neon_split_bytes,

@@ -3,7 +3,7 @@
  *
  * The CPU backend is complete and always there. Its inner loops come in plain C and, on x86-64, for AVX2 and F16C, on
  * AArch64 for NEON, chosen once at run time. Results of all agree bit for bit.
- * The environment variable XKV_CPU ("generic", "avx2", "neon") lowers the choice for tests; a value that names nothing
+ * The environment variable XKV_CPU ("generic", "avx2", "avx512", "neon") lowers the choice for tests; a value that names nothing
  * that runs here is ignored with a warning through the context's log.
  *
  * Devices restore entries straight into their own memory, and pack from there: xkv_device_read() and xkv_device_pack()
