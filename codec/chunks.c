@@ -202,6 +202,9 @@ static xkv_status load_components(xkv_group_reader *r)
         for (size_t k = 0; k < width; k++)
             r->components[i * width + k] *= scale;
     }
+    XKV_TRY_GOTO(xkv_panels_create(r->ctx, r->kernels, rank, width, &r->panels), out);
+    xkv_panels_set(&r->panels, 0, rank, r->components);
+    r->transform = (xkv_transform){.rank = r->g->rank, .width = r->g->width, .basis = &r->panels};
 out:
     xkv_release(r->ctx, matrix);
     return status;
@@ -285,6 +288,8 @@ static xkv_status choose_columns(xkv_group_reader *r, xkv_heads heads)
 xkv_status xkv_group_reader_for_rows(xkv_group_reader *r, xkv_heads heads)
 {
     XKV_TRY(choose_columns(r, heads));
+    if (r->g->codec == XKV_GROUP_SVD)
+        return xkv_synthesis_create_plain(r->ctx, &r->transform, &r->synthesis);
     if (!xkv_group_is_coded(r->g))
         return XKV_OK;
     return xkv_synthesis_create(r->ctx, &r->transform, r->side.tables, r->side.step, r->cross ? &r->cross->cross : NULL,
@@ -295,6 +300,8 @@ void xkv_group_reader_close(xkv_group_reader *r)
 {
     xkv_release(r->ctx, r->columns);
     xkv_release(r->ctx, r->components);
+    xkv_panels_free(r->ctx, &r->panels);
+    xkv_release(r->ctx, r->q);
     xkv_side_free(r->ctx, &r->side);
     xkv_scalar_free(r->ctx, &r->scalar);
     xkv_svdq_basis_free(r->ctx, &r->svdq);
@@ -314,14 +321,6 @@ bool xkv_group_uses_cross(const xkv_group_reader *r)
     if (r->cross && xkv_group_is_cross(r->g)) /* the stage's own chunks are read even when nothing is coded */
         return true;
     return r->cross && r->cross->cross.coded > 0 && r->transform.top > 0;
-}
-
-/* f32 of a tile's coefficients. */
-static size_t tile_coefficients(const xkv_group_reader *r)
-{
-    if (r->synthesis.t)
-        return xkv_synthesis_scratch(&r->synthesis, XKV_CHUNK_ROWS);
-    return r->g->codec == XKV_GROUP_SVD ? (size_t)XKV_CHUNK_ROWS * r->g->rank : 0;
 }
 
 xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_chunk_scratch *s)
@@ -347,7 +346,10 @@ xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_
     XKV_TRY(XKV_NEW(r->ctx, chunk * r->side.coded, &s->q));
     if (xkv_group_is_cross(r->g) && !r->cross->q)
         XKV_TRY(XKV_NEW(r->ctx, chunk * r->cross->cross.coded, &s->cross_q));
-    return XKV_NEW(r->ctx, tile_coefficients(r), &s->coefficients);
+    if (r->g->codec == XKV_GROUP_SVD)
+        XKV_TRY(XKV_NEW(r->ctx, (size_t)XKV_CHUNK_ROWS * r->g->rank, &s->coefficients));
+    return r->synthesis.t ? XKV_NEW(r->ctx, xkv_synthesis_scratch(&r->synthesis, XKV_CHUNK_ROWS), &s->synthesis)
+                          : XKV_OK;
 }
 
 void xkv_chunk_scratch_empty(xkv_ctx *ctx, xkv_chunk_scratch *s)
@@ -358,6 +360,7 @@ void xkv_chunk_scratch_empty(xkv_ctx *ctx, xkv_chunk_scratch *s)
     xkv_release(ctx, s->q);
     xkv_release(ctx, s->cross_q);
     xkv_release(ctx, s->coefficients);
+    xkv_release(ctx, s->synthesis);
     *s = (xkv_chunk_scratch){.zstd = s->zstd};
 }
 
@@ -413,6 +416,12 @@ static xkv_status load_svd_chunk(const xkv_group_reader *r, xkv_chunk_scratch *s
     return XKV_OK;
 }
 
+/* Where the integers of a chunk whose coded tokens begin at t0 are kept. */
+static int16_t *kept_integers(const xkv_group_reader *r, uint32_t t0)
+{
+    return r->q + (t0 - (size_t)r->first_chunk * r->entry->c.chunk_tokens) * r->side.coded;
+}
+
 static xkv_status load_integers(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)
 {
     uint32_t tokens = out->t1 - out->t0;
@@ -421,8 +430,8 @@ static xkv_status load_integers(const xkv_group_reader *r, xkv_chunk_scratch *s,
     out->cross = (xkv_integers){stage, tokens};
     if (xkv_group_is_cross(r->g))
         return xkv_side_integers(r->ctx, r->entry, r->g, &r->cross->side, chunk, s->packed, stage);
-    out->own = (xkv_integers){s->q, tokens};
-    return xkv_side_integers(r->ctx, r->entry, r->g, &r->side, chunk, s->packed, s->q);
+    out->own = (xkv_integers){r->q ? kept_integers(r, out->t0) : s->q, tokens};
+    return r->q ? XKV_OK : xkv_side_integers(r->ctx, r->entry, r->g, &r->side, chunk, s->packed, s->q);
 }
 
 xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)
@@ -440,6 +449,28 @@ xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint3
     if (r->g->codec == XKV_GROUP_SVD)
         return load_svd_chunk(r, s, XKV_PART_CHUNKS + chunk, out);
     return load_integers(r, s, chunk, out);
+}
+
+xkv_status xkv_group_reader_keep(xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t first, uint32_t count)
+{
+    uint32_t begin, end, t0, t1;
+    int16_t *q = NULL, *at;
+    xkv_status status = XKV_OK;
+
+    xkv_chunk_tokens(&r->entry->c, first, &begin, &end);
+    xkv_chunk_tokens(&r->entry->c, first + count - 1, &t0, &end);
+    XKV_TRY(XKV_NEW(r->ctx, (size_t)(end - begin) * r->side.coded, &q));
+    for (uint32_t i = first; i < first + count; i++) {
+        xkv_chunk_coded(&r->entry->c, i, &t0, &t1);
+        at = q + (size_t)(t0 - begin) * r->side.coded;
+        XKV_TRY_GOTO(t0 < t1 ? xkv_side_integers(r->ctx, r->entry, r->g, &r->side, i, s->packed, at) : XKV_OK, out);
+    }
+    r->q = q;
+    r->first_chunk = first;
+    return XKV_OK;
+out:
+    xkv_release(r->ctx, q);
+    return status;
 }
 
 xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_chunk_scratch *s, bool cross, uint32_t chunk,
@@ -464,21 +495,25 @@ xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_chunk_scratch *s
     return xkv_rans_close(r->ctx, &shape, where.text, &reader);
 }
 
-void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0, uint32_t t1,
-                    float *x)
+void xkv_chunk_own_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0,
+                        uint32_t t1, float *x)
 {
-    size_t rank = r->g->rank, width = r->g->width, rows = t1 - t0, from = t0 - chunk->t0;
+    uint32_t from = t0 - chunk->t0, tokens = t1 - t0;
+    size_t rank = r->g->rank;
 
     if (r->g->codec == XKV_GROUP_SVD) {
-        r->kernels->to_f32(XKV_F16, chunk->matrix + from * rank * 2, s->coefficients, rows * rank);
-        for (uint32_t i = 0; i < r->column_count; i++) {
-            xkv_columns c = r->columns[i];
-            r->kernels->gemm_nn(rows, c.count, rank, s->coefficients, rank, r->components + c.first, width, 0,
-                                x + c.first, width);
-        }
+        r->kernels->to_f32(XKV_F16, chunk->matrix + from * rank * 2, s->coefficients, tokens * rank);
+        xkv_synthesize_plain(&r->synthesis, s->coefficients, tokens, r->columns, r->column_count, s->synthesis, x);
     } else {
-        xkv_synthesize(r->kernels, &r->synthesis, xkv_integers_from(chunk->own, (uint32_t)from),
-                       xkv_integers_from(chunk->cross, (uint32_t)from), t1 - t0, r->columns, r->column_count,
-                       s->coefficients, x);
+        xkv_synthesize_own(&r->synthesis, xkv_integers_from(chunk->own, from), tokens, r->columns, r->column_count,
+                           s->synthesis, x);
     }
+}
+
+void xkv_chunk_add_cross(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0,
+                         uint32_t t1, float *x)
+{
+    if (r->synthesis.top > 0)
+        xkv_synthesize_cross(&r->synthesis, xkv_integers_from(chunk->cross, t0 - chunk->t0), t1 - t0, r->columns,
+                             r->column_count, s->synthesis, x);
 }

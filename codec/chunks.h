@@ -60,7 +60,8 @@ typedef struct xkv_group_reader {
     const xkv_group *g;
     xkv_cross_stage *cross; /* NULL: none; belongs to somebody else */
 
-    float *components; /* svd: [rank][width], times their scales */
+    float *components; /* svd: [rank][width], times their scales, */
+    xkv_panels panels; /* the same */
 
     /* dict, scalar and svdq */
     xkv_side side;
@@ -68,8 +69,10 @@ typedef struct xkv_group_reader {
     xkv_svdq_basis svdq;
     xkv_transform transform;
     xkv_synthesis synthesis; /* empty until asked for */
+    int16_t *q;              /* [chunk][coded][tokens] integers of chunks from first_chunk on; NULL unless kept */
+    uint32_t first_chunk;
 
-    xkv_columns *columns; /* [column_count] that xkv_chunk_rows() makes; empty until asked for */
+    xkv_columns *columns; /* [column_count] that xkv_chunk_own_rows() makes; empty until asked for */
     uint32_t column_count;
 } xkv_group_reader;
 
@@ -78,7 +81,7 @@ typedef struct xkv_group_reader {
  * the input returns. */
 XKV_MUST_CHECK xkv_status xkv_group_reader_open(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g,
                                                 xkv_cross_stage *cross, xkv_group_reader *r);
-/* Make what xkv_chunk_rows() needs, which then makes only these heads' columns. */
+/* Make what rows need, which then makes only these heads' columns. */
 XKV_MUST_CHECK xkv_status xkv_group_reader_for_rows(xkv_group_reader *r, xkv_heads heads);
 void xkv_group_reader_close(xkv_group_reader *r);
 
@@ -99,9 +102,8 @@ XKV_MUST_CHECK xkv_status xkv_read_components(xkv_ctx *ctx, const xkv_entry *ent
 /* The exact rows of a group that is not lossless, sinks then window; allocated. */
 XKV_MUST_CHECK xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t **rows);
 
-/* Rows that are made of coefficients at a time: as many as a GEMM needs to be fast, and few enough for the one chunk of
- * a short prompt to be shared by threads. */
-#define XKV_CHUNK_ROWS 128u
+/* Rows that are made of coefficients at a time: their coefficients stay in the second cache. */
+#define XKV_CHUNK_ROWS (11 * XKV_STRIP)
 
 /* --- A chunk ------------------------------------------------------------------------------------------------------ */
 
@@ -110,7 +112,8 @@ typedef struct xkv_chunk_scratch {
     ZSTD_DCtx *zstd;                /* made when first needed */
     uint8_t *packed, *planes, *raw; /* of the largest chunk */
     int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage unless kept */
-    float *coefficients;            /* of a tile, for xkv_chunk_rows() */
+    float *coefficients;            /* svd: of a tile */
+    float *synthesis;               /* for rows of a tile */
 } xkv_chunk_scratch;
 
 /* Scratch for the chunks of this group; what is there already is replaced. Without `integers` only what
@@ -133,6 +136,11 @@ typedef struct xkv_chunk {
 XKV_MUST_CHECK xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
                                          xkv_chunk *out);
 
+/* Load chunks [first, first + count) of a group with integers and keep those in the reader, for several threads to load
+ * them again at no cost. Errors: likewise. */
+XKV_MUST_CHECK xkv_status xkv_group_reader_keep(xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t first,
+                                                uint32_t count);
+
 /* The integers of a chunk's coded components one after the other, where not all need be in memory: `take` gets those of
  * the i-th one, [tokens], which are gone afterwards. `cross`: those of the stage, not of the group. `q` is [tokens]. */
 typedef xkv_status (*xkv_component_fn)(void *user, uint32_t i, const int16_t *q);
@@ -144,8 +152,11 @@ XKV_MUST_CHECK xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_c
 XKV_MUST_CHECK xkv_status xkv_chunk_load_planes(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
                                                 uint8_t *to);
 
-/* Rows x [t1 - t0][width] (K before RoPE) of at most XKV_CHUNK_ROWS tokens of a chunk that is not lossless. */
-void xkv_chunk_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0, uint32_t t1,
-                    float *x);
+/* Rows x [t1 - t0][width] (K before RoPE) of at most XKV_CHUNK_ROWS tokens of a chunk that is not lossless: as far as
+ * the group's own integers go, and then what those of the cross stage add. */
+void xkv_chunk_own_rows(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0,
+                        uint32_t t1, float *x);
+void xkv_chunk_add_cross(const xkv_group_reader *r, xkv_chunk_scratch *s, const xkv_chunk *chunk, uint32_t t0,
+                         uint32_t t1, float *x);
 
 #endif

@@ -21,6 +21,7 @@ xkv_transform xkv_transform_of_basis(const xkv_basis *b)
                            .cross_at = b->cross_at,
                            .mean = b->mean,
                            .synthesis = b->synthesis,
+                           .basis = &b->panels,
                            .analysis = b->analysis,
                            .offset = b->offset,
                            .blocks = b->blocks};
@@ -192,104 +193,74 @@ out:
 
 /* --- Coefficients to rows ----------------------------------------------------------------------------------------- */
 
-/* Components [0, rank) that take part: all of the first `top`, and those that have a table. */
-typedef struct chosen {
-    const uint8_t *tables; /* [rank] */
-    uint32_t rank, top;
-} chosen;
+/* Of wide rows as many components are added at a time as stay in the second cache, so that few sums are read again;
+ * narrow ones stay there themselves. */
+#define MAX_DEPTH (4 * XKV_DEPTH)
 
-static bool takes_part(const chosen *c, uint32_t j)
+static void list_coded(const uint8_t *tables, uint32_t rank, uint32_t *rows)
 {
-    return j < c->top || c->tables[j] != 0;
+    for (uint32_t i = 0; i < rank; i++)
+        if (tables[i] != 0)
+            *rows++ = i;
 }
 
-static uint32_t count_chosen(const chosen *c)
+static uint32_t count_coded(const uint8_t *tables, uint32_t rank)
 {
     uint32_t count = 0;
 
-    for (uint32_t j = 0; j < c->rank; j++)
-        count += takes_part(c, j);
+    for (uint32_t i = 0; i < rank; i++)
+        count += tables[i] != 0;
     return count;
 }
 
-/* Those rows of matrix [rank][stride], cut to `width` columns. */
-static xkv_status choose_rows(xkv_ctx *ctx, const chosen *c, const float *matrix, size_t stride, uint32_t width,
-                              xkv_basis_rows *out)
+static xkv_status list_all(xkv_ctx *ctx, uint32_t count, uint32_t **rows)
 {
-    uint32_t first = 0, end;
-    float *row;
-
-    while (first < c->rank && !takes_part(c, first))
-        first++;
-    for (end = first; end < c->rank && takes_part(c, end);)
-        end++;
-    *out = (xkv_basis_rows){
-        .run = matrix + first * stride, .stride = stride, .count = count_chosen(c), .in_run = end - first};
-    XKV_TRY(XKV_NEW(ctx, (size_t)(out->count - out->in_run) * width, &out->rest));
-    row = out->rest;
-    for (uint32_t j = end; j < c->rank; j++)
-        if (takes_part(c, j)) {
-            memcpy(row, matrix + j * stride, width * sizeof *row);
-            row += width;
-        }
+    XKV_TRY(XKV_NEW(ctx, count, rows));
+    for (uint32_t i = 0; i < count; i++)
+        (*rows)[i] = i;
     return XKV_OK;
 }
 
-/* C [m][n] += A^T B, where A [rows][m] or B [rows][n] are such rows, and the other one has as many; of B only some of
- * its columns, which have the same place in C. */
-static void add_product_b(const xkv_kernels *k, size_t m, xkv_columns columns, size_t n, const float *a,
-                          const xkv_basis_rows *b, float *c)
+static xkv_status list_cross(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis *s)
 {
-    size_t first = columns.first, count = columns.count;
-
-    if (b->in_run > 0)
-        k->gemm_tn(m, count, b->in_run, a, m, b->run + first, b->stride, 1, c + first, n);
-    if (b->count > b->in_run)
-        k->gemm_tn(m, count, b->count - b->in_run, a + b->in_run * m, m, b->rest + first, n, 1, c + first, n);
-}
-
-static void add_product_a(const xkv_kernels *k, size_t m, size_t n, const xkv_basis_rows *a, const float *b, float *c)
-{
-    if (a->in_run > 0)
-        k->gemm_tn(m, n, a->in_run, a->run, a->stride, b, n, 1, c, n);
-    if (a->count > a->in_run)
-        k->gemm_tn(m, n, a->count - a->in_run, a->rest, m, b + a->in_run * n, n, 1, c, n);
-}
-
-static xkv_status choose_mix(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis *s)
-{
-    const xkv_cross_basis *b = cross->basis;
-    chosen c = {cross->tables, cross->rank, 0};
-
     s->top = s->t->top;
+    s->mix = &cross->basis->panels;
     s->cross_step = cross->step;
-    return choose_rows(ctx, &c, b->components + s->t->cross_at, b->width, s->top, &s->mix);
+    s->cross_coded = cross->coded;
+    XKV_TRY(XKV_NEW(ctx, s->cross_coded, &s->cross_rows));
+    list_coded(cross->tables, cross->rank, s->cross_rows);
+    return list_all(ctx, s->top, &s->leading);
 }
 
 xkv_status xkv_synthesis_create(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step,
                                 const xkv_cross *cross, xkv_synthesis *s)
 {
-    chosen c = {tables, t->rank, 0};
-
     *s = (xkv_synthesis){.t = t, .tables = tables, .step = step};
     if (t->diagonal)
         return XKV_OK;
-    if (cross && t->top > 0 && cross->coded > 0)
-        XKV_TRY(choose_mix(ctx, cross, s));
-    c.top = s->top;
-    return choose_rows(ctx, &c, t->synthesis, t->width, t->width, &s->rows);
+    s->coded = count_coded(tables, t->rank);
+    XKV_TRY(XKV_NEW(ctx, s->coded, &s->rows));
+    list_coded(tables, t->rank, s->rows);
+    return cross && t->top > 0 && cross->coded > 0 ? list_cross(ctx, cross, s) : XKV_OK;
+}
+
+xkv_status xkv_synthesis_create_plain(xkv_ctx *ctx, const xkv_transform *t, xkv_synthesis *s)
+{
+    *s = (xkv_synthesis){.t = t, .coded = t->rank};
+    return list_all(ctx, t->rank, &s->rows);
 }
 
 void xkv_synthesis_free(xkv_ctx *ctx, xkv_synthesis *s)
 {
-    xkv_release(ctx, s->rows.rest);
-    xkv_release(ctx, s->mix.rest);
+    xkv_release(ctx, s->rows);
+    xkv_release(ctx, s->cross_rows);
+    xkv_release(ctx, s->leading);
     *s = (xkv_synthesis){0};
 }
 
 size_t xkv_synthesis_scratch(const xkv_synthesis *s, uint32_t tokens)
 {
-    return (size_t)tokens * (s->rows.count + s->mix.count);
+    return xkv_strips_size(tokens, MAX_DEPTH) + (size_t)tokens * (1 + s->top);
 }
 
 static void fill_mean(const xkv_transform *t, uint32_t tokens, float *x)
@@ -315,44 +286,86 @@ static void synthesize_diagonal(const xkv_synthesis *s, xkv_integers own, uint32
     }
 }
 
-/* The group's own coefficients a [rows.count][tokens], zeros where only the cross stage adds to one. */
-static void fill_own(const xkv_synthesis *s, xkv_integers own, uint32_t tokens, float *a)
+/* What is multiplied with rows of a basis, and where that goes. */
+typedef struct target {
+    uint32_t tokens, depth; /* components at a time */
+    const xkv_panels *basis;
+    const xkv_columns *columns;
+    uint32_t column_count;
+    float *x; /* [tokens][ld], column 0 of it */
+    size_t ld;
+} target;
+
+static void add_product(const target *to, const float *strips, size_t depth, const uint32_t *rows)
 {
-    for (uint32_t j = 0; j < s->t->rank; j++) {
-        if (s->tables[j] != 0) {
-            xkv_dequantize(xkv_coder_cpu(), own.q, tokens, s->step, a);
-            own.q += own.stride;
-        } else if (j < s->top) {
-            memset(a, 0, tokens * sizeof *a);
-        } else {
-            continue;
+    for (uint32_t i = 0; i < to->column_count; i++) {
+        size_t first = to->columns[i].first;
+        xkv_multiply_panels(to->tokens, depth, strips, to->basis, rows, first, to->columns[i].count, to->x + first,
+                            to->ld);
+    }
+}
+
+/* X += integers times step times those `rows` [count] of the basis. */
+static void add_integers(const target *to, xkv_integers in, float step, const uint32_t *rows, size_t count,
+                         float *scratch)
+{
+    float *strips = scratch, *row = scratch + xkv_strips_size(to->tokens, MAX_DEPTH);
+
+    for (size_t first = 0, depth; first < count; first += depth) {
+        depth = (size_t)xkv_min64(to->depth, count - first);
+        for (size_t k = 0; k < depth; k++) {
+            xkv_dequantize(xkv_coder_cpu(), in.q + (first + k) * in.stride, to->tokens, step, row);
+            xkv_strips_set(strips, depth, k, row, 1, to->tokens);
         }
-        a += tokens;
+        add_product(to, strips, depth, rows + first);
     }
 }
 
-/* What the cross stage adds to the first of them. */
-static void add_cross(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers cross, uint32_t tokens, float *scratch,
-                      float *a)
+/* The same of coefficients z [tokens][count]. */
+static void add_coefficients(const target *to, const float *z, const uint32_t *rows, size_t count, float *strips)
 {
-    for (size_t i = 0; i < s->mix.count; i++)
-        xkv_dequantize(xkv_coder_cpu(), cross.q + i * cross.stride, tokens, s->cross_step, scratch + i * tokens);
-    add_product_a(k, s->top, tokens, &s->mix, scratch, a);
+    for (size_t first = 0, depth; first < count; first += depth) {
+        depth = (size_t)xkv_min64(to->depth, count - first);
+        for (size_t k = 0; k < depth; k++)
+            xkv_strips_set(strips, depth, k, z + first + k, count, to->tokens);
+        add_product(to, strips, depth, rows + first);
+    }
 }
 
-void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
-                    const xkv_columns *columns, uint32_t column_count, float *a, float *x)
+void xkv_synthesize_own(const xkv_synthesis *s, xkv_integers own, uint32_t tokens, const xkv_columns *columns,
+                        uint32_t column_count, float *scratch, float *x)
 {
+    const target rows = {tokens, MAX_DEPTH, s->t->basis, columns, column_count, x, s->t->width};
+
     fill_mean(s->t, tokens, x);
-    if (s->t->diagonal) {
+    if (s->t->diagonal)
         synthesize_diagonal(s, own, tokens, x);
+    else
+        add_integers(&rows, own, s->step, s->rows, s->coded, scratch);
+}
+
+void xkv_synthesize_cross(const xkv_synthesis *s, xkv_integers cross, uint32_t tokens, const xkv_columns *columns,
+                          uint32_t column_count, float *scratch, float *x)
+{
+    const xkv_columns part = {s->t->cross_at, s->top};
+    float *z = scratch + xkv_strips_size(tokens, MAX_DEPTH) + tokens; /* what is added to the leading coefficients */
+    const target coefficients = {tokens, XKV_DEPTH, s->mix, &part, 1, z - part.first, s->top};
+    const target rows = {tokens, MAX_DEPTH, s->t->basis, columns, column_count, x, s->t->width};
+
+    if (s->top == 0)
         return;
-    }
-    fill_own(s, own, tokens, a);
-    if (s->top > 0)
-        add_cross(k, s, cross, tokens, a + (size_t)s->rows.count * tokens, a);
-    for (uint32_t i = 0; i < column_count; i++)
-        add_product_b(k, tokens, columns[i], s->t->width, a, &s->rows, x);
+    memset(z, 0, (size_t)tokens * s->top * sizeof *z);
+    add_integers(&coefficients, cross, s->cross_step, s->cross_rows, s->cross_coded, scratch);
+    add_coefficients(&rows, z, s->leading, s->top, scratch);
+}
+
+void xkv_synthesize_plain(const xkv_synthesis *s, const float *y, uint32_t tokens, const xkv_columns *columns,
+                          uint32_t column_count, float *scratch, float *x)
+{
+    const target rows = {tokens, MAX_DEPTH, s->t->basis, columns, column_count, x, s->t->width};
+
+    fill_mean(s->t, tokens, x);
+    add_coefficients(&rows, y, s->rows, s->coded, scratch);
 }
 
 /* --- A group ------------------------------------------------------------------------------------------------------ */
@@ -463,8 +476,8 @@ static xkv_status measure_tile(void *user, uint32_t worker, uint64_t tile)
     if (skip >= n)
         return XKV_OK;
     XKV_TRY(gather_tile(j, worker, row, n, x));
-    xkv_synthesize(j->kernels, &j->synthesis, xkv_integers_from((xkv_integers){c->q, c->tokens}, row),
-                   xkv_integers_from(j->cross_q, row), n, &all, 1, a, y);
+    xkv_synthesize_own(&j->synthesis, xkv_integers_from((xkv_integers){c->q, c->tokens}, row), n, &all, 1, a, y);
+    xkv_synthesize_cross(&j->synthesis, xkv_integers_from(j->cross_q, row), n, &all, 1, a, y);
     measure_rows(j, x + skip * width, y + skip * width, n - (uint32_t)skip, a,
                  j->planes + tile * (j->g->plane_count + 1));
     return XKV_OK;

@@ -4,21 +4,23 @@
 #define XKV_CODED_H
 
 #include "dict.h"
+#include "panels.h"
 #include "rans.h"
 #include "rows.h"
 
 /* What turns rows into coefficients and back. All pointers belong to somebody else. */
 typedef struct xkv_transform {
     uint32_t rank, width;
-    uint32_t top;           /* leading components that the cross stage codes; 0 without one */
-    uint32_t cross_at;      /* where the first of them stands in its rows */
-    const float *mean;      /* [width], or NULL for 0 */
-    const float *synthesis; /* [rank][width]; NULL: the diagonal below */
-    const float *analysis;  /* [rank][width] and */
-    const float *offset;    /* [rank]: y_j = x . analysis_j - offset_j; NULL for 0 */
-    const float *diagonal;  /* [width] scalar: x_i = mean_i + y_i * diagonal_i */
-    const float *blocks;    /* metric blocks of the group's heads, one behind the other; NULL: no metric */
-    const uint8_t *tables;  /* [rank] of the entry that is appended to: to be used as they are; NULL: to be chosen */
+    uint32_t top;            /* leading components that the cross stage codes; 0 without one */
+    uint32_t cross_at;       /* where the first of them stands in its rows */
+    const float *mean;       /* [width], or NULL for 0 */
+    const float *synthesis;  /* [rank][width]; NULL: the diagonal below */
+    const xkv_panels *basis; /* the same */
+    const float *analysis;   /* [rank][width] and */
+    const float *offset;     /* [rank]: y_j = x . analysis_j - offset_j; NULL for 0 */
+    const float *diagonal;   /* [width] scalar: x_i = mean_i + y_i * diagonal_i */
+    const float *blocks;     /* metric blocks of the group's heads, one behind the other; NULL: no metric */
+    const uint8_t *tables;   /* [rank] of the entry that is appended to: to be used as they are; NULL: to be chosen */
 
     /* Codec svdq: components that are stored with the entry. */
     const struct xkv_svdq *own;   /* which they are before rounding; else NULL */
@@ -77,15 +79,6 @@ typedef struct xkv_cross {
     const uint8_t *coded_tables; /* [coded] */
 } xkv_cross;
 
-/* Rows [..][width] of a wider matrix, those that coefficients are multiplied with. The first run of them is used where
- * it lies; few follow its first gap, and these are copied. */
-typedef struct xkv_basis_rows {
-    const float *run;       /* belongs to somebody else */
-    size_t stride;          /* from one row of the run to the next */
-    uint32_t count, in_run; /* rows; those of the run */
-    float *rest;            /* [count - in_run][width] */
-} xkv_basis_rows;
-
 /* Columns [first, first + count) of a group's rows. */
 typedef struct xkv_columns {
     uint32_t first, count;
@@ -94,20 +87,23 @@ typedef struct xkv_columns {
 /* What turns the integers of a group into rows. */
 typedef struct xkv_synthesis {
     const xkv_transform *t;
-    const uint8_t *tables; /* [rank]; belongs to somebody else */
+    const uint8_t *tables; /* [rank] of integers; belongs to somebody else */
     float step, cross_step;
-    uint32_t top; /* coefficients that the cross stage adds to; 0 without one */
-    xkv_basis_rows
-        rows; /* [..][width] for each coefficient: those, and the group's own coded ones; none for a diagonal */
-    xkv_basis_rows mix; /* [..][top] for each coded component of the stage */
+    uint32_t top;                /* coefficients that the cross stage adds to; 0 without one */
+    const xkv_panels *mix;       /* the stage's components */
+    uint32_t coded, cross_coded; /* the group's own, and those of the stage if there is a top: */
+    uint32_t *rows, *cross_rows; /* [coded], [cross_coded] which they are; none for a diagonal */
+    uint32_t *leading;           /* [top] 0, 1, .. */
 } xkv_synthesis;
 
 /* `cross` NULL: none. */
 XKV_MUST_CHECK xkv_status xkv_synthesis_create(xkv_ctx *ctx, const xkv_transform *t, const uint8_t *tables, float step,
                                                const xkv_cross *cross, xkv_synthesis *s);
+/* Of coefficients that are no integers: all of them, and no cross stage. */
+XKV_MUST_CHECK xkv_status xkv_synthesis_create_plain(xkv_ctx *ctx, const xkv_transform *t, xkv_synthesis *s);
 void xkv_synthesis_free(xkv_ctx *ctx, xkv_synthesis *s);
 
-/* f32 of scratch that xkv_synthesize() takes for `tokens` tokens. */
+/* f32 of scratch that these take for `tokens` tokens. */
 size_t xkv_synthesis_scratch(const xkv_synthesis *s, uint32_t tokens);
 
 /* The integers of a run of tokens: the i-th coded component's at q[i * stride + t]. q NULL: there are none. */
@@ -124,10 +120,17 @@ static inline xkv_integers xkv_integers_from(xkv_integers in, uint32_t token)
     return in;
 }
 
-/* Rows x [tokens][width] (K before RoPE) from the group's own integers and those of the cross stage. Of its
- * columns these `columns` [column_count] are made; the others hold the mean. */
-void xkv_synthesize(const xkv_kernels *k, const xkv_synthesis *s, xkv_integers own, xkv_integers cross, uint32_t tokens,
-                    const xkv_columns *columns, uint32_t column_count, float *scratch, float *x);
+/* Rows x [tokens][width] (K before RoPE) of a run of tokens: from the mean and the group's own integers, and then what
+ * the integers of the cross stage add to them. Of their columns these `columns` [column_count] are made; the others
+ * hold the mean. */
+void xkv_synthesize_own(const xkv_synthesis *s, xkv_integers own, uint32_t tokens, const xkv_columns *columns,
+                        uint32_t column_count, float *scratch, float *x);
+void xkv_synthesize_cross(const xkv_synthesis *s, xkv_integers cross, uint32_t tokens, const xkv_columns *columns,
+                          uint32_t column_count, float *scratch, float *x);
+
+/* Rows likewise from coefficients y [tokens][rank]. */
+void xkv_synthesize_plain(const xkv_synthesis *s, const float *y, uint32_t tokens, const xkv_columns *columns,
+                          uint32_t column_count, float *scratch, float *x);
 
 /* Tokens [t0, t1), whose errors are measured from token `measured` on. */
 typedef struct xkv_span {

@@ -1,10 +1,11 @@
 /* decode.c - restoring an entry: groups in order, on all threads.
  *
  * The work is one list of numbered tasks: for each group one that opens it, then one for each of its chunks, or of
- * parts of these where there are too few to keep all threads busy. Threads take them in this order, so that the chunks
- * of several groups may be decoded at the same time, and the next group is opened and fetched meanwhile. A task waits
- * for nothing but tasks before it: a chunk for its group to be open and, in groups of codec dict, for all chunks of the
- * cross stage, which is the first group; opening for a free place. */
+ * parts of these where there are too few to keep all threads busy. Behind the first group that has rows, which somebody
+ * waits for, each is opened before the rows of the one before it are made. Threads take tasks in this order, so that
+ * the chunks of several groups may be decoded at the same time. A task waits for nothing but tasks before it: a chunk
+ * for its group to be open and, in groups of codec dict, when their own part is done for all chunks of the cross stage,
+ * which is the first group; opening for a free place. */
 #include "chunks.h"
 #include "parts.h"
 #include "scatter.h"
@@ -13,7 +14,8 @@
 #include <time.h>
 
 enum {
-    TASKS_PER_THREAD = 4,        /* of a group, at least */
+    TASKS_PER_THREAD = 4,        /* of a group, if there are enough tokens: */
+    SLICE_STRIPS = 4,            /* tokens that a task restores, at least, in strips of a product */
     MAX_PLACES = 8,              /* groups that are open at a time */
     MAX_OPEN_BYTES = 32u << 20,  /* of components that they have in memory, beyond two groups */
     CANCEL_NANOSECONDS = 5000000 /* how soon a task that waits finds out that the call is cancelled */
@@ -44,7 +46,7 @@ typedef struct decoder {
     xkv_target target;
     uint32_t first_chunk, chunks; /* that have tokens asked for */
     uint32_t slices;              /* tasks that restore a chunk, each some of its tiles: */
-    uint32_t slice_tokens;
+    uint32_t slice_tokens;        /* at most, a multiple of XKV_STRIP */
     xkv_pool *pool;
     uint32_t threads;
     worker *workers; /* [threads] */
@@ -72,7 +74,12 @@ static xkv_group_reader *reader_of(const decoder *d, uint32_t m)
 
 static bool is_open(const decoder *d, uint32_t m)
 {
-    return d->members[m].open && (d->members[m].g->codec != XKV_GROUP_DICT || !d->cross.g || d->members[0].done);
+    return d->members[m].open;
+}
+
+static bool has_cross(const decoder *d, uint32_t m)
+{
+    return d->members[m].g->codec != XKV_GROUP_DICT || !d->cross.g || d->members[0].done;
 }
 
 static bool has_place(const decoder *d, uint32_t m)
@@ -216,6 +223,12 @@ static xkv_cross_stage *stage_for(decoder *d, const xkv_group *g)
     return d->target.views || xkv_group_is_cross(g) ? &d->cross : NULL;
 }
 
+/* Whether several tasks make rows of the same integers. */
+static bool shares_integers(const decoder *d, const xkv_group *g)
+{
+    return d->slices > 1 && d->target.views && xkv_group_is_coded(g) && !xkv_group_is_cross(g);
+}
+
 static xkv_status open_group(decoder *d, worker *w, uint32_t m)
 {
     xkv_group_reader *r = reader_of(d, m);
@@ -227,6 +240,8 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
     if (d->target.views)
         XKV_TRY(xkv_group_reader_for_rows(r, d->target.heads));
     XKV_TRY(size_worker(d, w, r));
+    if (shares_integers(d, r->g))
+        XKV_TRY(xkv_group_reader_keep(r, &w->scratch, d->first_chunk, d->chunks));
     XKV_TRY(restore_exact_rows(d, w, r));
     set_flag(d, &d->members[m].open);
     return XKV_OK;
@@ -234,34 +249,23 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
 
 /* --- Chunks ------------------------------------------------------------------------------------------------------- */
 
-/* The next tile of a chunk, tokens [*t0, *t1), of which some are asked for; false: no more. Tiles start at the first
- * coded token of the chunk and are computed whole, so that the bits of a row do not depend on the range asked for: a
- * GEMM may round a row differently in a matrix of another height. */
-static bool next_tile(const xkv_target *t, uint32_t end, uint32_t *t0, uint32_t *t1)
+/* What the group's own integers say does not wait for those of the cross stage. */
+static xkv_status restore_tiles(decoder *d, worker *w, uint32_t m, const xkv_chunk *chunk, uint32_t slice)
 {
-    for (*t0 = *t1; *t0 < xkv_min64(end, t->end); *t0 = *t1) {
-        *t1 = (uint32_t)xkv_min64(end, (uint64_t)*t0 + XKV_CHUNK_ROWS);
-        if (*t1 > t->first)
-            return true;
-    }
-    return false;
-}
-
-static xkv_status restore_tiles(decoder *d, worker *w, const xkv_group_reader *r, const xkv_chunk *chunk,
-                                uint32_t slice)
-{
+    const xkv_group_reader *r = reader_of(d, m);
     uint64_t begin = chunk->t0 + (uint64_t)slice * d->slice_tokens;
-    uint32_t end = (uint32_t)xkv_min64(chunk->t1, begin + d->slice_tokens);
-    uint32_t t0, t1 = (uint32_t)xkv_min64(begin, end);
+    uint32_t end = (uint32_t)xkv_min64(xkv_min64(chunk->t1, d->target.end), begin + d->slice_tokens);
 
-    while (next_tile(&d->target, end, &t0, &t1)) {
-        xkv_chunk_rows(r, &w->scratch, chunk, t0, t1, w->rows);
+    for (uint32_t t0 = (uint32_t)xkv_max64(begin, d->target.first), t1; t0 < end; t0 = t1) {
+        t1 = (uint32_t)xkv_min64(end, (uint64_t)t0 + XKV_CHUNK_ROWS);
+        xkv_chunk_own_rows(r, &w->scratch, chunk, t0, t1, w->rows);
+        XKV_TRY(wait_for(d, w, has_cross, m));
+        xkv_chunk_add_cross(r, &w->scratch, chunk, t0, t1, w->rows);
         XKV_TRY(xkv_scatter_rows(&d->target, &w->scatterer, r->g, w->rows, t0, t1));
     }
     return XKV_OK;
 }
 
-/* Each slice decodes all integers of its chunk, which take little beside the product. */
 static xkv_status restore_slice(decoder *d, worker *w, uint32_t m, uint32_t index, uint32_t slice)
 {
     const xkv_group_reader *r = reader_of(d, m);
@@ -274,15 +278,34 @@ static xkv_status restore_slice(decoder *d, worker *w, uint32_t m, uint32_t inde
     XKV_TRY(xkv_chunk_load(r, &w->scratch, d->first_chunk + index, &chunk));
     if (r->g->codec == XKV_GROUP_LOSSLESS)
         return xkv_scatter_exact(&d->target, &w->scatterer, r->g, chunk.matrix, chunk.t0, chunk.t1, w->rows);
-    return whole ? XKV_OK : restore_tiles(d, w, r, &chunk, slice);
+    return whole ? XKV_OK : restore_tiles(d, w, m, &chunk, slice);
+}
+
+/* Which member a task is for: its at-th, where 0 opens it. Those behind the first one that has rows are opened early.
+ */
+static void find_task(const decoder *d, uint64_t task, uint32_t *m, uint32_t *at)
+{
+    uint64_t each = (uint64_t)d->chunks * d->slices + 1, plain = (first_member(d) + 1) * each;
+
+    *m = (uint32_t)(task / each);
+    *at = (uint32_t)(task % each);
+    if (task <= plain)
+        return;
+    task -= plain + 1; /* .. then the next member is opened, and rows of this one are made */
+    *m = (uint32_t)(first_member(d) + 1 + task / each);
+    *at = (uint32_t)(task % each);
+    if (*m == d->count - 1) /* no next one */
+        ++*at;
+    else if (*at == 0)
+        ++*m;
 }
 
 static xkv_status run_task(decoder *d, worker *w, uint64_t task)
 {
-    uint32_t per_group = d->chunks * d->slices + 1u, m = (uint32_t)(task / per_group);
-    uint32_t at = (uint32_t)(task % per_group);
+    uint32_t m, at;
 
     w->task = task;
+    find_task(d, task, &m, &at);
     if (at == 0)
         return open_group(d, w, m);
     XKV_TRY(wait_for(d, w, is_open, m));
@@ -339,21 +362,21 @@ static xkv_status list_members(decoder *d)
     return XKV_OK;
 }
 
-/* Products are shared among the threads tile by tile where there are few chunks. */
+/* Products are shared among the threads in parts of chunks where there are few of these. */
 static void choose_slices(decoder *d)
 {
     const xkv_container *c = &d->entry->c;
-    uint64_t tiles = xkv_ceil_div(xkv_min64(c->chunk_tokens, c->geometry.token_count), XKV_CHUNK_ROWS);
+    uint64_t strips = xkv_ceil_div(xkv_min64(c->chunk_tokens, c->geometry.token_count), XKV_STRIP);
     uint64_t wanted = d->threads > 1 ? xkv_ceil_div((uint64_t)TASKS_PER_THREAD * d->threads, d->chunks) : 1;
 
-    d->slices = (uint32_t)xkv_min64(tiles, wanted);
-    d->slice_tokens = (uint32_t)xkv_ceil_div(tiles, d->slices) * XKV_CHUNK_ROWS;
+    d->slices = (uint32_t)xkv_max64(1, xkv_min64(strips / SLICE_STRIPS, wanted));
+    d->slice_tokens = (uint32_t)xkv_ceil_div(strips, d->slices) * XKV_STRIP;
 }
 
 /* As many groups at a time as keep all threads busy, while their components take little memory. */
 static void choose_places(decoder *d)
 {
-    uint64_t largest = 1, wanted = 1 + xkv_ceil_div(2ull * d->threads, (uint64_t)d->chunks * d->slices);
+    uint64_t largest = 1, wanted = 2 + xkv_ceil_div(2ull * d->threads, (uint64_t)d->chunks * d->slices);
 
     for (uint32_t i = 0; i < d->count; i++)
         largest = xkv_max64(largest, (uint64_t)d->members[i].g->rank * d->members[i].g->width * sizeof(float));

@@ -252,6 +252,13 @@ static xkv_status check_folded(const loader *l)
     return XKV_OK;
 }
 
+static xkv_status lay_out(const loader *l, const float *rows, uint32_t count, uint32_t width, xkv_panels *panels)
+{
+    XKV_TRY(xkv_panels_create(l->ctx, l->kernels, count, width, panels));
+    xkv_panels_set(panels, 0, count, rows);
+    return XKV_OK;
+}
+
 static xkv_status load_basis(loader *l)
 {
     xkv_basis *b = l->b;
@@ -272,7 +279,8 @@ static xkv_status load_basis(loader *l)
         XKV_TRY(XKV_NEW(l->ctx, (size_t)(l->at.size - l->at.blocks) / 2, &b->blocks)); /* a little more than needed */
     }
     XKV_TRY(fold(l));
-    return check_folded(l);
+    XKV_TRY(check_folded(l));
+    return lay_out(l, b->synthesis, b->rank, b->width, &b->panels);
 }
 
 /* --- Cross stage -------------------------------------------------------------------------------------------------- */
@@ -320,7 +328,7 @@ static xkv_status load_cross(loader *l, xkv_dict *dict)
     if (!l->kernels->all_finite(XKV_F32, b->components, (size_t)n) ||
         (b->analysis && !l->kernels->all_finite(XKV_F32, b->analysis, (size_t)n)))
         return bad(l, "the components overflow", "Y2");
-    return XKV_OK;
+    return lay_out(l, b->components, b->rank, b->width, &b->panels);
 }
 
 typedef struct load_all {
@@ -499,6 +507,7 @@ static void free_cross(xkv_ctx *ctx, xkv_cross_basis *b)
         return;
     xkv_release(ctx, b->sigma);
     xkv_release(ctx, b->components);
+    xkv_panels_free(ctx, &b->panels);
     xkv_release(ctx, b->analysis);
     xkv_release(ctx, b);
 }
@@ -512,6 +521,7 @@ void xkv_dict_close(xkv_ctx *ctx, xkv_dict *dict)
         xkv_release(ctx, b->mean);
         xkv_release(ctx, b->sigma);
         xkv_release(ctx, b->synthesis);
+        xkv_panels_free(ctx, &b->panels);
         xkv_release(ctx, b->analysis);
         xkv_release(ctx, b->offset);
         xkv_release(ctx, b->blocks);

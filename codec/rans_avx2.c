@@ -57,14 +57,14 @@ INLINE __m256i decode_symbols(__m256i *x, const uint32_t *table)
     return _mm256_srai_epi32(entry, 24);
 }
 
-/* Low bits of the lanes that did not escape: u becomes the value. */
-INLINE __m256i decode_low_bits(__m256i *x, __m256i u, __m256i escaped, uint32_t shift, const uint8_t **next)
+/* Low bits of the lanes that are not skipped: u becomes the value. */
+INLINE __m256i decode_low_bits(__m256i *x, __m256i u, __m256i skipped, uint32_t shift, const uint8_t **next)
 {
     const __m128i count = _mm_cvtsi32_si128((int)shift);
     const __m256i low = _mm256_and_si256(*x, _mm256_set1_epi32((1 << shift) - 1));
     const __m256i half = _mm256_set1_epi32(1 << shift >> 1), all = _mm256_set1_epi32(-1);
-    *x = _mm256_blendv_epi8(_mm256_srl_epi32(*x, count), *x, escaped);
-    *x = refill(*x, _mm256_andnot_si256(escaped, all), next);
+    *x = _mm256_blendv_epi8(_mm256_srl_epi32(*x, count), *x, skipped);
+    *x = refill(*x, _mm256_andnot_si256(skipped, all), next);
     return _mm256_sub_epi32(_mm256_add_epi32(_mm256_sll_epi32(u, count), low), half);
 }
 
@@ -76,19 +76,30 @@ static void decode_escapes(uint32_t mask, int16_t *q, const uint8_t **next)
     }
 }
 
-INLINE const uint8_t *decode_round(__m256i x[VECTORS], xkv_table table, int16_t *q, const uint8_t *next)
+/* The lanes of vector v that the first `lanes` of a round have. */
+INLINE __m256i active_lanes(int v, uint32_t lanes)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)lanes - 8 * v), lane);
+}
+
+/* The first `lanes` values of a round; what follows them in q [XKV_RANS_LANES] is of no use. */
+INLINE const uint8_t *decode_round(__m256i x[VECTORS], xkv_table table, int16_t *q, uint32_t lanes, const uint8_t *next)
 {
     __m256i u[VECTORS], escaped[VECTORS];
     uint32_t mask = 0;
 
     for (int v = 0; v < VECTORS; v++) {
+        __m256i before = x[v], active = active_lanes(v, lanes);
         u[v] = decode_symbols(&x[v], table.base->decode);
-        escaped[v] = _mm256_cmpeq_epi32(u[v], _mm256_set1_epi32(XKV_ESCAPE));
+        escaped[v] = _mm256_and_si256(_mm256_cmpeq_epi32(u[v], _mm256_set1_epi32(XKV_ESCAPE)), active);
         mask |= lane_mask(escaped[v]) << 8 * v;
-        x[v] = refill(x[v], _mm256_set1_epi32(-1), &next);
+        x[v] = refill(_mm256_blendv_epi8(before, x[v], active), active, &next);
     }
-    for (int v = 0; v < VECTORS && table.shift > 0; v++)
-        u[v] = decode_low_bits(&x[v], u[v], escaped[v], table.shift, &next);
+    for (int v = 0; v < VECTORS && table.shift > 0; v++) {
+        __m256i skipped = _mm256_or_si256(escaped[v], _mm256_xor_si256(active_lanes(v, lanes), _mm256_set1_epi32(-1)));
+        u[v] = decode_low_bits(&x[v], u[v], skipped, table.shift, &next);
+    }
     for (int v = 0; v < VECTORS; v += 2) {
         __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(u[v], u[v + 1]), 0xd8);
         _mm256_storeu_si256((__m256i *)(q + 8 * v), packed);
@@ -100,12 +111,18 @@ INLINE const uint8_t *decode_round(__m256i x[VECTORS], xkv_table table, int16_t 
 AVX2 static void avx2_decode(xkv_rans_reader *r, xkv_table table, int16_t *q, uint32_t tokens)
 {
     __m256i x[VECTORS];
+    int16_t last[XKV_RANS_LANES];
 
     load_states(x, r->state);
     while (tokens >= XKV_RANS_LANES && r->end - r->next >= ROUND_BYTES) {
-        r->next = decode_round(x, table, q, r->next);
+        r->next = decode_round(x, table, q, XKV_RANS_LANES, r->next);
         q += XKV_RANS_LANES;
         tokens -= XKV_RANS_LANES;
+    }
+    if (tokens > 0 && tokens < XKV_RANS_LANES && r->end - r->next >= ROUND_BYTES) {
+        r->next = decode_round(x, table, last, tokens, r->next);
+        memcpy(q, last, tokens * sizeof *q);
+        tokens = 0;
     }
     store_states(r->state, x);
     xkv_generic_decode(r, table, q, tokens);

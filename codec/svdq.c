@@ -299,6 +299,7 @@ static void dequantize(const float *diagonal, xkv_svdq_basis *b)
         for (size_t i = 0; i < width; i++)
             row[i] = (float)q[i] * d * diagonal[i];
     }
+    xkv_panels_set(&b->panels, 0, b->rank, b->synthesis);
 }
 
 /* --- Dual basis --------------------------------------------------------------------------------------------------- */
@@ -379,6 +380,7 @@ out:
 static xkv_status allocate_rows(xkv_ctx *ctx, xkv_svdq_basis *b)
 {
     XKV_TRY(XKV_NEW(ctx, b->width, &b->mean));
+    XKV_TRY(xkv_panels_create(ctx, xkv_kernels_cpu(), b->rank, b->width, &b->panels));
     return XKV_NEW(ctx, (size_t)b->rank * b->width, &b->synthesis);
 }
 
@@ -406,6 +408,7 @@ void xkv_svdq_basis_free(xkv_ctx *ctx, xkv_svdq_basis *b)
     xkv_release(ctx, b->lost);
     xkv_release(ctx, b->mean);
     xkv_release(ctx, b->synthesis);
+    xkv_panels_free(ctx, &b->panels);
     xkv_release(ctx, b->analysis);
     xkv_release(ctx, b->offset);
     *b = (xkv_svdq_basis){0};
@@ -417,6 +420,7 @@ xkv_transform xkv_transform_of_svdq_basis(const xkv_svdq_basis *b)
                            .width = b->width,
                            .mean = b->mean,
                            .synthesis = b->synthesis,
+                           .basis = &b->panels,
                            .analysis = b->analysis,
                            .offset = b->offset};
 }

@@ -58,6 +58,7 @@ typedef struct xkv_svdq_basis {
     double *bits, *lost; /* [rank] prices of the components; encoder only */
     float *mean;         /* [width] */
     float *synthesis;    /* [rank][width] */
+    xkv_panels panels;   /* the same */
     float *analysis;     /* [rank][width] dual to the synthesis, by least squares; encoder only, as is */
     float *offset;       /* [rank] */
     bool overflow;       /* the mean is beyond 16 bits: nothing else is set */
