@@ -128,8 +128,8 @@ static int note_ready(void *user, uint32_t group)
 typedef struct restores {
     double warm[MAX_REPEATS], first[MAX_REPEATS]; /* seconds of the whole, and until its first group */
     double cold;
-    uint64_t peak; /* bytes that the library took beside the destination */
-    double square; /* GFLOP/s of sgemm between the runs */
+    uint64_t peak;              /* bytes that the library took beside the destination */
+    double square[MAX_REPEATS]; /* GFLOP/s of sgemm before each: the machine's speed of that moment */
 } restores;
 
 typedef struct measured {
@@ -178,7 +178,7 @@ static restores measure(const bench_plan *plan, const measured *m)
 
     for (int i = -1; i < plan->repeats; i++) { /* round -1 is the warm-up */
         int at = i < 0 ? 0 : i;
-        r.square = fmax(r.square, bench_sgemm_square(plan, m->threads, 1));
+        r.square[at] = bench_sgemm_square(plan, m->threads, 1);
         rest();
         r.warm[at] = restore_once(m, ctx, &r.first[at]);
     }
@@ -219,18 +219,24 @@ static uint32_t groups_with_planes(const xkv_entry *entry)
 static json_t *result_of(bench_plan *plan, const bench_subject *s, uint32_t threads, restores *r, double flops,
                          uint32_t groups, uint64_t allowed)
 {
-    double warm = bench_median(r->warm, plan->repeats), first = bench_median(r->first, plan->repeats);
-    double share = first / warm * groups, percent = flops / warm / r->square / 1e7;
+    double share[MAX_REPEATS], percent[MAX_REPEATS], warm, first;
 
-    bench_add_goal(plan, s, "restore from a file, % of GEMM", threads, 75, percent);
-    bench_goal(plan, "first group, in shares of one group", threads, 1.3, false, share);
+    for (int i = 0; i < plan->repeats; i++) {
+        share[i] = r->first[i] / r->warm[i] * groups;
+        percent[i] = flops / r->warm[i] / r->square[i] / 1e7;
+    }
+    warm = bench_median(r->warm, plan->repeats);
+    first = bench_median(r->first, plan->repeats);
+    bench_add_goal(plan, s, "restore from a file, % of GEMM", threads, 75, bench_median(percent, plan->repeats));
+    bench_goal(plan, "first group, in shares of one group", threads, 1.3, false, bench_median(share, plan->repeats));
     bench_goal(plan, "memory beside destination and coefficients of two groups, MiB", threads, 64, false,
                r->peak > allowed ? (double)(r->peak - allowed) / (1 << 20) : 0);
     return bench_json(json_pack("{s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I}", "threads", (int)threads,
-                                "seconds", warm, "percent_of_gemm", percent, "first_group_seconds", first,
-                                "first_group_share", share, "best_seconds", r->warm[0], "best_first_group_seconds",
-                                r->first[0], "cold_seconds", r->cold, "memory_peak", (json_int_t)r->peak,
-                                "coefficients_of_two_groups", (json_int_t)allowed));
+                                "seconds", warm, "percent_of_gemm", bench_median(percent, plan->repeats),
+                                "first_group_seconds", first, "first_group_share", bench_median(share, plan->repeats),
+                                "best_seconds", r->warm[0], "best_first_group_seconds", r->first[0], "cold_seconds",
+                                r->cold, "memory_peak", (json_int_t)r->peak, "coefficients_of_two_groups",
+                                (json_int_t)allowed));
 }
 
 static json_t *measure_length(bench_plan *plan, const bench_subject *s, const xkv_dict *dict)
