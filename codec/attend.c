@@ -28,7 +28,7 @@ typedef struct worker {
     xkv_rotator rotator, mover;
 
     float *rows[XKV_ROLE_COUNT]; /* [XKV_ATTEND_TOKENS][width] */
-    float *panel;                /* [XKV_ATTEND_SLOTS][XKV_ATTEND_TOKENS], or as loading a block wants it */
+    float *panel;                /* XKV_TILE_PANEL, or as loading a block wants it */
     float *scores;               /* [queries][XKV_ATTEND_TOKENS] */
     xkv_softmax *softmax;        /* [queries] */
     float *output;               /* [queries][dim_v] sums of weighted rows of V */
@@ -154,7 +154,7 @@ static void release_stretch(const job *j, worker *w)
 
 static xkv_status make_panel(const job *j, worker *w)
 {
-    size_t size = (size_t)XKV_ATTEND_SLOTS * XKV_ATTEND_TOKENS;
+    size_t size = XKV_TILE_PANEL;
 
     for (uint32_t i = 0; i < XKV_ROLE_COUNT; i++)
         if (j->l.roles[i].present && !w->stretch->blocks)
@@ -426,7 +426,7 @@ static void finish(const job *j, worker *w, float *output, float *lse)
 {
     for (uint32_t h = 0; w->slots > 0 && h < j->l.kv_heads; h++)
         xkv_tile_apply_basis(&w->planes[XKV_ROLE_VALUE], j->l.m, w->sums + h * j->l.m * w->slots, w->coded + h * j->l.m,
-                             h * j->l.dim_v, j->l.dim_v, w->output + h * j->l.m * j->l.dim_v, j->l.dim_v);
+                             h * j->l.dim_v, j->l.dim_v, w->panel, w->output + h * j->l.m * j->l.dim_v, j->l.dim_v);
     for (uint32_t i = 0; i < j->queries->count; i++)
         for (uint32_t head = 0; head < j->queries->heads; head++) {
             size_t r = place(j, i, head), out = (size_t)i * j->queries->heads + head;

@@ -187,25 +187,33 @@ out:
     return status;
 }
 
-/* Components of codec svd in f32, times their scales. */
-static xkv_status load_components(xkv_group_reader *r)
+/* Components of codec svd in f32, times their scales: matrix holds them in f16, then the scales. */
+static void scale_components(const xkv_group_reader *r, const uint8_t *matrix, float *row)
 {
     size_t rank = r->g->rank, width = r->g->width;
+
+    for (size_t i = 0; i < rank; i++) {
+        float scale = xkv_loadf32(matrix + 2 * rank * width + 4 * i);
+        r->kernels->to_f32(XKV_F16, matrix + 2 * i * width, row, width);
+        for (size_t k = 0; k < width; k++)
+            row[k] *= scale;
+        xkv_panels_set(&r->components, i, 1, row);
+    }
+}
+
+static xkv_status load_components(xkv_group_reader *r)
+{
     uint8_t *matrix = NULL;
+    float *row = NULL;
     xkv_status status = XKV_OK;
 
     XKV_TRY(xkv_read_components(r->ctx, r->entry, r->g, &matrix));
-    XKV_TRY_GOTO(XKV_NEW(r->ctx, rank * width, &r->components), out);
-    r->kernels->to_f32(XKV_F16, matrix, r->components, rank * width);
-    for (size_t i = 0; i < rank; i++) {
-        float scale = xkv_loadf32(matrix + 2 * rank * width + 4 * i);
-        for (size_t k = 0; k < width; k++)
-            r->components[i * width + k] *= scale;
-    }
-    XKV_TRY_GOTO(xkv_panels_create(r->ctx, r->kernels, rank, width, &r->panels), out);
-    xkv_panels_set(&r->panels, 0, rank, r->components);
-    r->transform = (xkv_transform){.rank = r->g->rank, .width = r->g->width, .basis = &r->panels};
+    XKV_TRY_GOTO(XKV_NEW(r->ctx, r->g->width, &row), out);
+    XKV_TRY_GOTO(xkv_panels_create(r->ctx, r->kernels, r->g->rank, r->g->width, &r->components), out);
+    scale_components(r, matrix, row);
+    r->transform = (xkv_transform){.rank = r->g->rank, .width = r->g->width, .basis = &r->components};
 out:
+    xkv_release(r->ctx, row);
     xkv_release(r->ctx, matrix);
     return status;
 }
@@ -299,8 +307,7 @@ xkv_status xkv_group_reader_for_rows(xkv_group_reader *r, xkv_heads heads)
 void xkv_group_reader_close(xkv_group_reader *r)
 {
     xkv_release(r->ctx, r->columns);
-    xkv_release(r->ctx, r->components);
-    xkv_panels_free(r->ctx, &r->panels);
+    xkv_panels_free(r->ctx, &r->components);
     xkv_release(r->ctx, r->q);
     xkv_side_free(r->ctx, &r->side);
     xkv_scalar_free(r->ctx, &r->scalar);

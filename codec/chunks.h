@@ -60,8 +60,7 @@ typedef struct xkv_group_reader {
     const xkv_group *g;
     xkv_cross_stage *cross; /* NULL: none; belongs to somebody else */
 
-    float *components; /* svd: [rank][width], times their scales, */
-    xkv_panels panels; /* the same */
+    xkv_panels components; /* svd: [rank][width], times their scales */
 
     /* dict, scalar and svdq */
     xkv_side side;

@@ -20,8 +20,7 @@ xkv_transform xkv_transform_of_basis(const xkv_basis *b)
                            .top = b->top,
                            .cross_at = b->cross_at,
                            .mean = b->mean,
-                           .synthesis = b->synthesis,
-                           .basis = &b->panels,
+                           .basis = &b->rows,
                            .analysis = b->analysis,
                            .offset = b->offset,
                            .blocks = b->blocks};
@@ -224,7 +223,7 @@ static xkv_status list_all(xkv_ctx *ctx, uint32_t count, uint32_t **rows)
 static xkv_status list_cross(xkv_ctx *ctx, const xkv_cross *cross, xkv_synthesis *s)
 {
     s->top = s->t->top;
-    s->mix = &cross->basis->panels;
+    s->mix = &cross->basis->rows;
     s->cross_step = cross->step;
     s->cross_coded = cross->coded;
     XKV_TRY(XKV_NEW(ctx, s->cross_coded, &s->cross_rows));
@@ -326,8 +325,7 @@ static void add_coefficients(const target *to, const float *z, const uint32_t *r
 {
     for (size_t first = 0, depth; first < count; first += depth) {
         depth = (size_t)xkv_min64(to->depth, count - first);
-        for (size_t k = 0; k < depth; k++)
-            xkv_strips_set(strips, depth, k, z + first + k, count, to->tokens);
+        xkv_strips_set_rows(strips, depth, z + first, count, to->tokens);
         add_product(to, strips, depth, rows + first);
     }
 }

@@ -14,8 +14,7 @@ typedef struct xkv_transform {
     uint32_t top;            /* leading components that the cross stage codes; 0 without one */
     uint32_t cross_at;       /* where the first of them stands in its rows */
     const float *mean;       /* [width], or NULL for 0 */
-    const float *synthesis;  /* [rank][width]; NULL: the diagonal below */
-    const xkv_panels *basis; /* the same */
+    const xkv_panels *basis; /* [rank][width]; NULL: the diagonal below */
     const float *analysis;   /* [rank][width] and */
     const float *offset;     /* [rank]: y_j = x . analysis_j - offset_j; NULL for 0 */
     const float *diagonal;   /* [width] scalar: x_i = mean_i + y_i * diagonal_i */

@@ -37,7 +37,7 @@ void xkv_device_attention_get_info(const xkv_device_attention *d, xkv_device_att
     for (uint32_t i = 0; i < d->entry_count; i++)
         for (uint32_t k = 0; d->dicts[i] && k < d->dicts[i]->dict->c.group_count; k++) {
             const xkv_basis *b = &d->dicts[i]->dict->bases[k];
-            info->held_bytes += b->synthesis ? (uint64_t)b->rank * b->width * sizeof(float) : 0;
+            info->held_bytes += b->rows.data ? (uint64_t)b->rank * b->width * sizeof(float) : 0;
         }
     for (uint32_t i = 0; i < d->geometry->plane_count; i++)
         if (d->tiles[i])

@@ -27,7 +27,7 @@ static xkv_status send_components(xkv_device_work *w)
         n = (uint32_t)xkv_min64(w->own - at, most);
         XKV_TRY(xkv_staging_get(r->ctx, r->device, &s));
         for (uint32_t i = 0; i < n; i++)
-            memcpy(s->bytes + i * row, w->components + (size_t)w->own_index[at + i] * w->g->width, (size_t)row);
+            xkv_panels_get(w->components, w->own_index[at + i], 1, (float *)(void *)(s->bytes + i * row));
         XKV_DEVICE(r, copy(r->device->plug, there, s->bytes, n * row, r->stream));
         XKV_TRY(xkv_staging_put(r->ctx, r->device, s, r->stream));
         XKV_TRY(split_rows(w, there, NULL, at, n, w->step));

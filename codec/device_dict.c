@@ -45,14 +45,15 @@ out:
 
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
 
-static float column_norm(const xkv_basis *b)
+/* `rows` are the basis's. */
+static float column_norm(const xkv_basis *b, const float *rows)
 {
     double most = 0;
 
     for (size_t i = 0; i < b->width && b->top > 0; i++) {
         double sum = 0;
         for (size_t j = 0; j < b->top; j++)
-            sum += (double)b->synthesis[j * b->width + i] * (double)b->synthesis[j * b->width + i];
+            sum += (double)rows[j * b->width + i] * (double)rows[j * b->width + i];
         most = fmax(most, sum);
     }
     return (float)sqrt(most);
@@ -70,15 +71,27 @@ static xkv_status copy_rows(xkv_ctx *ctx, xkv_device *d, const float *from, uint
     return xkv_device_upload(ctx, d, from, size, *rows, d->copies);
 }
 
+static xkv_status copy_synthesis(xkv_ctx *ctx, xkv_device *d, const xkv_basis *b, xkv_device_basis *out)
+{
+    float *rows = NULL;
+    xkv_status status;
+
+    XKV_TRY(XKV_NEW(ctx, b->rank, &out->largest));
+    XKV_TRY(XKV_NEW(ctx, (size_t)b->rank * b->width, &rows));
+    xkv_panels_get(&b->rows, 0, b->rank, rows);
+    for (size_t j = 0; j < b->rank; j++)
+        out->largest[j] = xkv_largest(rows + j * b->width, b->width);
+    out->top_norm = column_norm(b, rows);
+    status = copy_rows(ctx, d, rows, basis_bytes(b), &out->rows);
+    xkv_release(ctx, rows);
+    return status;
+}
+
 static xkv_status copy_basis(xkv_ctx *ctx, xkv_device *d, const xkv_basis *b, xkv_device_basis *out)
 {
-    if (!b->synthesis)
+    if (!b->rows.data)
         return XKV_OK;
-    XKV_TRY(XKV_NEW(ctx, b->rank, &out->largest));
-    for (size_t j = 0; j < b->rank; j++)
-        out->largest[j] = xkv_largest(b->synthesis + j * b->width, b->width);
-    out->top_norm = column_norm(b);
-    XKV_TRY(copy_rows(ctx, d, b->synthesis, basis_bytes(b), &out->rows));
+    XKV_TRY(copy_synthesis(ctx, d, b, out));
     return b->analysis ? copy_rows(ctx, d, b->analysis, basis_bytes(b), &out->analysis) : XKV_OK;
 }
 

@@ -186,6 +186,19 @@ static const xkv_device_dict *dict_of(const holding *h, uint32_t entry)
     return NULL;
 }
 
+static xkv_status place_rows(holding *h, const xkv_panels *basis, size_t count, const float **there)
+{
+    float *rows = NULL;
+    xkv_status status;
+
+    XKV_TRY(XKV_NEW(h->ctx, basis ? count * basis->cols : 0, &rows));
+    if (count > 0)
+        xkv_panels_get(basis, 0, count, rows);
+    status = PLACE(h, rows, basis ? count * basis->cols : 0, there);
+    xkv_release(h->ctx, rows);
+    return status;
+}
+
 /* The rows of a dictionary are where they are; others are copied. */
 static xkv_status place_basis(holding *h, uint32_t entry, const xkv_tile_group *t, held_group *g)
 {
@@ -195,24 +208,26 @@ static xkv_status place_basis(holding *h, uint32_t entry, const xkv_tile_group *
     if (t->reader.g->codec == XKV_GROUP_DICT)
         g->basis = xkv_device_basis_find(dict_of(h, entry), xkv_dict_basis(e->dict, &e->c.geometry, t->reader.g))->rows;
     else
-        XKV_TRY(PLACE(h, t->basis, t->slots > 0 ? t->reader.g->rank * width : 0, &g->basis));
+        XKV_TRY(place_rows(h, t->basis, t->slots > 0 ? t->reader.g->rank : 0, &g->basis));
     g->mean = NULL;
     return t->mean ? PLACE(h, t->mean, width, &g->mean) : XKV_OK;
 }
 
+/* Each slot's row of the basis, and its line, which has the same number. */
 static xkv_status place_slots(holding *h, const xkv_tile_group *t, held_group *g)
 {
-    uint32_t *row = NULL;
+    uint32_t *line = NULL;
     xkv_status status;
 
-    XKV_TRY(XKV_NEW(h->ctx, t->slots, &row));
-    for (uint32_t i = 0; i < t->run_count; i++)
-        for (uint32_t k = 0; k < t->runs[i].count; k++)
-            row[t->runs[i].slot + k] = t->runs[i].component + k;
-    status = PLACE(h, row, t->slots, &g->row);
-    xkv_release(h->ctx, row);
-    XKV_TRY(status);
-    return t->slot_line ? PLACE(h, t->slot_line, t->slots, &g->line) : XKV_OK;
+    XKV_TRY(PLACE(h, t->component, t->slots, &g->row));
+    if (t->form != XKV_BLOCK_INTEGERS)
+        return XKV_OK;
+    XKV_TRY(XKV_NEW(h->ctx, t->slots, &line));
+    for (uint32_t i = 0; i < t->slots; i++)
+        line[i] = i;
+    status = PLACE(h, line, t->slots, &g->line);
+    xkv_release(h->ctx, line);
+    return status;
 }
 
 static xkv_status place_lines(holding *h, const xkv_line *from, uint32_t count, const xkv_held_line **there)

@@ -100,19 +100,22 @@ static float scale_for(float largest)
     return ldexpf(1, exponent > 100 ? 100 : exponent < -100 ? -100 : exponent);
 }
 
-static void find_scale(xkv_device_work *w)
+static xkv_status find_scale(xkv_device_work *w)
 {
-    size_t width = w->g->width;
-    float most = 0;
+    float most = 0, *row = NULL;
 
+    XKV_TRY(XKV_NEW(w->r->ctx, w->g->width, &row));
     for (uint32_t i = 0; i < w->own; i++) {
-        uint32_t row = w->own_index[i];
-        most = fmaxf(most, w->components ? xkv_largest(w->components + row * width, width) : w->basis->largest[row]);
+        if (w->components)
+            xkv_panels_get(w->components, w->own_index[i], 1, row);
+        most = fmaxf(most, w->components ? xkv_largest(row, w->g->width) : w->basis->largest[w->own_index[i]]);
     }
+    xkv_release(w->r->ctx, row);
     most *= w->step;
     if (w->crossed)
         most = fmaxf(most, largest_crossed(w));
     w->scale = scale_for(most);
+    return XKV_OK;
 }
 
 /* --- Fusing ------------------------------------------------------------------------------------------------------- */
@@ -138,10 +141,8 @@ static bool can_fuse(const xkv_device_work *w)
 static void find_components(xkv_device_work *w)
 {
     w->step = w->integers ? w->reader.side.step : 1;
-    if (w->g->codec == XKV_GROUP_SVD)
-        w->components = w->reader.components;
-    else if (w->g->codec == XKV_GROUP_SVDQ)
-        w->components = w->reader.transform.synthesis;
+    if (w->g->codec == XKV_GROUP_SVD || w->g->codec == XKV_GROUP_SVDQ)
+        w->components = w->reader.transform.basis;
     else
         w->basis = xkv_device_basis_find(w->r->dict, xkv_dict_basis(w->r->entry->dict, &w->r->entry->c.geometry, w->g));
 }
@@ -164,7 +165,7 @@ xkv_status xkv_device_work_open(xkv_device_reading *r, const xkv_group *g, bool 
     XKV_TRY(list_own(w));
     if (w->crossed)
         XKV_TRY(list_cross(w));
-    find_scale(w);
+    XKV_TRY(find_scale(w));
     w->fused = can_fuse(w);
     return XKV_OK;
 }

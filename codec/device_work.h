@@ -19,7 +19,7 @@ typedef struct xkv_device_work {
     uint32_t own, cross;               /* rows of operands */
     uint32_t *own_rows, *cross_rows;   /* xkv_plug_expand.rows */
     uint32_t *own_index, *cross_index; /* xkv_plug_split.index: the basis' rows; rows of a tile of the stage's */
-    const float *components; /* the host's [..][width], of which own_index lists rows; NULL: the device has them */
+    const xkv_panels *components; /* the host's [..][width], of which own_index lists rows; NULL: the device has them */
     const xkv_device_basis *basis; /* dict */
     uint32_t *source;              /* scalar: xkv_plug_spread.source and */
     float *factor;                 /* .factor */

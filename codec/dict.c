@@ -67,8 +67,9 @@ typedef struct loader {
     char where[32];
     uint8_t *header; /* decoded part 0 */
     xkv_basis_header at;
-    float *u;    /* [rank][width] components */
-    float *dual; /* [rank][width] what rows are analysed with; NULL unless for packing */
+    float *u;         /* [rank][width] components */
+    float *dual;      /* [rank][width] what rows are analysed with; NULL unless for packing */
+    float *synthesis; /* [rank][width] what they are made of */
 } loader;
 
 static xkv_status bad(const loader *l, const char *what, const char *rule)
@@ -157,7 +158,7 @@ static xkv_status fold_block(loader *l, const uint8_t *stored, uint32_t n, size_
             b->offset[j] += mu[i] * l->dual[j * width + column + i];
     for (size_t i = 0; i < elements; i++)
         block[i] = (float)inverse[i];
-    l->kernels->gemm_nn(b->rank, n, n, l->u + column, width, block, n, 0, b->synthesis + column, width);
+    l->kernels->gemm_nn(b->rank, n, n, l->u + column, width, block, n, 0, l->synthesis + column, width);
     return XKV_OK;
 }
 
@@ -245,7 +246,7 @@ static xkv_status check_folded(const loader *l)
     const xkv_basis *b = l->b;
     size_t n = (size_t)b->rank * b->width;
 
-    if (!l->kernels->all_finite(XKV_F32, b->mean, b->width) || !l->kernels->all_finite(XKV_F32, b->synthesis, n) ||
+    if (!l->kernels->all_finite(XKV_F32, b->mean, b->width) || !xkv_panels_finite(&b->rows, l->kernels) ||
         (b->analysis && !l->kernels->all_finite(XKV_F32, b->analysis, n)) ||
         (b->offset && !l->kernels->all_finite(XKV_F32, b->offset, b->rank)))
         return bad(l, "the basis overflows when its metric is folded into it", "Y2");
@@ -271,7 +272,7 @@ static xkv_status load_basis(loader *l)
     XKV_TRY(load_floats(l, l->at.mu, b->width, false, &b->mean));
     XKV_TRY(load_floats(l, l->at.sigma, b->rank, true, &b->sigma));
     XKV_TRY(load_components(l, b->width, l->at.tables, l->at.d, &l->u));
-    XKV_TRY(XKV_NEW(l->ctx, n, &b->synthesis));
+    XKV_TRY(XKV_NEW(l->ctx, n, &l->synthesis));
     if (l->for_packing) {
         XKV_TRY(make_dual(l, l->u, b->rank, b->width, &l->dual));
         XKV_TRY(XKV_NEW(l->ctx, n, &b->analysis));
@@ -279,8 +280,8 @@ static xkv_status load_basis(loader *l)
         XKV_TRY(XKV_NEW(l->ctx, (size_t)(l->at.size - l->at.blocks) / 2, &b->blocks)); /* a little more than needed */
     }
     XKV_TRY(fold(l));
-    XKV_TRY(check_folded(l));
-    return lay_out(l, b->synthesis, b->rank, b->width, &b->panels);
+    XKV_TRY(lay_out(l, l->synthesis, b->rank, b->width, &b->rows));
+    return check_folded(l);
 }
 
 /* --- Cross stage -------------------------------------------------------------------------------------------------- */
@@ -328,7 +329,7 @@ static xkv_status load_cross(loader *l, xkv_dict *dict)
     if (!l->kernels->all_finite(XKV_F32, b->components, (size_t)n) ||
         (b->analysis && !l->kernels->all_finite(XKV_F32, b->analysis, (size_t)n)))
         return bad(l, "the components overflow", "Y2");
-    return lay_out(l, b->components, b->rank, b->width, &b->panels);
+    return lay_out(l, b->components, b->rank, b->width, &b->rows);
 }
 
 typedef struct load_all {
@@ -357,6 +358,7 @@ static void free_loader(loader *l)
     xkv_release(l->ctx, l->header);
     xkv_release(l->ctx, l->u);
     xkv_release(l->ctx, l->dual);
+    xkv_release(l->ctx, l->synthesis);
 }
 
 static xkv_status load_task(void *user, uint32_t worker, uint64_t index)
@@ -507,7 +509,7 @@ static void free_cross(xkv_ctx *ctx, xkv_cross_basis *b)
         return;
     xkv_release(ctx, b->sigma);
     xkv_release(ctx, b->components);
-    xkv_panels_free(ctx, &b->panels);
+    xkv_panels_free(ctx, &b->rows);
     xkv_release(ctx, b->analysis);
     xkv_release(ctx, b);
 }
@@ -520,8 +522,7 @@ void xkv_dict_close(xkv_ctx *ctx, xkv_dict *dict)
         xkv_basis *b = &dict->bases[i];
         xkv_release(ctx, b->mean);
         xkv_release(ctx, b->sigma);
-        xkv_release(ctx, b->synthesis);
-        xkv_panels_free(ctx, &b->panels);
+        xkv_panels_free(ctx, &b->rows);
         xkv_release(ctx, b->analysis);
         xkv_release(ctx, b->offset);
         xkv_release(ctx, b->blocks);

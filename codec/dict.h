@@ -14,8 +14,7 @@ typedef struct xkv_basis {
     uint32_t cross_at; /* where the first of them stands in its rows */
     float *mean;       /* [width] m: the row that all-zero coefficients stand for */
     float *sigma;      /* [rank] standard deviation of each coefficient in training */
-    float *synthesis;  /* [rank][width] rows b_j */
-    xkv_panels panels; /* the same */
+    xkv_panels rows;   /* [rank][width] b_j */
     float *analysis;   /* [rank][width] rows W u_j: y_j = x . analysis_j - offset_j; NULL unless opened for packing */
     float *offset;     /* [rank] mu . u_j; likewise */
     float *blocks;     /* metric blocks of the heads, one behind the other; likewise */
@@ -26,7 +25,7 @@ typedef struct xkv_cross_basis {
     uint32_t rank, width;
     float *sigma;      /* [rank] */
     float *components; /* [rank][width] rows p_i */
-    xkv_panels panels; /* the same */
+    xkv_panels rows;   /* the same */
     float *analysis;   /* [rank][width]; NULL unless opened for packing */
 } xkv_cross_basis;
 

@@ -287,19 +287,25 @@ void xkv_svdq_select(xkv_svdq_basis *b, const uint8_t *tables)
 }
 
 /* What the stored numbers stand for. */
-static void dequantize(const float *diagonal, xkv_svdq_basis *b)
+static xkv_status dequantize(xkv_ctx *ctx, const xkv_kernels *k, const float *diagonal, xkv_svdq_basis *b)
 {
     size_t width = b->width;
+    float *row = NULL;
 
+    XKV_TRY(XKV_NEW(ctx, width, &b->mean));
+    XKV_TRY(xkv_panels_create(ctx, k, b->rank, width, &b->rows));
+    XKV_TRY(XKV_NEW(ctx, width, &row));
     for (size_t i = 0; i < width; i++)
         b->mean[i] = (float)b->q[i] * b->mean_step * diagonal[i];
     for (size_t j = 0; j < b->rank; j++) {
-        float d = component_step(b->exponents[j]), *row = b->synthesis + j * width;
+        float d = component_step(b->exponents[j]);
         const int16_t *q = b->q + (j + 1) * width;
         for (size_t i = 0; i < width; i++)
             row[i] = (float)q[i] * d * diagonal[i];
+        xkv_panels_set(&b->rows, j, 1, row);
     }
-    xkv_panels_set(&b->panels, 0, b->rank, b->synthesis);
+    xkv_release(ctx, row);
+    return XKV_OK;
 }
 
 /* --- Dual basis --------------------------------------------------------------------------------------------------- */
@@ -335,7 +341,7 @@ static xkv_status dual_block(void *user, uint32_t worker, uint64_t block)
     return XKV_OK;
 }
 
-/* b->analysis and b->offset, from b->synthesis. */
+/* b->analysis and b->offset, from b->rows. */
 static xkv_status make_dual(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const float *diagonal,
                             xkv_svdq_basis *b)
 {
@@ -352,8 +358,9 @@ static xkv_status make_dual(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, 
     XKV_TRY_GOTO(XKV_NEW(ctx, (size_t)b->rank * b->rank, &d.gram), out);
     d.w = w;
     d.analysis = b->analysis;
+    xkv_panels_get(&b->rows, 0, b->rank, w);
     for (size_t i = 0; i < n; i++)
-        w[i] = b->synthesis[i] / diagonal[i % b->width];
+        w[i] /= diagonal[i % b->width];
     XKV_TRY_GOTO(xkv_pool_run(ctx, pool, blocks, gram_block, &d), out);
     XKV_TRY_GOTO(xkv_gram_inverse(ctx, b->rank, RIDGE, d.gram, &regular), out);
     if (!regular) {
@@ -376,18 +383,9 @@ out:
     return status;
 }
 
-/* Where what they stand for goes. */
-static xkv_status allocate_rows(xkv_ctx *ctx, xkv_svdq_basis *b)
-{
-    XKV_TRY(XKV_NEW(ctx, b->width, &b->mean));
-    XKV_TRY(xkv_panels_create(ctx, xkv_kernels_cpu(), b->rank, b->width, &b->panels));
-    return XKV_NEW(ctx, (size_t)b->rank * b->width, &b->synthesis);
-}
-
 xkv_status xkv_svdq_finish(xkv_ctx *ctx, xkv_pool *pool, const xkv_kernels *k, const xkv_svdq *s, xkv_svdq_basis *b)
 {
-    XKV_TRY(allocate_rows(ctx, b));
-    dequantize(s->scale.diagonal, b);
+    XKV_TRY(dequantize(ctx, k, s->scale.diagonal, b));
     return make_dual(ctx, pool, k, s->scale.diagonal, b);
 }
 
@@ -407,8 +405,7 @@ void xkv_svdq_basis_free(xkv_ctx *ctx, xkv_svdq_basis *b)
     xkv_release(ctx, b->bits);
     xkv_release(ctx, b->lost);
     xkv_release(ctx, b->mean);
-    xkv_release(ctx, b->synthesis);
-    xkv_panels_free(ctx, &b->panels);
+    xkv_panels_free(ctx, &b->rows);
     xkv_release(ctx, b->analysis);
     xkv_release(ctx, b->offset);
     *b = (xkv_svdq_basis){0};
@@ -419,8 +416,7 @@ xkv_transform xkv_transform_of_svdq_basis(const xkv_svdq_basis *b)
     return (xkv_transform){.rank = b->rank,
                            .width = b->width,
                            .mean = b->mean,
-                           .synthesis = b->synthesis,
-                           .basis = &b->panels,
+                           .basis = &b->rows,
                            .analysis = b->analysis,
                            .offset = b->offset};
 }
@@ -495,9 +491,8 @@ xkv_status xkv_svdq_parse(xkv_ctx *ctx, const xkv_geometry *geometry, const xkv_
     XKV_TRY_GOTO(XKV_NEW(ctx, g->width, &diagonal), out);
     XKV_TRY_GOTO(parse_scales(ctx, geometry, g, side + at.scales, where, diagonal), out);
     XKV_TRY_GOTO(parse_stream(ctx, side, size, &at, where, b), out);
-    XKV_TRY_GOTO(allocate_rows(ctx, b), out);
-    dequantize(diagonal, b);
-    if (!k->all_finite(XKV_F32, b->mean, b->width) || !k->all_finite(XKV_F32, b->synthesis, (size_t)b->rank * b->width))
+    XKV_TRY_GOTO(dequantize(ctx, k, diagonal, b), out);
+    if (!k->all_finite(XKV_F32, b->mean, b->width) || !xkv_panels_finite(&b->rows, k))
         status = xkv_fail(ctx, XKV_ERROR_CORRUPT, "%s: mean or components overflow [Q3]", where);
 out:
     xkv_release(ctx, diagonal);

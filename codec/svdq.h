@@ -57,9 +57,8 @@ typedef struct xkv_svdq_basis {
     int16_t *q;          /* [rank + 1][width] */
     double *bits, *lost; /* [rank] prices of the components; encoder only */
     float *mean;         /* [width] */
-    float *synthesis;    /* [rank][width] */
-    xkv_panels panels;   /* the same */
-    float *analysis;     /* [rank][width] dual to the synthesis, by least squares; encoder only, as is */
+    xkv_panels rows;     /* [rank][width] */
+    float *analysis;     /* [rank][width] dual to these rows, by least squares; encoder only, as is */
     float *offset;       /* [rank] */
     bool overflow;       /* the mean is beyond 16 bits: nothing else is set */
 } xkv_svdq_basis;

@@ -5,8 +5,6 @@
 
 #include <math.h>
 
-/* A gap of so many components within a run costs less than a matrix product of its own. */
-#define MAX_GAP 8u
 /* Tables from this rung on are for integers that rarely all fit into 8 bits: their deviation is 32 and more. */
 #define WIDE_RUNG 32u
 
@@ -64,47 +62,18 @@ out:
 
 /* --- Slots -------------------------------------------------------------------------------------------------------- */
 
-/* Put a component into the next slot; with the arrays still missing, only count. */
-static void add_slot(xkv_tile_group *t, uint32_t component, uint32_t line, xkv_slot_run *run)
-{
-    if (run->count == 0 || run->count == XKV_ATTEND_SLOTS || component != run->component + run->count) {
-        *run = (xkv_slot_run){t->slots, 0, component};
-        t->run_count++;
-    }
-    run->count++;
-    if (t->runs)
-        t->runs[t->run_count - 1] = *run;
-    if (t->slot_line)
-        t->slot_line[t->slots] = line;
-    t->slots++;
-}
-
-static void lay_slots(xkv_tile_group *t)
-{
-    const uint8_t *tables = t->reader.side.tables;
-    uint32_t line = 0, next = 0; /* component behind the last slot */
-    xkv_slot_run run = {0};
-
-    t->slots = t->run_count = 0;
-    for (; next < t->top; next++)
-        add_slot(t, next, line++, &run);
-    for (uint32_t j = 0; j < t->reader.g->rank; j++) {
-        if (t->form == XKV_BLOCK_INTEGERS && tables[j] == 0)
-            continue;
-        for (; j > next && j - next <= MAX_GAP && run.count > 0; next++)
-            add_slot(t, next, XKV_NO_LINE, &run);
-        add_slot(t, j, line++, &run);
-        next = j + 1;
-    }
-}
-
+/* The leading components, and all others that are coded. */
 static xkv_status make_slots(xkv_ctx *ctx, xkv_tile_group *t)
 {
-    lay_slots(t);
-    XKV_TRY(XKV_NEW(ctx, t->run_count, &t->runs));
-    if (t->form == XKV_BLOCK_INTEGERS)
-        XKV_TRY(XKV_NEW(ctx, t->slots, &t->slot_line));
-    lay_slots(t);
+    uint32_t rank = t->reader.g->rank;
+
+    t->slots = t->form == XKV_BLOCK_FACTORS ? rank : t->lines;
+    XKV_TRY(XKV_NEW(ctx, t->slots, &t->component));
+    for (uint32_t i = 0; i < t->top; i++)
+        t->component[i] = i;
+    for (uint32_t j = 0, slot = t->top; j < rank; j++)
+        if (t->form == XKV_BLOCK_FACTORS || t->reader.side.tables[j] != 0)
+            t->component[slot++] = j;
     return XKV_OK;
 }
 
@@ -115,7 +84,7 @@ static xkv_status open_integers(xkv_ctx *ctx, xkv_tile_group *t)
     t->form = XKV_BLOCK_INTEGERS;
     t->top = xkv_group_uses_cross(&t->reader) ? t->reader.transform.top : 0;
     t->lines = t->top + t->reader.side.coded;
-    t->basis = t->reader.transform.synthesis;
+    t->basis = t->reader.transform.basis;
     t->mean = t->reader.transform.mean;
     return make_slots(ctx, t);
 }
@@ -123,7 +92,7 @@ static xkv_status open_integers(xkv_ctx *ctx, xkv_tile_group *t)
 static xkv_status open_factors(xkv_ctx *ctx, xkv_tile_group *t)
 {
     t->form = XKV_BLOCK_FACTORS;
-    t->basis = t->reader.components;
+    t->basis = &t->reader.components;
     return make_slots(ctx, t);
 }
 
@@ -190,8 +159,6 @@ void xkv_tile_group_close(xkv_ctx *ctx, xkv_tile_group *t)
     xkv_release(ctx, t->exact);
     xkv_release(ctx, t->line_of);
     xkv_release(ctx, t->component);
-    xkv_release(ctx, t->slot_line);
-    xkv_release(ctx, t->runs);
     *t = (xkv_tile_group){0};
 }
 
@@ -450,22 +417,37 @@ static void expand_line(const xkv_block *b, uint32_t line, size_t from, size_t n
     xkv_dequantize(xkv_coder_cpu(), q, n, l->scale, y);
 }
 
-/* Coefficients of a run of slots as f32: [slots][count], or of factors [count][slots]. */
-static void expand_run(const xkv_tile_group *t, const xkv_block *b, const xkv_slot_run *run, size_t from, size_t count,
-                       float *panel)
+/* Slots of a group that are multiplied at a time. */
+static size_t next_slots(const xkv_tile_group *t, size_t first)
 {
-    if (t->form == XKV_BLOCK_FACTORS) {
+    return (size_t)xkv_min64(XKV_ATTEND_SLOTS, t->slots - first);
+}
+
+/* Coefficients of slots [first, first + n) as f32: [n][count], or of factors [count][n]. */
+static void expand_slots(const xkv_tile_group *t, const xkv_block *b, size_t first, size_t n, size_t from, size_t count,
+                         float *y)
+{
+    if (t->form == XKV_BLOCK_FACTORS)
         for (size_t s = 0; s < count; s++)
-            t->reader.kernels->to_f32(XKV_F16, b->data + 2 * ((from + s) * t->slots + run->slot),
-                                      panel + s * run->count, run->count);
-        return;
+            t->reader.kernels->to_f32(XKV_F16, b->data + 2 * ((from + s) * t->slots + first), y + s * n, n);
+    else
+        for (size_t i = 0; i < n; i++)
+            expand_line(b, (uint32_t)(first + i), from, count, y + i * count);
+}
+
+/* The same in strips. */
+static void expand_strips(const xkv_tile_group *t, const xkv_block *b, size_t first, size_t n, size_t from,
+                          size_t count, float *strips)
+{
+    float line[XKV_ATTEND_TOKENS], row[XKV_ATTEND_SLOTS];
+
+    for (size_t i = 0; t->form == XKV_BLOCK_INTEGERS && i < n; i++) {
+        expand_line(b, (uint32_t)(first + i), from, count, line);
+        xkv_strips_set(strips, n, i, line, 1, count);
     }
-    for (uint32_t i = 0; i < run->count; i++) {
-        uint32_t line = t->slot_line[run->slot + i];
-        if (line == XKV_NO_LINE)
-            memset(panel + i * count, 0, count * sizeof *panel);
-        else
-            expand_line(b, line, from, count, panel + i * count);
+    for (size_t s = 0; t->form == XKV_BLOCK_FACTORS && s < count; s++) {
+        t->reader.kernels->to_f32(XKV_F16, b->data + 2 * ((from + s) * t->slots + first), row, n);
+        xkv_strips_set_token(strips, n, s, row);
     }
 }
 
@@ -498,20 +480,15 @@ static void add_diagonal(const xkv_tile_plane *p, const xkv_block *b, size_t fro
 void xkv_tile_rows(const xkv_tile_plane *p, const xkv_block *b, uint32_t t0, uint32_t count, float *panel, float *x)
 {
     const xkv_tile_group *t = p->group;
-    const xkv_kernels *k = t->reader.kernels;
-    size_t width = t->reader.g->width, from = t0 - b->t0;
+    size_t from = t0 - b->t0;
 
     fill_mean(p, count, x);
     if (t->form == XKV_BLOCK_DIAGONAL)
         add_diagonal(p, b, from, count, x);
-    for (uint32_t i = 0; i < t->run_count; i++) {
-        const xkv_slot_run *run = &t->runs[i];
-        const float *basis = t->basis + run->component * width + p->column;
-        expand_run(t, b, run, from, count, panel);
-        if (t->form == XKV_BLOCK_FACTORS)
-            k->gemm_nn(count, p->width, run->count, panel, run->count, basis, width, 1, x, p->width);
-        else
-            k->gemm_tn(count, p->width, run->count, panel, count, basis, width, 1, x, p->width);
+    for (size_t first = 0, n; first < t->slots; first += n) {
+        n = next_slots(t, first);
+        expand_strips(t, b, first, n, from, count, panel);
+        xkv_multiply_panels(count, n, panel, t->basis, t->component + first, p->column, p->width, x, p->width);
     }
 }
 
@@ -542,27 +519,36 @@ void xkv_tile_weigh(const xkv_tile_plane *p, const xkv_block *b, uint32_t t0, ui
     const xkv_tile_group *t = p->group;
     const xkv_kernels *k = t->reader.kernels;
 
-    for (uint32_t i = 0; i < t->run_count; i++) {
-        const xkv_slot_run *run = &t->runs[i];
-        expand_run(t, b, run, t0 - b->t0, count, panel);
+    for (size_t first = 0, n; first < t->slots; first += n) {
+        n = next_slots(t, first);
+        expand_slots(t, b, first, n, t0 - b->t0, count, panel);
         if (t->form == XKV_BLOCK_FACTORS)
-            k->gemm_nn(m, run->count, count, weights, ld, panel, run->count, 1, sums + run->slot, t->slots);
+            k->gemm_nn(m, n, count, weights, ld, panel, n, 1, sums + first, t->slots);
         else
-            k->gemm_nt(m, run->count, count, weights, ld, panel, count, 1, sums + run->slot, t->slots);
+            k->gemm_nt(m, n, count, weights, ld, panel, count, 1, sums + first, t->slots);
+    }
+}
+
+/* The sums of at most XKV_ATTEND_TOKENS queries. */
+static void apply_basis(const xkv_tile_group *t, size_t m, const float *sums, size_t column, size_t width, float *panel,
+                        float *x, size_t ld)
+{
+    for (size_t first = 0, n; first < t->slots; first += n) {
+        n = next_slots(t, first);
+        xkv_strips_set_rows(panel, n, sums + first, t->slots, m);
+        xkv_multiply_panels(m, n, panel, t->basis, t->component + first, column, width, x, ld);
     }
 }
 
 void xkv_tile_apply_basis(const xkv_tile_plane *p, size_t m, const float *sums, const float *weight, uint32_t from,
-                          uint32_t n, float *x, size_t ld)
+                          uint32_t n, float *panel, float *x, size_t ld)
 {
     const xkv_tile_group *t = p->group;
-    size_t width = t->reader.g->width, column = p->column + from;
+    size_t column = p->column + from;
 
-    for (uint32_t i = 0; i < t->run_count; i++) {
-        const xkv_slot_run *run = &t->runs[i];
-        t->reader.kernels->gemm_nn(m, n, run->count, sums + run->slot, t->slots,
-                                   t->basis + run->component * width + column, width, 1, x, ld);
-    }
+    for (size_t r = 0; r < m; r += XKV_ATTEND_TOKENS)
+        apply_basis(t, (size_t)xkv_min64(XKV_ATTEND_TOKENS, m - r), sums + r * t->slots, column, n, panel, x + r * ld,
+                    ld);
     for (size_t r = 0; t->mean && r < m; r++)
         for (size_t i = 0; i < n; i++)
             x[r * ld + i] += weight[r] * t->mean[column + i];

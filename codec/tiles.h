@@ -2,8 +2,7 @@
  * tiles of rows, or of weighted coefficients, made from these.
  *
  * A plane's rows are either stored exactly, or x = mean + sum over slots of a coefficient times a row of the basis,
- * which stays where it is: for codec dict in the dictionary. Slots are the components that are coded, and the few
- * others that stand between them, so that long runs of slots are runs of neighbouring rows of the basis. */
+ * which stays where it is: for codec dict in the dictionary. Slots are the components that are coded. */
 #ifndef XKV_TILES_H
 #define XKV_TILES_H
 
@@ -14,6 +13,8 @@
 #define XKV_ATTEND_SLOTS  128u
 /* Components of the cross stage that are. */
 #define XKV_ATTEND_LINES 32u
+/* f32 of the strips of a tile's slots, or of their coefficients. */
+#define XKV_TILE_PANEL xkv_strips_size(XKV_ATTEND_TOKENS, XKV_ATTEND_SLOTS)
 
 /* --- A group, for some of its planes ------------------------------------------------------------------------------ */
 
@@ -23,12 +24,6 @@ typedef enum xkv_block_form {
     XKV_BLOCK_INTEGERS, /* dict, svdq: a line for each coefficient, [lines][tokens] */
     XKV_BLOCK_DIAGONAL  /* scalar: likewise, a line for each element */
 } xkv_block_form;
-
-/* Neighbouring slots whose basis rows are neighbours too; at most XKV_ATTEND_SLOTS. */
-typedef struct xkv_slot_run {
-    uint32_t slot, count;
-    uint32_t component; /* of the first */
-} xkv_slot_run;
 
 #define XKV_NO_LINE UINT32_MAX
 
@@ -41,17 +36,13 @@ typedef struct xkv_tile_group {
     uint32_t row_bytes;
     uint8_t *exact; /* sinks, then window; NULL for lossless groups */
 
-    uint32_t lines;      /* of a block: those of the leading coefficients, then the group's own */
-    uint32_t top;        /* leading coefficients, which the cross stage adds to; 0 without one */
-    uint32_t *line_of;   /* DIAGONAL: [coded] line of a coded component, or XKV_NO_LINE */
-    uint32_t *component; /* DIAGONAL: [lines] */
-
-    uint32_t slots;
-    uint32_t *slot_line; /* INTEGERS: [slots] or XKV_NO_LINE */
-    const float *basis;  /* [component][width] */
-    const float *mean;   /* [width], or NULL for 0 */
-    uint32_t run_count;
-    xkv_slot_run *runs;
+    uint32_t lines;          /* of a block: those of the leading coefficients, then the group's own */
+    uint32_t top;            /* leading coefficients, which the cross stage adds to; 0 without one */
+    uint32_t *line_of;       /* DIAGONAL: [coded] line of a coded component, or XKV_NO_LINE */
+    uint32_t slots;          /* FACTORS and INTEGERS; of INTEGERS each is a line */
+    uint32_t *component;     /* [slots], or DIAGONAL: [lines] */
+    const xkv_panels *basis; /* [component][width] */
+    const float *mean;       /* [width], or NULL for 0 */
 } xkv_tile_group;
 
 /* Open a group of an entry for its planes with asked[plane] != 0. `cross` is that of xkv_group_reader_open(). */
@@ -126,7 +117,7 @@ typedef struct xkv_tile_plane {
     uint32_t column, width;
 } xkv_tile_plane;
 
-/* Rows x [count][width] of coded tokens t0 .. of a block; K before RoPE. `panel`: XKV_ATTEND_SLOTS * count f32. */
+/* Rows x [count][width] of coded tokens t0 .. of a block; K before RoPE. `panel`: XKV_TILE_PANEL f32. */
 void xkv_tile_rows(const xkv_tile_plane *p, const xkv_block *b, uint32_t t0, uint32_t count, float *panel, float *x);
 
 /* The stored rows of the group from a token on that is exact, or of a lossless group, whose block it is in. */
@@ -139,8 +130,8 @@ void xkv_tile_weigh(const xkv_tile_plane *p, const xkv_block *b, uint32_t t0, ui
                     const float *weights, size_t ld, float *panel, float *sums);
 
 /* x [m][n] (rows `ld` apart) += sums [m][slots] times columns [from, from + n) of the plane's basis, + weight[i] times
- * its mean. */
+ * its mean. `panel` as above. */
 void xkv_tile_apply_basis(const xkv_tile_plane *p, size_t m, const float *sums, const float *weight, uint32_t from,
-                          uint32_t n, float *x, size_t ld);
+                          uint32_t n, float *panel, float *x, size_t ld);
 
 #endif

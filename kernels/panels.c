@@ -40,14 +40,21 @@ void xkv_panels_set(const xkv_panels *p, size_t first, size_t count, const float
     }
 }
 
-void xkv_panels_row(const xkv_panels *p, size_t row, float *to)
+void xkv_panels_get(const xkv_panels *p, size_t first, size_t count, float *rows)
 {
     size_t width = p->tile->cols;
 
     for (size_t column = 0; column < p->cols; column += width) {
         size_t n = (size_t)xkv_min64(width, p->cols - column);
-        memcpy(to + column, panel_at(p, column) + row * width, n * sizeof *to);
+        const float *from = panel_at(p, column) + first * width;
+        for (size_t j = 0; j < count; j++)
+            memcpy(rows + j * p->cols + column, from + j * width, n * sizeof *rows);
     }
+}
+
+bool xkv_panels_finite(const xkv_panels *p, const xkv_kernels *k)
+{
+    return k->all_finite(XKV_F32, p->data, panel_count(p) * p->tile->cols * p->rows);
 }
 
 static size_t strip_count(size_t m)
@@ -70,6 +77,20 @@ void xkv_strips_set(float *strips, size_t depth, size_t k, const float *a, size_
             to[i] = a[(t + i) * stride];
     for (size_t i = 0; t < m && i < XKV_STRIP; i++)
         to[i] = t + i < m ? a[(t + i) * stride] : 0;
+}
+
+void xkv_strips_set_rows(float *strips, size_t depth, const float *a, size_t stride, size_t m)
+{
+    for (size_t k = 0; k < depth; k++)
+        xkv_strips_set(strips, depth, k, a + k, stride, m);
+}
+
+void xkv_strips_set_token(float *strips, size_t depth, size_t t, const float *a)
+{
+    float *to = strips + t / XKV_STRIP * depth * XKV_STRIP + t % XKV_STRIP;
+
+    for (size_t k = 0; k < depth; k++)
+        to[k * XKV_STRIP] = a[k];
 }
 
 /* --- Products ----------------------------------------------------------------------------------------------------- */

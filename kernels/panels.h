@@ -28,14 +28,20 @@ XKV_MUST_CHECK xkv_status xkv_panels_create(xkv_ctx *ctx, const xkv_kernels *k, 
                                             xkv_panels *p);
 void xkv_panels_free(xkv_ctx *ctx, xkv_panels *p);
 
-/* Rows [first, first + count) from rows [count][cols]; a row as it was. */
+/* Rows [first, first + count) from rows [count][cols], and back. */
 void xkv_panels_set(const xkv_panels *p, size_t first, size_t count, const float *rows);
-void xkv_panels_row(const xkv_panels *p, size_t row, float *to);
+void xkv_panels_get(const xkv_panels *p, size_t first, size_t count, float *rows);
+
+/* Whether no element is NaN or infinite. */
+bool xkv_panels_finite(const xkv_panels *p, const xkv_kernels *k);
 
 /* f32 of the strips of m tokens. */
 size_t xkv_strips_size(size_t m, size_t depth);
 /* Component k of `depth` for m tokens: a[t * stride]. */
 void xkv_strips_set(float *strips, size_t depth, size_t k, const float *a, size_t stride, size_t m);
+/* All components [m][depth], rows `stride` apart; or [depth] of token t, where depth <= XKV_DEPTH. */
+void xkv_strips_set_rows(float *strips, size_t depth, const float *a, size_t stride, size_t m);
+void xkv_strips_set_token(float *strips, size_t depth, size_t t, const float *a);
 
 /* C [m][count] += A^T times rows pick[0 .. depth) of B, of which columns [first, first + count) are taken. Rows of C
  * are `ldc` apart. */

@@ -580,7 +580,8 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_attention_merge(xkv_ctx *ctx, xkv_d
 /* --- Dictionaries ------------------------------------------------------------------------------------------------- */
 
 /* Open a dictionary, decode its bases and fold its metric into them. `for_packing` 0 leaves out what only packing needs
- * (half of the memory: about 8 bytes an element of every basis, then 4). `input` is not kept.
+ * (half of the memory: about 8 bytes an element of every basis, then 4; of the cross stage's, 12 and 8). `input` is not
+ * kept.
  * Errors: as xkv_entry_open(). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_dict_open(xkv_ctx *ctx, const xkv_input *input, int for_packing,
                                                 xkv_dict **dict_p);

@@ -153,21 +153,27 @@ static void test_rows_come_back(void **state)
 
     make(*state, xkv_kernels_cpu(), 1, 1, 77, &p);
     for (size_t i = 0; i < ROWS; i++) {
-        xkv_panels_row(&p.panels, i, row);
+        xkv_panels_get(&p.panels, i, 1, row);
         assert_memory_equal(row, p.b + i * p.cols, p.cols * sizeof *row);
     }
     assert_int_equal((uintptr_t)p.panels.data % 64, 0);
+    assert_true(xkv_panels_finite(&p.panels, xkv_kernels_cpu()));
+    row[76] = INFINITY;
+    xkv_panels_set(&p.panels, 13, 1, row);
+    assert_false(xkv_panels_finite(&p.panels, xkv_kernels_cpu()));
     unmake(&p);
 }
 
 static void test_strips_of_rows(void **state)
 {
     const float rows[] = {1, 2, 3, 4, 5, 6}; /* [tokens 3][components 2] */
-    float *strips = malloc(xkv_strips_size(3, 2) * sizeof *strips);
+    float *strips = malloc(xkv_strips_size(15, 2) * sizeof *strips);
 
     (void)state;
-    for (size_t k = 0; k < 2; k++)
-        xkv_strips_set(strips, 2, k, rows + k, 2, 3);
+    xkv_strips_set_rows(strips, 2, rows, 2, 3);
+    xkv_strips_set_token(strips, 2, 14, &rows[4]);
+    assert_float_equal(strips[2 * XKV_STRIP + 2], 5, 0);
+    assert_float_equal(strips[3 * XKV_STRIP + 2], 6, 0);
     for (size_t k = 0; k < 2; k++)
         for (size_t t = 0; t < XKV_STRIP; t++)
             assert_float_equal(strips[k * XKV_STRIP + t], t < 3 ? rows[2 * t + k] : 0, 0);
