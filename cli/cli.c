@@ -425,7 +425,7 @@ static bool take_common_option(cli *c, int option, const char *value)
 /* OpenBLAS runs its oldest kernels on processors newer than itself. */
 static bool blas_is_slow(void)
 {
-    return strcmp(xkv_kernels_cpu_name(), "avx2") == 0 && strstr(xkv_kernels_blas_name(), "Prescott") != NULL;
+    return strncmp(xkv_kernels_cpu_name(), "avx", 3) == 0 && strstr(xkv_kernels_blas_name(), "Prescott") != NULL;
 }
 
 /* Version, and what does the arithmetic here. */
