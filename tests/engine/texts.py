@@ -54,11 +54,23 @@ def default_prose(cache):
 FACTS = (("What is the name of the lighthouse keeper?", "Marten"), ("What colour is the door of the tavern?", "green"),
          ("How many bells hang in the tower?", "seven"), ("What does the baker sell on Sundays?", "plum"),
          ("Who built the bridge?", "Ilse"), ("In which month is the market held?", "October"),
-         ("What animal guards the mill?", "goose"), ("What is the ferry called?", "Swallow"))
+         ("What animal guards the mill?", "goose"), ("What is the ferry called?", "Swallow"),
+         ("What is the name of the doctor?", "Quint"), ("What colour is the roof of the church?", "copper"),
+         ("How many steps lead to the harbour?", "ninety"), ("What does the smith make?", "hinges"),
+         ("Who teaches at the school?", "Odile"), ("On which day do the fishermen rest?", "Thursday"),
+         ("What tree grows on the square?", "walnut"), ("What is the inn called?", "Anchor"),
+         ("What is the name of the mayor?", "Fenwick"), ("What colour is the mail coach?", "yellow"),
+         ("How many boats does the harbour hold?", "forty"), ("What does the widow on the hill weave?", "blankets"),
+         ("Who keeps the key of the library?", "Tobias"), ("In which season do the storks return?", "spring"),
+         ("What instrument does the miller play?", "fiddle"), ("What is the river called?", "Lorne"))
 FACTS_TEXT = """The town of Harrow Bay is small, and everybody knows these things about it. The name of the lighthouse keeper is
 Marten. The colour of the door of the tavern is green. The number of bells in the tower is seven. On Sundays the baker sells
 plum cakes. The bridge was built by Ilse Brandt. The market is held in October. The animal that guards the mill is a goose.
-The ferry is called Swallow.
+The ferry is called Swallow. The name of the doctor is Quint. The colour of the roof of the church is copper. The number of
+steps to the harbour is ninety. The smith makes hinges. The teacher at the school is Odile. The fishermen rest on Thursday.
+The tree on the square is a walnut. The inn is called Anchor. The name of the mayor is Fenwick. The colour of the mail coach
+is yellow. The number of boats in the harbour is forty. The widow on the hill weaves blankets. The key of the library is kept
+by Tobias. The storks return in spring. The instrument that the miller plays is a fiddle. The river is called Lorne.
 """
 
 
@@ -69,7 +81,7 @@ def named_facts(answer):
 
 def facts_text(cache):
     """A text of about 2,000 tokens that ends with facts, and (question, part of the answer)."""
-    return default_texts(cache)["tempest"][:5600] + "\n\n" + FACTS_TEXT, FACTS
+    return default_texts(cache)["tempest"][:5000] + "\n\n" + FACTS_TEXT, FACTS
 
 
 def training_texts(cache):

@@ -182,7 +182,7 @@ static void test_strips_of_rows(void **state)
 
 static int set_up(void **state)
 {
-    return xkv_ctx_create(NULL, (xkv_ctx **)state);
+    return xkv_ctx_create(NULL, (xkv_ctx **)state) == XKV_OK ? 0 : -1;
 }
 
 static int tear_down(void **state)
