@@ -10,15 +10,26 @@
 #include <math.h>
 #include <stdlib.h>
 
+/* The tile of AVX-512 in plain C, for processors without it. */
+void add_wide_tile(const xkv_tile_product *p);
+#define TILE add_wide_tile
+#define TILE_TARGET
+#define TILE_VECTOR 64
+#define TILE_ROWS   12
+#define TILE_COLS   XKV_AVX512_COLS
+#include "cpu/panel_tile.h"
+
+static const xkv_kernels wide = {.name = "wide", .panel_tile = {add_wide_tile, XKV_AVX512_COLS}};
+
 #define GUARD 12345.0f
 
-enum { ROWS = 97, TABLES = 4 };
+enum { ROWS = 97, TABLES = 5 };
 
 static size_t all_tables(const xkv_kernels *list[TABLES])
 {
     size_t n = 0;
     const xkv_kernels *tables[] = {xkv_kernels_cpu_generic(), xkv_kernels_cpu_avx2(), xkv_kernels_cpu_avx512(),
-                                   xkv_kernels_cpu_neon()};
+                                   xkv_kernels_cpu_neon(), &wide};
 
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         if (tables[i])
