@@ -15,7 +15,7 @@
 #define TILE xkv_neon_add_tile
 #define TILE_TARGET
 #define TILE_VECTOR 16
-#define TILE_ROWS   6
+#define TILE_ROWS   4
 #define TILE_COLS   XKV_NEON_COLS
 #include "panel_tile.h"
 #endif
