@@ -350,6 +350,31 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_read(xkv_ctx *ctx, xkv_device *devi
                                                   const xkv_read_options *options, const xkv_device_target *target,
                                                   const xkv_view *views);
 
+/* A restore that can be put on a stream again: everything that it needs of the host has been done, and lies in device
+ * memory. For engines that capture their work into CUDA graphs, and for prefixes that are restored over and over. */
+typedef struct xkv_device_replay xkv_device_replay;
+
+/* xkv_device_read() once, into the views, and keep what it put on its streams. Device memory that it takes (see
+ * xkv_device_replay_bytes()) is about the packed size of the groups that the device decodes, the raw size of those that
+ * the CPU does (zstd), and the workspace. A workspace or dictionary of `target` is the replay's until it is freed, and
+ * so are the device and the memory that views and `rows` point to; entry, options and views need not be kept. Without a
+ * dictionary of the target the replay keeps a copy of the entry's; copies of those of entries that it extends are made
+ * again by each run. Errors: those of xkv_device_read(); MEMORY also when it is the device's. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_replay_create(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
+                                                           const xkv_read_options *options,
+                                                           const xkv_device_target *target, const xkv_view *views,
+                                                           xkv_device_replay **replay_p);
+/* Wait for what runs before. Accepts NULL. */
+XKV_API void xkv_device_replay_free(xkv_ctx *ctx, xkv_device_replay *replay);
+/* Device memory that it has allocated, bytes, without its copy of a dictionary. */
+XKV_API uint64_t xkv_device_replay_bytes(const xkv_device_replay *replay);
+
+/* Put the restore on `stream` (a cudaStream_t; NULL: the default one): kernels and copies within the device's memory,
+ * of which the caller's stream may be capturing a graph. Nothing is allocated or waited for, and nothing of the host is
+ * read. Rows go where the views say; `rows` of paged ones are read when it runs, so that pages may have changed since.
+ * One run at a time: they share the workspace. Errors: BACKEND. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_replay_run(xkv_ctx *ctx, xkv_device_replay *replay, void *stream);
+
 /* --- Packing from a device's memory ------------------------------------------------------------------------------- */
 
 /* Workspace of xkv_device_pack() with the same options, in bytes: what it needs at least, and beyond what more does not

@@ -39,7 +39,8 @@ NOT_FROM_PYTHON = {
     **dict.fromkeys((
         "xkv_device_open", "xkv_device_close", "xkv_device_get_info", "xkv_device_options_default",
         "xkv_device_target_default", "xkv_device_dict_create", "xkv_device_dict_free", "xkv_device_read",
-        "xkv_device_read_size", "xkv_device_pack", "xkv_device_pack_size", "xkv_device_attention_create",
+        "xkv_device_read_size", "xkv_device_replay_create", "xkv_device_replay_run", "xkv_device_replay_free",
+        "xkv_device_replay_bytes", "xkv_device_pack", "xkv_device_pack_size", "xkv_device_attention_create",
         "xkv_device_attention_free", "xkv_device_attention_get_info", "xkv_device_attention_merge", "xkv_device_attend",
     ), "what is in a device's memory waits for an engine that asks for it from Python"),
     "xkv_backend_get_info": "what the command line shows",

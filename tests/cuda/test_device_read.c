@@ -519,6 +519,109 @@ static void test_operations_can_be_captured(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* --- Restores that are repeated --- */
+
+/* The pages of a cache elsewhere: rows from first to last. */
+static void turn_pages(cache *c)
+{
+    for (uint32_t t = 0; t < c->tokens; t++)
+        c->host_rows[t] = c->tokens - 1 - c->host_rows[t];
+    device_copy(c->rows, c->host_rows, c->tokens * sizeof *c->host_rows);
+    memset(c->host, 0xee, c->size);
+    clear_cache(c);
+}
+
+/* Put the restore on a stream as a graph would, and compare. */
+static void check_run(xkv_ctx *ctx, const subject *t, const xkv_read_options *o, xkv_device_replay *replay, cache *c,
+                      uint32_t tokens)
+{
+    void *stream;
+
+    assert_true(device->api->stream_create(device->plug, &stream) == XKV_OK);
+    assert_ok(ctx, xkv_entry_read(ctx, t->p.entry, o, c->host_views));
+    clear_cache(c);
+    if (control)
+        control->capturing = 1;
+    assert_ok(ctx, xkv_device_replay_run(ctx, replay, stream));
+    if (control)
+        control->capturing = 0;
+    assert_true(device->api->record(device->plug, device->begun, stream) == XKV_OK);
+    assert_true(device->api->wait(device->plug, device->begun) == XKV_OK);
+    compare(t, c, tokens);
+    device->api->stream_destroy(device->plug, stream);
+}
+
+static void check_replay(xkv_ctx *ctx, const subject *t, const subject *other, const xkv_read_options *o,
+                         uint32_t tokens)
+{
+    cache c = make_cache(&t->s, t->s.geometry.token_count, XKV_F16, TOKEN_MAJOR, true);
+    uint64_t blocks = control ? control->blocks : 0;
+    xkv_device_replay *replay = NULL;
+
+    assert_ok(ctx, xkv_device_replay_create(ctx, device, t->p.entry, o, NULL, c.views, &replay));
+    assert_true(xkv_device_replay_bytes(replay) > 0);
+    assert_ok(ctx, xkv_entry_read(ctx, t->p.entry, o, c.host_views));
+    compare(t, &c, tokens);
+    check_read(ctx, other, NULL, NULL, XKV_BF16, TOKEN_MAJOR, false); /* what was staged is overwritten */
+    check_run(ctx, t, o, replay, &c, tokens);
+    turn_pages(&c);
+    check_run(ctx, t, o, replay, &c, tokens);
+    xkv_device_replay_free(ctx, replay);
+    assert_true(!control || control->blocks == blocks);
+    free_cache(&c);
+}
+
+static void test_replays(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject other = make_subject(ctx, 190, XKV_BF16, XKV_PROFILE_LOSSLESS, 0, 0);
+    xkv_read_options some = xkv_read_options_default();
+
+    (void)state;
+    some.first_token = 5;
+    some.token_count = 60;
+    check_read(ctx, &other, NULL, NULL, XKV_BF16, TOKEN_MAJOR, false); /* the device has its tables then */
+    for (size_t i = 0; i < 2 * KINDS; i++) {
+        head_dim = i % 2 ? 20 : 16;
+        subject t = make_subject(ctx, 131, XKV_BF16, kinds[i / 2].profile, kinds[i / 2].quality, kinds[i / 2].cross);
+        head_dim = 16;
+        check_replay(ctx, &t, &other, NULL, 131);
+        check_replay(ctx, &t, &other, &some, 60);
+        free_subject(ctx, &t);
+    }
+    free_subject(ctx, &other);
+    xkv_ctx_free(ctx);
+}
+
+/* Whichever call of the runtime fails while one is made: nothing stays. */
+static void test_replay_failures(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_subject(ctx, 70, XKV_BF16, XKV_PROFILE_DICT, 60, 6);
+    cache c = make_cache(&t.s, 70, XKV_F16, TOKEN_MAJOR, true);
+    bool reached = control;
+    uint32_t failures = 0;
+
+    (void)state;
+    for (uint64_t n = 1; reached; n += 1 + n / 16) {
+        uint64_t blocks = control->blocks;
+        xkv_device_replay *replay = NULL;
+        control->error = n % 2 ? cudaErrorMemoryAllocation : cudaErrorInvalidValue;
+        control->fail_at = control->calls + n;
+        xkv_status status = xkv_device_replay_create(ctx, device, t.p.entry, NULL, NULL, c.views, &replay);
+        reached = control->calls >= control->fail_at;
+        control->fail_at = 0;
+        failures += status != XKV_OK;
+        assert_true(status == XKV_OK || status == XKV_ERROR_MEMORY || status == XKV_ERROR_BACKEND);
+        xkv_device_replay_free(ctx, replay);
+        assert_true(control->blocks <= blocks + 1); /* giving back may be what failed */
+    }
+    assert_true(!control || failures > 20);
+    free_cache(&c);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
 /* --- The caller's memory, stream and dictionary ------------------------------------------------------------------- */
 
 static void test_workspace(void **state)
@@ -769,10 +872,12 @@ int main(void)
         cmocka_unit_test(test_positions),      cmocka_unit_test(test_wide),     cmocka_unit_test(test_workspace),
         cmocka_unit_test(test_callbacks),      cmocka_unit_test(test_refusals), cmocka_unit_test(test_extended),
         cmocka_unit_test(test_damaged_chunks), cmocka_unit_test(test_heads),    cmocka_unit_test(test_into_blocks),
+        cmocka_unit_test(test_replays),
     };
     const struct CMUnitTest told_to_fail[] = {
         /* the last one leaves the device broken */
         cmocka_unit_test(test_operations_can_be_captured),
+        cmocka_unit_test(test_replay_failures),
         cmocka_unit_test(test_short_of_memory),
         cmocka_unit_test(test_failing_calls),
         cmocka_unit_test(test_broken_device),
