@@ -1,9 +1,8 @@
 /* decode.c - restoring an entry: groups in order, on all threads.
  *
  * The work is one list of numbered tasks: for each group one that opens it, then one for each of its chunks, or of
- * parts of these where there are too few to keep all threads busy. Behind the first group that has rows, which somebody
- * waits for, each is opened before the rows of the one before it are made. Threads take tasks in this order, so that
- * the chunks of several groups may be decoded at the same time. A task waits for nothing but tasks before it: a chunk
+ * parts of these where there are too few to keep all threads busy. Threads take them in their order, so that the chunks
+ * of several groups may be decoded at the same time. A task waits for nothing but tasks before it: a chunk
  * for its group to be open and, in groups of codec dict, when their own part is done for all chunks of the cross stage,
  * which is the first group; opening for a free place. */
 #include "chunks.h"
@@ -14,7 +13,7 @@
 #include <time.h>
 
 enum {
-    TASKS_PER_THREAD = 4,        /* of a group, if there are enough tokens: */
+    TASKS_PER_THREAD = 8,        /* of a group, if there are enough tokens: */
     SLICE_STRIPS = 4,            /* tokens that a task restores, at least, in strips of a product */
     MAX_PLACES = 8,              /* groups that are open at a time */
     MAX_OPEN_BYTES = 32u << 20,  /* of components that they have in memory, beyond two groups */
@@ -281,23 +280,28 @@ static xkv_status restore_slice(decoder *d, worker *w, uint32_t m, uint32_t inde
     return whole ? XKV_OK : restore_tiles(d, w, m, &chunk, slice);
 }
 
-/* Which member a task is for: its at-th, where 0 opens it. Those behind the first one that has rows are opened early.
- */
+/* Which member a task is for: its at-th, where 0 opens it. The first one that has rows is opened before the integers of
+ * the cross stage are decoded, and each behind it before rows of the one before it are made. */
 static void find_task(const decoder *d, uint64_t task, uint32_t *m, uint32_t *at)
 {
-    uint64_t each = (uint64_t)d->chunks * d->slices + 1, plain = (first_member(d) + 1) * each;
+    uint64_t parts = (uint64_t)d->chunks * d->slices, begun = xkv_min64(first_member(d) + 1, d->count);
+    uint64_t plain = begun * (parts + 1);
 
-    *m = (uint32_t)(task / each);
-    *at = (uint32_t)(task % each);
-    if (task <= plain)
-        return;
-    task -= plain + 1; /* .. then the next member is opened, and rows of this one are made */
-    *m = (uint32_t)(first_member(d) + 1 + task / each);
-    *at = (uint32_t)(task % each);
-    if (*m == d->count - 1) /* no next one */
-        ++*at;
-    else if (*at == 0)
-        ++*m;
+    if (task < begun || task == plain) {
+        *m = (uint32_t)(task < begun ? task : begun);
+        *at = 0;
+    } else if (task < plain) {
+        *m = (uint32_t)((task - begun) / parts);
+        *at = (uint32_t)((task - begun) % parts) + 1;
+    } else {
+        task -= plain + 1; /* .. then the next member is opened, and rows of this one are made */
+        *m = (uint32_t)(begun + task / (parts + 1));
+        *at = (uint32_t)(task % (parts + 1));
+        if (*m == d->count - 1) /* no next one */
+            ++*at;
+        else if (*at == 0)
+            ++*m;
+    }
 }
 
 static xkv_status run_task(decoder *d, worker *w, uint64_t task)
