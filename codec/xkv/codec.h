@@ -570,6 +570,20 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_attend(xkv_ctx *ctx, const xkv_devi
                                                     const xkv_queries *queries, const xkv_attend_options *options,
                                                     void *stream, void *workspace, float *output, float *lse);
 
+/* The rows of all layers that the attention has, restored from what is held: into views [plane_count] of the device's
+ * memory, `rows` included, as xkv_device_read() takes them; those of planes of other layers are not looked at. Token i
+ * of the attention goes to row(i). The work, one kernel for each plane, is put behind what is on `stream` (NULL: the
+ * default stream), and the call returns; it takes no workspace, allocates, copies and waits for nothing, so that it can
+ * be captured into a graph together with what uses the rows. A graph keeps addresses and strides of the views; what the
+ * arrays `rows` hold in the device's memory, a paged cache's slots, is read at each launch and may change in between.
+ * Rows are those of xkv_entry_read() at the attention's positions, as spec/codec.md, section 3 demands of two decoders;
+ * but coefficients that a cross stage adds to are held in 16 bits of the largest of a chunk, and XKV_HOLD_ROWS rounds
+ * to the planes' dtype before. It is f32 arithmetic, as that of attention:
+ * xkv_device_read() is what to restore once with. Errors: ARGUMENT (views, alignment), UNSUPPORTED (another dtype;
+ * heads of more than 640 elements; blocks that reach over heads), BACKEND. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_attention_restore(xkv_ctx *ctx, const xkv_device_attention *copy,
+                                                               void *stream, const xkv_view *views);
+
 /* xkv_attention_merge() of states in the device's memory, on a stream, likewise. Errors: ARGUMENT (more than 16
  * states), BACKEND. */
 XKV_API XKV_MUST_CHECK xkv_status xkv_device_attention_merge(xkv_ctx *ctx, xkv_device *device,

@@ -640,6 +640,13 @@ static xkv_status merge(xkv_plug_device *d, const xkv_plug_merge *o, void *strea
     ON_DEVICE(d, xkv_launch_merge(o, stream));
 }
 
+static xkv_status restore(xkv_plug_device *d, const xkv_plug_restore *o, void *stream)
+{
+    if (o->tile_count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_restore(o, stream));
+}
+
 /* --- The table ---------------------------------------------------------------------------------------------------- */
 
 extern const xkv_plugin xkv_plugin_table;
@@ -678,6 +685,7 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .join = join,
     .attend = attend,
     .merge = merge,
+    .restore = restore,
     .fused = fused,
     .gather = gather,
     .take = take,

@@ -10,10 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#ifndef XKV_EMULATED
-#include <cuda_runtime_api.h>
-#endif
-
 static int failures, checks;
 
 static size_t size_of(uint32_t dtype)
@@ -498,80 +494,6 @@ static void check_rows(gpu *g)
     check_join_of(g, 70, 31, 4);
 }
 
-/* --- Graphs ------------------------------------------------------------------------------------------------------- */
-
-#ifndef XKV_EMULATED
-
-static void must(cudaError_t e, const char *what)
-{
-    if (e == cudaSuccess)
-        return;
-    fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(e));
-    exit(1);
-}
-
-/* Operations captured into a graph and launched twice give what they give on a stream. */
-static void check_graph(gpu *g)
-{
-    enum { M = 96, N = 128, K = 64 };
-    static int16_t q[K * M];
-    static uint32_t rows[K];
-    static float components[K * N], plain[M * N], replayed[M * N];
-    uint32_t fault = 0;
-    uint64_t seed = 8;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-
-    for (int i = 0; i < K * M; i++)
-        q[i] = (int16_t)(gpu_random(&seed) % 200 - 100);
-    for (uint32_t i = 0; i < K; i++)
-        rows[i] = i << 2;
-    for (int i = 0; i < K * N; i++)
-        components[i] = (float)gpu_normal(&seed);
-    gpu_block q_there = gpu_put(g, q, sizeof q), rows_there = gpu_put(g, rows, sizeof rows);
-    gpu_block f32 = gpu_put(g, components, sizeof components), halves = gpu_alloc(g, 2 * K * N * 2);
-    gpu_block tile = gpu_alloc(g, 2 * K * M * 2), word = gpu_put(g, &fault, 4), out = gpu_alloc(g, sizeof plain);
-    xkv_plug_expand e = {(void *)q_there.p, M, (void *)rows_there.p, K, M, tile.p, M, K, 0, (void *)word.p};
-    xkv_plug_split s = {(void *)f32.p, NULL, K, N, 1, 256, halves.p, halves.p + K * N * 2, 0};
-    xkv_plug_gemm m = {tile.p, halves.p, (void *)out.p, M, N, 2 * K, M, N, N, 1 / 256.0f, 0, 1, 0};
-
-    for (int pass = 0; pass < 2; pass++) {
-        if (pass == 1)
-            must(cudaStreamBeginCapture(g->stream, cudaStreamCaptureModeGlobal), "begin capture");
-        GPU_TRY(g, expand(g->d, &e, g->stream));
-        GPU_TRY(g, split(g->d, &s, g->stream));
-        GPU_TRY(g, gemm(g->d, &m, g->stream));
-        if (pass == 0)
-            gpu_get(g, &out, plain);
-    }
-    must(cudaStreamEndCapture(g->stream, &graph), "end capture");
-    must(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-    GPU_TRY(g, clear(g->d, out.p, sizeof plain, g->stream));
-    for (int i = 0; i < 2; i++)
-        must(cudaGraphLaunch(exec, g->stream), "launch");
-    gpu_get(g, &out, replayed);
-    check(memcmp(plain, replayed, sizeof plain) == 0, "a graph gives other rows than the stream", 0, 0, 0);
-    must(cudaGraphExecDestroy(exec), "destroy");
-    must(cudaGraphDestroy(graph), "destroy");
-    release(g, &q_there, "graph: integers");
-    release(g, &rows_there, "graph: rows");
-    release(g, &f32, "graph: components");
-    release(g, &halves, "graph: halves");
-    release(g, &tile, "graph: tile");
-    release(g, &word, "graph: fault");
-    release(g, &out, "graph: out");
-}
-
-#else
-
-/* The emulated device has none. */
-static void check_graph(gpu *g)
-{
-    (void)g;
-}
-
-#endif
-
 int main(int argc, char **argv)
 {
     gpu g;
@@ -588,7 +510,7 @@ int main(int argc, char **argv)
     check_rows(&g);
     check_pack(&g);
     check_svd(&g);
-    check_graph(&g);
+    check_graphs(&g);
     gpu_end(&g);
     printf("%d checks, %d failed\n", checks, failures);
     return failures > 0;
