@@ -225,6 +225,7 @@ typedef struct xkv_plugin {
     xkv_status (*quantize)(xkv_plug_device *d, const xkv_plug_quantize *o, void *stream);
     xkv_status (*count_values)(xkv_plug_device *d, const xkv_plug_count *o, void *stream);
     xkv_status (*encode)(xkv_plug_device *d, const xkv_plug_encode *o, void *stream);
+    xkv_status (*round_columns)(xkv_plug_device *d, const xkv_plug_round_columns *o, void *stream);
 
     /* plugin_svd.h */
     xkv_status (*dense_size)(xkv_plug_device *d, uint64_t n, uint64_t batch, xkv_plug_dense_size *size);

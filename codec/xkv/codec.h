@@ -364,9 +364,13 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_pack_size(xkv_ctx *ctx, xkv_device 
  * measured error; only streams, exact rows and, for a ratio or an error, a sample of 1,024 tokens come to the host.
  * Of equal coefficients the integers and the bytes are those of xkv_pack(). Coefficients are products of numbers in two
  * bf16 halves, 16 bits of them, so that some integers are rounded to a neighbour (in tests one of 60,000); errors in
- * the metric are measured with products in TF32. Groups that are stored lossless, and everything with other profiles,
- * are packed by the CPU from a copy of their rows. Without enough memory on the device the call takes smaller tiles,
- * then the CPU for everything, and says so in the log. Returns when the entry is written. `target`, whose dict is that
+ * the metric are measured with products in TF32. With profile svd and fixed ranks it decomposes each group (products of
+ * the iterations in bf16), rounds the coefficients and measures what the factors restore: these come to the host, and
+ * all rows only of a group whose columns are dependent or too large or small for the device, which the CPU decomposes.
+ * That takes 4 (width + 1.5 rank) bytes a token of the widest group, all at once, beside what does not grow with them.
+ * Groups that are stored lossless, and everything with other profiles or targets, are packed by the CPU from a copy of
+ * their rows. Without enough memory on the device the call takes smaller tiles, which factors do not have, then the CPU
+ * for everything, and says so in the log. Returns when the entry is written. `target`, whose dict is that
  * of the options, may be NULL for defaults. Errors: those of xkv_pack(); ARGUMENT (alignment, workspace), UNSUPPORTED
  * (another dtype), BACKEND (the device: see xkv_device_get_info()). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_device_pack(xkv_ctx *ctx, xkv_device *device, const xkv_geometry *geometry,

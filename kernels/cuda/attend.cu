@@ -1,6 +1,6 @@
 /* attend.cu - attention over held rows: the blocks of attend_block.h, one kernel for each step. */
-#include "attend.h"
 #include "attend_block.h"
+#include "launch.h"
 
 namespace
 {
@@ -56,7 +56,7 @@ cudaError_t allow_shared(const void *kernel, size_t size)
 
 } // namespace
 
-cudaError_t xkv_launch_attend(const xkv_plug_attend *o, cudaStream_t stream)
+XKV_LAUNCH(attend)
 {
     const size_t scores = xkv_score_shared(o) * sizeof(float), output = xkv_output_shared(o) * sizeof(float);
     const uint32_t columns = (xkv_value_columns(o) + threads_of_a_block - 1) / threads_of_a_block;
@@ -75,7 +75,7 @@ cudaError_t xkv_launch_attend(const xkv_plug_attend *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_merge(const xkv_plug_merge *o, cudaStream_t stream)
+XKV_LAUNCH(merge)
 {
     const unsigned blocks = (unsigned)(o->rows < 1u << 20 ? o->rows : 1u << 20);
 
@@ -83,7 +83,7 @@ cudaError_t xkv_launch_merge(const xkv_plug_merge *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_restore(const xkv_plug_restore *o, cudaStream_t stream)
+XKV_LAUNCH(restore)
 {
     const size_t shared = xkv_restore_shared(o) * sizeof(float);
     const cudaError_t e = allow_shared((const void *)restore_kernel, shared);

@@ -1,7 +1,7 @@
 /* emulated_attend.c - attention on the CPU: the blocks of attend_block.h one after the other. */
-#include "attend.h"
 #include "attend_block.h"
 #include "fake_cuda.h"
+#include "launch.h"
 
 #include <stdlib.h>
 
@@ -104,17 +104,6 @@ static void run_restore(const void *args)
     free(shared);
 }
 
-cudaError_t xkv_launch_attend(const xkv_plug_attend *o, cudaStream_t stream)
-{
-    return fake_launch(stream, run_attend, o, sizeof *o);
-}
-
-cudaError_t xkv_launch_merge(const xkv_plug_merge *o, cudaStream_t stream)
-{
-    return fake_launch(stream, run_merge, o, sizeof *o);
-}
-
-cudaError_t xkv_launch_restore(const xkv_plug_restore *o, cudaStream_t stream)
-{
-    return fake_launch(stream, run_restore, o, sizeof *o);
-}
+FAKE_LAUNCH(attend)
+FAKE_LAUNCH(merge)
+FAKE_LAUNCH(restore)

@@ -158,6 +158,37 @@ static void check_halve_of(gpu *g, uint32_t count, uint32_t width)
     free(found);
 }
 
+static void check_round_columns_of(gpu *g, uint32_t count, uint32_t width)
+{
+    uint64_t seed = count * 5 + width;
+    size_t elements = (size_t)count * width;
+    float *rows = malloc(elements * 4), *scales = calloc(width, 4), *found_scales = malloc(width * 4ull);
+    uint16_t *expected = malloc(elements * 2), *found = malloc(elements * 2);
+
+    for (size_t i = 0; i < elements; i++) /* column 0 is of zeros */
+        rows[i] = i % width ? (float)(gpu_normal(&seed) * exp2((double)(gpu_random(&seed) % 20) - 10)) : 0;
+    for (size_t i = 0; i < elements; i++)
+        scales[i % width] = fmaxf(scales[i % width], fabsf(rows[i]));
+    for (size_t i = 0; i < elements; i++)
+        expected[i] = xkv_f16_from_f32(i % width ? rows[i] / scales[i % width] : 0);
+    gpu_block from = gpu_put(g, rows, elements * 4);
+    gpu_block units = gpu_alloc(g, width * 4ull), to = gpu_alloc(g, elements * 2);
+    xkv_plug_round_columns o = {(const void *)from.p, count, width, (void *)units.p, (void *)to.p};
+    GPU_TRY(g, round_columns(g->d, &o, g->stream));
+    gpu_get(g, &units, found_scales);
+    gpu_get(g, &to, found);
+    check(memcmp(found_scales, scales, width * 4ull) == 0, "round_columns %u x %u: other scales", count, width, 0);
+    check(memcmp(found, expected, elements * 2) == 0, "round_columns %u x %u: other numbers", count, width, 0);
+    release(g, &from, "round_columns wrote beside the rows");
+    release(g, &units, "round_columns wrote beside the scales");
+    release(g, &to, "round_columns wrote beside the numbers");
+    free(rows);
+    free(scales);
+    free(found_scales);
+    free(expected);
+    free(found);
+}
+
 static void check_sums_of(gpu *g, uint32_t width, uint32_t tokens, bool with_mean)
 {
     uint64_t seed = width + tokens;
@@ -401,6 +432,7 @@ void check_pack(gpu *g)
     }
     for (int i = 0; i < 6; i++) {
         check_halve_of(g, sizes[i], sizes[5 - i]);
+        check_round_columns_of(g, sizes[i], sizes[5 - i]);
         check_sums_of(g, sizes[i], sizes[5 - i], i % 2);
     }
     for (uint32_t type = XKV_PRODUCT_F32; type <= XKV_PRODUCT_TF32; type++)
