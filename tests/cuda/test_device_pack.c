@@ -481,14 +481,14 @@ static void test_workspace(void **state)
     assert_true(device->api->stream_create(device->plug, &source.stream) == XKV_OK);
     for (uint64_t size = least; size <= best; size += (best - least) / 3) {
         source.workspace_size = size;
-        assert_true(device->api->alloc(device->plug, size, &source.workspace) == XKV_OK);
+        source.workspace = device_alloc(size);
         used = control ? control->blocks : 0;
         check(ctx, &t, &c, &source, &d);
         assert_true(!control || control->blocks == used); /* nothing is allocated that stays */
-        device->api->release(device->plug, source.workspace);
+        device_free(source.workspace);
     }
     assert_few(&d);
-    assert_true(device->api->alloc(device->plug, best, &source.workspace) == XKV_OK);
+    source.workspace = device_alloc(best);
     source.workspace_size = least - 1;
     assert_int_equal(pack_cache(ctx, &t, &c, &source, &p), XKV_ERROR_ARGUMENT);
     free_result(ctx, &p);
@@ -496,7 +496,7 @@ static void test_workspace(void **state)
     source.workspace = (uint8_t *)source.workspace + 1;
     assert_int_equal(pack_cache(ctx, &t, &c, &source, &p), XKV_ERROR_ARGUMENT);
     free_result(ctx, &p);
-    device->api->release(device->plug, (uint8_t *)source.workspace - 1);
+    device_free((uint8_t *)source.workspace - 1);
     device->api->stream_destroy(device->plug, source.stream);
     xkv_device_dict_free(ctx, dict);
     free_cache(&c);
@@ -662,7 +662,7 @@ static void test_factors_short_of_memory(void **state)
     assert_int_equal(p.m.size, expected.m.size);
     assert_memory_equal(p.m.data, expected.m.data, p.m.size);
     free_packed(ctx, &p);
-    assert_true(device->api->alloc(device->plug, least, &source.workspace) == XKV_OK);
+    source.workspace = device_alloc(least);
     source.workspace_size = least - 1;
     assert_int_equal(pack_cache(ctx, &t, &c, &source, &p), XKV_ERROR_ARGUMENT);
     free_result(ctx, &p);
@@ -671,7 +671,7 @@ static void test_factors_short_of_memory(void **state)
     (void)compare(ctx, &p, &expected, 0.01);
     free_packed(ctx, &p);
     free_packed(ctx, &expected);
-    device->api->release(device->plug, source.workspace);
+    device_free(source.workspace);
     free_cache(&c);
     free_subject(ctx, &t);
     xkv_ctx_free(ctx);

@@ -268,7 +268,7 @@ static uint8_t *read_dense(xkv_ctx *ctx, const subject *t, const xkv_device_atte
 
     *size = planes * tokens * row;
     data = malloc(*size);
-    assert_true(device->api->alloc(device->plug, *size, (void **)&there) == XKV_OK);
+    there = device_alloc(*size);
     for (uint32_t i = 0; i < planes; i++)
         views[i] = (xkv_view){.data = there + i * tokens * row,
                               .token_stride = (int64_t)row,
@@ -281,7 +281,7 @@ static uint8_t *read_dense(xkv_ctx *ctx, const subject *t, const xkv_device_atte
     else
         assert_ok(ctx, xkv_device_read(ctx, device, t->p.entry, NULL, NULL, views));
     device_copy(data, there, *size);
-    device->api->release(device->plug, there);
+    device_free(there);
     free(views);
     return data;
 }
@@ -669,20 +669,20 @@ static void test_workspace(void **state)
     assert_true(device->api->stream_create(device->plug, &target.stream) == XKV_OK);
     for (uint64_t size = least; size <= best; size += (best - least) / 3) {
         target.workspace_size = size;
-        assert_true(device->api->alloc(device->plug, size, &target.workspace) == XKV_OK);
+        target.workspace = device_alloc(size);
         used = control ? control->blocks : 0;
         check_read(ctx, &t, NULL, &target, XKV_BF16, TOKEN_MAJOR, true);
         assert_true(!control || control->blocks == used); /* nothing is allocated that stays */
-        device->api->release(device->plug, target.workspace);
+        device_free(target.workspace);
     }
-    assert_true(device->api->alloc(device->plug, best, &target.workspace) == XKV_OK);
+    target.workspace = device_alloc(best);
     target.workspace_size = least - 1;
     xkv_view none[6] = {{0}};
     assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, &target, none), XKV_ERROR_ARGUMENT);
     target.workspace_size = best - 1;
     target.workspace = (uint8_t *)target.workspace + 1;
     assert_int_equal(xkv_device_read(ctx, device, t.p.entry, NULL, &target, none), XKV_ERROR_ARGUMENT);
-    device->api->release(device->plug, (uint8_t *)target.workspace - 1);
+    device_free((uint8_t *)target.workspace - 1);
     device->api->stream_destroy(device->plug, target.stream);
     xkv_device_dict_free(ctx, dict);
     free_subject(ctx, &t);

@@ -257,68 +257,6 @@ static void check_operands(gpu *g)
         }
 }
 
-/* --- Products ----------------------------------------------------------------------------------------------------- */
-
-static double operand(const void *x, size_t at, uint32_t exact)
-{
-    return exact ? (double)((const float *)x)[at] : (double)xkv_f16_to_f32(((const uint16_t *)x)[at]);
-}
-
-static void fill_operand(void *x, size_t count, uint32_t exact, uint64_t *seed)
-{
-    for (size_t i = 0; i < count; i++) {
-        float value = (float)gpu_normal(seed);
-        if (exact)
-            ((float *)x)[i] = value;
-        else
-            ((uint16_t *)x)[i] = xkv_f16_from_f32(value);
-    }
-}
-
-static void check_gemm_of(gpu *g, uint32_t m, uint32_t n, uint32_t k, uint32_t exact, uint32_t component_major)
-{
-    uint64_t seed = m * 31 + n * 7 + k;
-    size_t lda = (component_major ? m : k) + 3, a_size = (component_major ? k : m) * lda, ldb = n + 1, ldc = n + 2;
-    float *a = malloc(a_size * 4), *b = malloc(k * ldb * 4), *c = malloc(m * ldc * 4), *before = malloc(m * ldc * 4);
-    double error = 0, energy = 0;
-
-    fill_operand(a, a_size, exact, &seed);
-    fill_operand(b, k * ldb, exact, &seed);
-    fill_operand(before, m * ldc, 1, &seed);
-    gpu_block a_there = gpu_put(g, a, a_size * 4), b_there = gpu_put(g, b, k * ldb * 4);
-    gpu_block there = gpu_put(g, before, m * ldc * 4);
-    xkv_plug_gemm o = {a_there.p, b_there.p, (void *)there.p, m, n, k, lda, ldb, ldc, 0.5f, 1, component_major, exact};
-    GPU_TRY(g, gemm(g->d, &o, g->stream));
-    gpu_get(g, &there, c);
-    for (size_t i = 0; i < m; i++)
-        for (size_t j = 0; j < n; j++) {
-            double sum = 0;
-            for (size_t l = 0; l < k; l++)
-                sum += operand(a, component_major ? l * lda + i : i * lda + l, exact) * operand(b, l * ldb + j, exact);
-            sum = 0.5 * sum + (double)before[i * ldc + j];
-            error += (sum - (double)c[i * ldc + j]) * (sum - (double)c[i * ldc + j]);
-            energy += sum * sum;
-        }
-    check(error <= 1e-7 * energy, "gemm %u x %u x %u: too far from f64", m, n, k);
-    release(g, &a_there, "gemm wrote beside A");
-    release(g, &b_there, "gemm wrote beside B");
-    release(g, &there, "gemm wrote beside C");
-    free(a);
-    free(b);
-    free(c);
-    free(before);
-}
-
-static void check_gemm(gpu *g)
-{
-    static const uint32_t shapes[][3] = {{1, 1, 1},    {1, 64, 17},   {31, 33, 65},   {64, 128, 256},
-                                         {129, 96, 5}, {2, 384, 700}, {257, 130, 300}};
-
-    for (int i = 0; i < 7; i++)
-        for (uint32_t kind = 0; kind < 4; kind++)
-            check_gemm_of(g, shapes[i][0], shapes[i][1], shapes[i][2], kind & 1, kind >> 1);
-}
-
 /* --- Rows --------------------------------------------------------------------------------------------------------- */
 
 static void check_angles(gpu *g)
@@ -505,7 +443,7 @@ int main(int argc, char **argv)
     g = gpu_start(argv[1]);
     check_decode(&g);
     check_operands(&g);
-    check_gemm(&g);
+    check_products(&g);
     check_angles(&g);
     check_rows(&g);
     check_pack(&g);
