@@ -229,6 +229,16 @@ static xkv_status check_planes(const xkv_device_packing *p)
     return XKV_OK;
 }
 
+/* Without memory on a device that is sound the CPU packs: what was in the way is no error of the call. */
+static bool falls_to_cpu(const xkv_device_packing *p, xkv_status status)
+{
+    if (status != XKV_ERROR_MEMORY || p->api->dead(p->device->plug))
+        return false;
+    xkv_logf(p->ctx, XKV_LOG_WARNING, "%s: out of memory, the CPU packs", p->api->name);
+    xkv_ctx_begin(p->ctx);
+    return true;
+}
+
 static bool has_fixed_ranks(const xkv_pack_options *o)
 {
     return o->profile == XKV_PROFILE_SVD && o->rank_k + (uint64_t)o->rank_v > 0;
@@ -251,9 +261,9 @@ static xkv_status packing_init(xkv_ctx *ctx, xkv_device *device, const xkv_geome
     if (!*computes)
         return XKV_OK;
     if (o.profile == XKV_PROFILE_SVD) {
-        XKV_TRY(find_factor_need(p, &o));
-        *computes = p->need.svd > 0;
-        return XKV_OK;
+        xkv_status status = find_factor_need(p, &o);
+        *computes = status == XKV_OK && p->need.svd > 0;
+        return falls_to_cpu(p, status) ? XKV_OK : status;
     }
     p->dict = o.dict;
     p->sample = o.ratio > 0 || o.error > 0;
@@ -394,16 +404,13 @@ xkv_status xkv_device_pack(xkv_ctx *ctx, xkv_device *device, const xkv_geometry 
     if (geometry->token_count == 0) /* nothing to be had from the device */
         return xkv_encoder_pack_rows(ctx, geometry, views, NULL, options, output, report);
     XKV_TRY(check_planes(&p));
-    if (computes && t.dict && t.dict->dict != p.dict)
+    if (computes && p.dict && t.dict && t.dict->dict != p.dict)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the dictionary on the device is not that of the options");
     if (computes) {
         status = get_memory(&p, &t, &b);
         computes = status == XKV_OK;
-        if (status == XKV_ERROR_MEMORY && !p.api->dead(device->plug)) {
-            xkv_logf(ctx, XKV_LOG_WARNING, "%s: out of memory, the CPU packs", p.api->name);
-            xkv_ctx_begin(ctx); /* what was in the way of the device is no error of the call */
+        if (falls_to_cpu(&p, status))
             status = XKV_OK;
-        }
     }
     if (status == XKV_OK)
         status = run(&p, computes, options, output, report);

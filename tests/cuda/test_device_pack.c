@@ -642,6 +642,32 @@ static void test_failing_calls(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* A device that has not even memory for the solver: the CPU packs. */
+static void test_factors_without_a_solver(void **state)
+{
+    xkv_ctx *ctx = logging_ctx();
+    subject t = make_factors(67, XKV_BF16, 5, 9);
+    xkv_device *shared = device;
+    cache c = put_cache(&t.s, TOKEN_MAJOR, true);
+    packed p, expected = pack_planes(ctx, &t.s, &t.o);
+
+    assert_int_equal(open_the_device(state), 0);
+    control->error = cudaErrorMemoryAllocation;
+    control->fail_at = control->calls + 1;
+    assert_ok(ctx, pack_cache(ctx, &t, &c, NULL, &p));
+    control->fail_at = 0;
+    assert_int_equal(warnings_logged, 1);
+    assert_int_equal(p.m.size, expected.m.size);
+    assert_memory_equal(p.m.data, expected.m.data, p.m.size);
+    xkv_device_close(ctx, device);
+    device = shared;
+    free_packed(ctx, &p);
+    free_packed(ctx, &expected);
+    free_cache(&c);
+    free_subject(ctx, &t);
+    xkv_ctx_free(ctx);
+}
+
 /* Factors need all rows of a group at once: with less memory the CPU packs, and says so; a workspace that is too small
  * is refused. */
 static void test_factors_short_of_memory(void **state)
@@ -717,6 +743,7 @@ int main(void)
         /* the last one leaves the device broken */
         cmocka_unit_test(test_short_of_memory),
         cmocka_unit_test(test_factors_short_of_memory),
+        cmocka_unit_test(test_factors_without_a_solver),
         cmocka_unit_test(test_failing_calls),
         cmocka_unit_test(test_broken_device),
     };
