@@ -80,10 +80,10 @@ static xkv_status round_coefficients(const factoring *j)
     xkv_device_packing *p = j->w.p;
     uint64_t count = (uint64_t)p->tokens * j->rank;
     xkv_plug_round_columns o = {.rows = xkv_pack_place(p, p->at.coefficients),
-                          .count = p->tokens,
-                          .width = j->rank,
-                          .scales = xkv_pack_place(p, p->at.scales),
-                          .out = xkv_pack_place(p, p->at.factors)};
+                                .count = p->tokens,
+                                .width = j->rank,
+                                .scales = xkv_pack_place(p, p->at.scales),
+                                .out = xkv_pack_place(p, p->at.factors)};
 
     XKV_PACKING(p, round_columns(p->device->plug, &o, p->stream));
     XKV_TRY(xkv_device_download(p->ctx, p->device, o.out, 2 * count, j->f->coefficients, p->stream));
