@@ -1,5 +1,7 @@
-/* device_attend.c - attention over held rows, put on a stream. */
+/* device_attend.c - attention over held rows, and restoring them, put on a stream. */
 #include "device_attend.h"
+
+#include "device_planes.h"
 
 #define PLACE_ALIGN 256u
 
@@ -145,4 +147,58 @@ xkv_status xkv_device_attention_merge(xkv_ctx *ctx, xkv_device *device, const xk
         o.lses[i] = states[i].lse;
     }
     return xkv_device_result(ctx, device, device->api->merge(device->plug, &o, stream));
+}
+
+/* --- Restoring ---------------------------------------------------------------------------------------------------- */
+
+static bool is_held(const xkv_device_attention *d, uint32_t plane)
+{
+    return d->tiles[plane] != NULL;
+}
+
+/* A block of the kernel makes a tile of one head in shared memory, so that no block of the view may reach over heads.
+ */
+static xkv_status check_destination(xkv_ctx *ctx, const xkv_device_attention *d, uint32_t plane, const xkv_view *v)
+{
+    uint32_t dim = d->geometry->planes[plane].head_dim;
+
+    XKV_TRY(xkv_device_check_view(ctx, d->geometry, plane, (xkv_heads){0}, v));
+    if (dim > XKV_HELD_DIM)
+        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "plane %u: heads of %u elements, at most %u on a device", plane,
+                        dim, XKV_HELD_DIM);
+    if (dim % xkv_dtype_block(v->dtype) != 0)
+        return xkv_fail(ctx, XKV_ERROR_UNSUPPORTED, "view %u: blocks of %s reach over heads of %u elements", plane,
+                        xkv_dtype_name(v->dtype), dim);
+    return XKV_OK;
+}
+
+static xkv_status restore_plane(xkv_ctx *ctx, const xkv_device_attention *d, uint32_t plane, const xkv_view *v,
+                                void *stream)
+{
+    const xkv_plane *p = &d->geometry->planes[plane];
+    xkv_plug_restore o = {.planes = d->planes,
+                          .tiles = d->tiles[plane],
+                          .tile_count = d->tile_count,
+                          .angles = d->angles,
+                          .angles_stride = d->angles_stride,
+                          .to = {.view = *v, .heads = p->heads, .head_dim = p->head_dim, .via = p->dtype}};
+
+    if (p->rope != XKV_NO_ROPE)
+        o.angles += d->angles_at[p->rope];
+    return xkv_device_result(ctx, d->device, d->device->api->restore(d->device->plug, &o, stream));
+}
+
+xkv_status xkv_device_attention_restore(xkv_ctx *ctx, const xkv_device_attention *d, void *stream,
+                                        const xkv_view *views)
+{
+    xkv_ctx_begin(ctx);
+    if (!views)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "no views to restore into");
+    for (uint32_t i = 0; i < d->geometry->plane_count; i++)
+        if (is_held(d, i))
+            XKV_TRY(check_destination(ctx, d, i, &views[i]));
+    for (uint32_t i = 0; i < d->geometry->plane_count; i++)
+        if (is_held(d, i))
+            XKV_TRY(restore_plane(ctx, d, i, &views[i], stream));
+    return XKV_OK;
 }

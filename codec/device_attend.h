@@ -7,6 +7,9 @@
 #include "attention.h"
 #include "device_dict.h"
 
+/* Elements of a head whose tile fits into shared memory. */
+#define XKV_HELD_DIM 640u
+
 struct xkv_device_attention {
     xkv_device *device;
     const xkv_geometry *geometry;

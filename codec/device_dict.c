@@ -13,6 +13,17 @@ float xkv_largest(const float *x, size_t n)
     return most;
 }
 
+float xkv_operand_scale(float largest)
+{
+    int exponent;
+
+    if (!(largest > 0) || !isfinite(largest))
+        return 1;
+    (void)frexpf(largest, &exponent);
+    exponent = 14 - exponent;
+    return ldexpf(1, exponent > 100 ? 100 : exponent < -100 ? -100 : exponent);
+}
+
 /* --- Copying ------------------------------------------------------------------------------------------------------ */
 
 xkv_status xkv_device_wait_copies(xkv_ctx *ctx, xkv_device *d)

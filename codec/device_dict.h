@@ -36,5 +36,7 @@ XKV_MUST_CHECK xkv_status xkv_device_load_tables(xkv_ctx *ctx, xkv_device *devic
 
 /* The largest magnitude of n elements. */
 float xkv_largest(const float *x, size_t n);
+/* A power of two that brings it to 2^13 .. 2^14, so that both halves of an operand are normal numbers of f16. */
+float xkv_operand_scale(float largest);
 
 #endif

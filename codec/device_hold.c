@@ -8,8 +8,6 @@
 /* Tiles of a split at least, and splits that are aimed at: enough for all multiprocessors. */
 #define SPLIT_TILES 8u
 #define SPLITS      128u
-/* Elements of a head's K whose tile fits into shared memory. */
-#define MAX_DIM 640u
 
 /* A tile of all planes. */
 typedef struct cut {
@@ -506,9 +504,9 @@ static xkv_status check_held(const holding *h)
     if (h->given && h->given->device != h->d->device)
         return xkv_fail(h->ctx, XKV_ERROR_ARGUMENT, "the dictionary is on another device");
     for (uint32_t i = 0; i < h->d->geometry->plane_count; i++)
-        if (h->d->geometry->planes[i].head_dim > MAX_DIM && h->d->geometry->planes[i].kind != XKV_PLANE_V)
+        if (h->d->geometry->planes[i].head_dim > XKV_HELD_DIM && h->d->geometry->planes[i].kind != XKV_PLANE_V)
             return xkv_fail(h->ctx, XKV_ERROR_UNSUPPORTED, "heads of %u elements, at most %u on a device",
-                            h->d->geometry->planes[i].head_dim, MAX_DIM);
+                            h->d->geometry->planes[i].head_dim, XKV_HELD_DIM);
     return XKV_OK;
 }
 

@@ -1,6 +1,7 @@
 #include "device_pack.h"
 
-#include "device_planes.h"
+#include "device_pack_tile.h"
+#include "device_svd.h"
 #include "device_tables.h"
 #include "encoder.h"
 
@@ -47,9 +48,7 @@ static void add_need(xkv_pack_need *need, const xkv_geometry *geometry, const xk
     need->planes = xkv_max64(need->planes, g->plane_count);
     need->angles = xkv_max64(need->angles, angles);
     need->blocks = xkv_max64(need->blocks, b->blocks ? xkv_pack_block_elements(&dict->c.geometry, g) : 0);
-    need->constants = xkv_max64(need->constants, angles / 2 * sizeof(double) + g->plane_count * sizeof(xkv_plug_plane) +
-                                                     (b->width + g->plane_count + 3ull) * 4 +
-                                                     (g->plane_count + 4ull) * XKV_CONSTANT_ALIGN);
+    need->constants = xkv_max64(need->constants, xkv_pack_constant_bytes(b->width, g->plane_count, angles));
 }
 
 static void find_need(xkv_device_packing *p)
@@ -61,6 +60,41 @@ static void find_need(xkv_device_packing *p)
             add_need(&p->need, p->geometry, dict, i);
     p->need.stage = dict->cross ? dict->cross->rank : 0;
     p->need.listed = xkv_max64(p->need.rank, p->need.stage);
+}
+
+static xkv_status add_factors(xkv_device_packing *p, const xkv_group *g, uint32_t iterations)
+{
+    xkv_device_svd o = {.rows = p->tokens, .cols = g->width, .rank = g->rank, .iterations = iterations};
+    uint64_t size, angles = angle_bound(p->geometry, g);
+    xkv_pack_need *need = &p->need;
+
+    XKV_TRY(xkv_device_svd_size(p->ctx, p->device, &o, &size));
+    need->svd = xkv_max64(need->svd, size);
+    need->width = xkv_max64(need->width, g->width);
+    need->rank = xkv_max64(need->rank, g->rank);
+    need->area = xkv_max64(need->area, (uint64_t)g->rank * g->width);
+    need->planes = xkv_max64(need->planes, g->plane_count);
+    need->angles = xkv_max64(need->angles, angles);
+    need->constants = xkv_max64(need->constants, xkv_pack_constant_bytes(g->width, g->plane_count, angles));
+    return XKV_OK;
+}
+
+/* What groups of fixed ranks need: those that there are when no plane has a NaN, which would have a smaller group. */
+static xkv_status find_factor_need(xkv_device_packing *p, const xkv_pack_options *o)
+{
+    xkv_container c = {.geometry = *p->geometry};
+    uint8_t *nonfinite = NULL;
+    xkv_status status = XKV_OK;
+
+    XKV_TRY(XKV_NEW_ZERO(p->ctx, p->geometry->plane_count, &nonfinite));
+    XKV_TRY_GOTO(xkv_plan_groups(p->ctx, o, false, nonfinite, &c), out);
+    for (uint32_t i = 0; i < c.group_count; i++)
+        if (c.groups[i].codec == XKV_GROUP_SVD)
+            XKV_TRY_GOTO(add_factors(p, &c.groups[i], o->iterations), out);
+out:
+    xkv_plan_release(p->ctx, &c);
+    xkv_release(p->ctx, nonfinite);
+    return status;
 }
 
 /* --- Workspace ---------------------------------------------------------------------------------------------------- */
@@ -117,12 +151,37 @@ static xkv_pack_layout lay_out(const xkv_device_packing *p, uint32_t tile, uint3
     return at;
 }
 
+/* Of codec svd: one that is large enough, since all rows of a group are decomposed together. */
+static xkv_pack_layout lay_out_factors(const xkv_device_packing *p, uint32_t tile)
+{
+    const xkv_pack_need *n = &p->need;
+    xkv_pack_layout at = {.tile_tokens = tile, .tiles = (uint32_t)xkv_ceil_div(p->tokens, tile)};
+    uint64_t tokens = p->tokens;
+
+    at.stride = xkv_align64(tokens, 64);
+    at.positions = take(&at.size, 4ull * p->geometry->token_count);
+    at.constants = take(&at.size, n->constants);
+    at.flags = take(&at.size, sizeof(uint32_t));
+    at.angles = take(&at.size, 4 * n->angles * tile);
+    at.rows = take(&at.size, 4 * n->width * tokens);
+    at.coefficients = take(&at.size, 4 * n->rank * tokens);
+    at.factors = take(&at.size, 2 * n->rank * tokens);
+    at.components = take(&at.size, 4 * n->area);
+    at.component_halves = take(&at.size, 4 * n->area);
+    at.scales = take(&at.size, 4 * n->rank);
+    at.sums = take(&at.size, 8 * n->planes * at.stride);
+    at.svd = take(&at.size, n->svd);
+    return at;
+}
+
 static xkv_pack_layout best_layout(const xkv_device_packing *p)
 {
     uint64_t tile = xkv_max64(LEAST_TILE, xkv_min64(TILE_TOKENS, xkv_align64(p->tokens, LEAST_TILE)));
     uint64_t all = xkv_ceil_div(p->geometry->token_count, p->chunk_tokens);
     uint64_t chunks = xkv_max64(1, xkv_min64(all, BATCH_TOKENS / p->chunk_tokens));
 
+    if (!p->dict)
+        return lay_out_factors(p, (uint32_t)tile);
     return lay_out(p, (uint32_t)tile, (uint32_t)chunks);
 }
 
@@ -131,7 +190,7 @@ static bool next_level(const xkv_device_packing *p, xkv_pack_layout *at)
 {
     uint32_t tile = at->tile_tokens / 2, chunks = at->batch_chunks / 2;
 
-    if (at->tile_tokens == LEAST_TILE && at->batch_chunks == 1)
+    if (!p->dict || (at->tile_tokens == LEAST_TILE && at->batch_chunks == 1))
         return false;
     *at = lay_out(p, tile < LEAST_TILE ? LEAST_TILE : tile, chunks < 1 ? 1 : chunks);
     return true;
@@ -170,6 +229,21 @@ static xkv_status check_planes(const xkv_device_packing *p)
     return XKV_OK;
 }
 
+/* Without memory on a device that is sound the CPU packs: what was in the way is no error of the call. */
+static bool falls_to_cpu(const xkv_device_packing *p, xkv_status status)
+{
+    if (status != XKV_ERROR_MEMORY || p->api->dead(p->device->plug))
+        return false;
+    xkv_logf(p->ctx, XKV_LOG_WARNING, "%s: out of memory, the CPU packs", p->api->name);
+    xkv_ctx_begin(p->ctx);
+    return true;
+}
+
+static bool has_fixed_ranks(const xkv_pack_options *o)
+{
+    return o->profile == XKV_PROFILE_SVD && o->rank_k + (uint64_t)o->rank_v > 0;
+}
+
 /* Options with what 0 stands for filled in; whether the device computes anything. */
 static xkv_status packing_init(xkv_ctx *ctx, xkv_device *device, const xkv_geometry *geometry,
                                const xkv_pack_options *options, xkv_device_packing *p, bool *computes)
@@ -183,9 +257,14 @@ static xkv_status packing_init(xkv_ctx *ctx, xkv_device *device, const xkv_geome
     p->sinks = (uint32_t)xkv_min64(o.sinks, n);
     p->window = (uint32_t)xkv_min64(o.window, n - p->sinks);
     p->tokens = n - p->sinks - p->window;
-    *computes = o.profile == XKV_PROFILE_DICT && p->tokens > 0;
+    *computes = p->tokens > 0 && (o.profile == XKV_PROFILE_DICT || has_fixed_ranks(&o));
     if (!*computes)
         return XKV_OK;
+    if (o.profile == XKV_PROFILE_SVD) {
+        xkv_status status = find_factor_need(p, &o);
+        *computes = status == XKV_OK && p->need.svd > 0;
+        return falls_to_cpu(p, status) ? XKV_OK : status;
+    }
     p->dict = o.dict;
     p->sample = o.ratio > 0 || o.error > 0;
     find_need(p);
@@ -246,7 +325,7 @@ static xkv_status given_workspace(xkv_device_packing *p, const xkv_device_target
 static xkv_status get_memory(xkv_device_packing *p, const xkv_device_target *t, borrowed *b)
 {
     p->device_dict = t->dict;
-    if (!p->device_dict) {
+    if (!p->device_dict && p->dict) {
         XKV_TRY(xkv_device_dict_copy(p->ctx, p->device, p->dict, &b->dict));
         p->device_dict = b->dict;
     }
@@ -255,7 +334,7 @@ static xkv_status get_memory(xkv_device_packing *p, const xkv_device_target *t, 
 
 /* --- The call ----------------------------------------------------------------------------------------------------- */
 
-/* What all groups need: positions and tables. */
+/* What all groups need: positions, and tables of those that are coded. */
 static xkv_status send_tables(xkv_device_packing *p)
 {
     xkv_warp_encode_table *tables = NULL;
@@ -263,6 +342,8 @@ static xkv_status send_tables(xkv_device_packing *p)
 
     XKV_TRY(xkv_device_upload(p->ctx, p->device, p->geometry->positions, 4ull * p->geometry->token_count,
                               xkv_pack_place(p, p->at.positions), p->stream));
+    if (!p->dict)
+        return XKV_OK;
     XKV_TRY(XKV_NEW(p->ctx, XKV_BASE_TABLES, &tables));
     xkv_device_encode_tables(tables);
     status = xkv_device_upload(p->ctx, p->device, tables, XKV_BASE_TABLES * sizeof *tables,
@@ -323,16 +404,13 @@ xkv_status xkv_device_pack(xkv_ctx *ctx, xkv_device *device, const xkv_geometry 
     if (geometry->token_count == 0) /* nothing to be had from the device */
         return xkv_encoder_pack_rows(ctx, geometry, views, NULL, options, output, report);
     XKV_TRY(check_planes(&p));
-    if (computes && t.dict && t.dict->dict != p.dict)
+    if (computes && p.dict && t.dict && t.dict->dict != p.dict)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "the dictionary on the device is not that of the options");
     if (computes) {
         status = get_memory(&p, &t, &b);
         computes = status == XKV_OK;
-        if (status == XKV_ERROR_MEMORY && !p.api->dead(device->plug)) {
-            xkv_logf(ctx, XKV_LOG_WARNING, "%s: out of memory, the CPU packs", p.api->name);
-            xkv_ctx_begin(ctx); /* what was in the way of the device is no error of the call */
+        if (falls_to_cpu(&p, status))
             status = XKV_OK;
-        }
     }
     if (status == XKV_OK)
         status = run(&p, computes, options, output, report);

@@ -1,19 +1,23 @@
 /* device_pack.h - packing rows that are in a device's memory. The encoder (encode.c) is the CPU's; for groups of codec
- * dict it asks the device in place of xkv_code_group(), xkv_code_cross() and xkv_rans_encode().
+ * dict it asks the device in place of xkv_code_group(), xkv_code_cross() and xkv_rans_encode(), for those of codec svd
+ * in place of xkv_factorize().
  *
  *   device_pack.c        the call, its workspace
  *   device_pack_rows.c   rows that the host needs: exact ones, samples, groups that are stored lossless
+ *   device_pack_tile.c   a group's rows, and sums over them
  *   device_pack_group.c  from rows to integers, and the error that they make
  *   device_pack_choose.c which components are coded, and with which tables
  *   device_pack_code.c   from integers to streams
+ *   device_pack_svd.c    from rows to 16-bit factors, and the error that they make
  */
 #ifndef XKV_DEVICE_PACK_H
 #define XKV_DEVICE_PACK_H
 
 #include "coded.h"
 #include "device_dict.h"
+#include "svd_group.h"
 
-/* What the groups of a dictionary need of the workspace: the most of all of them. */
+/* What the groups, of a dictionary or of codec svd, need of the workspace: the most of all of them. */
 typedef struct xkv_pack_need {
     uint64_t width, rank, top;
     uint64_t operands;  /* rank + top */
@@ -24,6 +28,7 @@ typedef struct xkv_pack_need {
     uint64_t angles;    /* cosines and sines of a token */
     uint64_t blocks;    /* f32 of metric blocks */
     uint64_t constants; /* bytes of what a group brings: planes, RoPEs, mean, where its planes begin */
+    uint64_t svd;       /* bytes of xkv_device_svd_run(); 0 with a dictionary */
 } xkv_pack_need;
 
 /* Where everything is: offsets into the workspace. */
@@ -41,6 +46,11 @@ typedef struct xkv_pack_layout {
     uint64_t stats, windows, counts;    /* [listed][tiles], [listed], [listed][shifts][bins] */
     uint64_t sums;                      /* f64 [2 (planes + 1)][stride] */
     uint64_t room, spans, sizes, words; /* words of a chunk; [batch_chunks] */
+
+    /* Codec svd, whose rows are f32 [tokens][width]. */
+    uint64_t coefficients, factors;        /* f32 and f16 [tokens][rank] */
+    uint64_t components, component_halves; /* f32 and two f16 [rank][width] */
+    uint64_t scales, svd;                  /* [rank]; what decomposing needs */
     uint64_t size;
 } xkv_pack_layout;
 
@@ -52,7 +62,7 @@ typedef struct xkv_device_packing {
     void *stream;
     const xkv_geometry *geometry;
     const xkv_view *views; /* the device's */
-    const xkv_dict *dict;
+    const xkv_dict *dict;  /* NULL: codec svd */
     const xkv_device_dict *device_dict;
     uint32_t chunk_tokens, sinks, window;
     uint32_t tokens; /* coded: all but sinks and window */
@@ -127,5 +137,14 @@ XKV_MUST_CHECK xkv_status xkv_device_pack_choose(xkv_device_packing *p, xkv_pool
 /* The streams of `coded`, the group or stage coded last: p->streams. `first` as above. Errors: MEMORY, BACKEND. */
 XKV_MUST_CHECK xkv_status xkv_device_pack_streams(xkv_device_packing *p, const xkv_container *c,
                                                   const xkv_coded *coded);
+
+/* --- device_pack_svd.c --- */
+
+/* xkv_factorize() of all coded tokens, of rank g->rank. *found is false, and nothing is set but energies, when the CPU
+ * has to do it: the rows' norm is beyond what the device takes, or their columns are dependent. Errors: MEMORY,
+ * BACKEND.
+ */
+XKV_MUST_CHECK xkv_status xkv_device_factorize(xkv_device_packing *p, xkv_group *g, uint32_t iterations, xkv_factors *f,
+                                               bool *found);
 
 #endif

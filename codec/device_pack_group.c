@@ -1,24 +1,6 @@
 #include "cross.h"
-#include "device_pack.h"
-#include "device_planes.h"
+#include "device_pack_tile.h"
 #include "device_svd.h"
-
-/* A group at hand. */
-typedef struct work {
-    xkv_device_packing *p;
-    const xkv_group *g;
-    const xkv_transform *t;
-    const xkv_device_basis *basis;
-    uint32_t angles; /* cosines and sines of a token */
-
-    /* Offsets in the constants. */
-    uint64_t ropes_at, planes_at, mean_at, begins_at;
-} work;
-
-static void *constant(const work *w, uint64_t offset)
-{
-    return xkv_pack_place(w->p, w->p->at.constants + offset);
-}
 
 static xkv_halves halves_at(const xkv_device_packing *p, uint64_t offset, uint64_t elements)
 {
@@ -27,98 +9,23 @@ static xkv_halves halves_at(const xkv_device_packing *p, uint64_t offset, uint64
     return (xkv_halves){high, high + elements};
 }
 
-static uint32_t tile_at(const xkv_device_packing *p, uint32_t tile, uint32_t *row)
-{
-    *row = tile * p->at.tile_tokens;
-    return (uint32_t)xkv_min64(p->at.tile_tokens, p->tokens - *row);
-}
-
-/* --- Opening ------------------------------------------------------------------------------------------------------ */
-
-/* Where the planes begin in a row, and its end; then the row's own. */
-static void list_begins(const work *w, const xkv_plug_plane *planes, uint32_t *begins)
-{
-    for (uint32_t i = 0; i < w->g->plane_count; i++)
-        begins[i] = planes[i].column;
-    begins[w->g->plane_count] = w->g->width;
-    begins[w->g->plane_count + 1] = 0;
-    begins[w->g->plane_count + 2] = w->g->width;
-}
-
-static xkv_status send_constants(work *w)
-{
-    xkv_device_packing *p = w->p;
-    uint64_t width = w->g->width;
-    uint8_t *bytes = NULL;
-    xkv_plug_plane *planes;
-    xkv_status status = XKV_OK;
-
-    XKV_TRY(XKV_NEW_ZERO(p->ctx, (size_t)p->need.constants, &bytes));
-    w->ropes_at = 0;
-    w->planes_at = xkv_align64(xkv_device_list_ropes(p->geometry, w->g, bytes), XKV_CONSTANT_ALIGN);
-    planes = (xkv_plug_plane *)(void *)(bytes + w->planes_at);
-    xkv_device_list_planes(p->geometry, w->g, p->views, (xkv_heads){0}, planes);
-    w->mean_at = xkv_align64(w->planes_at + w->g->plane_count * sizeof *planes, XKV_CONSTANT_ALIGN);
-    memcpy(bytes + w->mean_at, w->t->mean, width * sizeof(float));
-    w->begins_at = xkv_align64(w->mean_at + width * sizeof(float), XKV_CONSTANT_ALIGN);
-    list_begins(w, planes, (uint32_t *)(void *)(bytes + w->begins_at));
-    XKV_TRY_GOTO(xkv_device_upload(p->ctx, p->device, bytes, p->need.constants, constant(w, 0), p->stream), out);
-out:
-    xkv_release(p->ctx, bytes);
-    return status;
-}
-
-static xkv_status open_work(xkv_device_packing *p, const xkv_group *g, const xkv_transform *t, work *w)
-{
-    *w = (work){.p = p,
-                .g = g,
-                .t = t,
-                .basis = xkv_device_basis_find(p->device_dict, xkv_dict_basis(p->dict, p->geometry, g)),
-                .angles = xkv_device_count_angles(p->geometry, g)};
-    return send_constants(w);
-}
-
 /* --- Products ----------------------------------------------------------------------------------------------------- */
 
-static xkv_status halve(const work *w, const float *rows, uint64_t ld, uint64_t count, uint64_t width, xkv_halves to)
+static xkv_status halve(const xkv_pack_work *w, const float *rows, uint64_t ld, uint64_t count, uint64_t width,
+                        xkv_halves to)
 {
     return xkv_device_halve(w->p->ctx, w->p->device, w->p->stream, rows, ld, count, width, to);
 }
 
-static xkv_status multiply(const work *w, xkv_plug_gemm o, bool transposed, xkv_halves a, xkv_halves b)
+static xkv_status multiply(const xkv_pack_work *w, xkv_plug_gemm o, bool transposed, xkv_halves a, xkv_halves b)
 {
     return xkv_device_multiply(w->p->ctx, w->p->device, w->p->stream, o, transposed, a, b, false);
 }
 
-/* --- Rows --------------------------------------------------------------------------------------------------------- */
-
-/* Rows of a tile, less their mean. */
-static xkv_status gather_tile(const work *w, uint32_t row, uint32_t n)
-{
-    xkv_device_packing *p = w->p;
-    uint32_t token = p->sinks + row;
-    xkv_plug_angles angles = {.positions = (const int32_t *)xkv_pack_place(p, p->at.positions) + token,
-                              .tokens = n,
-                              .out = xkv_pack_place(p, p->at.angles),
-                              .stride = w->angles};
-    xkv_plug_gather o = {.planes = constant(w, w->planes_at),
-                         .plane_count = w->g->plane_count,
-                         .tokens = n,
-                         .first = token,
-                         .angles = angles.out,
-                         .angles_stride = w->angles,
-                         .mean = constant(w, w->mean_at),
-                         .rows = xkv_pack_place(p, p->at.rows),
-                         .ld = w->g->width};
-
-    XKV_TRY(xkv_device_make_angles(p->ctx, p->device, p->stream, p->geometry, w->g, constant(w, w->ropes_at), true,
-                                   angles));
-    XKV_PACKING(p, gather(p->device->plug, &o, p->stream));
-    return XKV_OK;
-}
+/* --- Coefficients ------------------------------------------------------------------------------------------------ */
 
 /* Components first .. first + count - 1 as operands of analyze_tile(). */
-static xkv_status load_analysis(const work *w, uint32_t first, uint32_t count)
+static xkv_status load_analysis(const xkv_pack_work *w, uint32_t first, uint32_t count)
 {
     uint64_t width = w->g->width;
 
@@ -128,7 +35,7 @@ static xkv_status load_analysis(const work *w, uint32_t first, uint32_t count)
 
 /* Coefficients of a tile on these components, y [count][tile]. Their mean is that of the rows: what the offset of
  * xkv_analyze() takes off is gone already. */
-static xkv_status analyze_tile(const work *w, uint32_t row, uint32_t n, uint32_t count)
+static xkv_status analyze_tile(const xkv_pack_work *w, uint32_t row, uint32_t n, uint32_t count)
 {
     xkv_device_packing *p = w->p;
     uint64_t width = w->g->width;
@@ -143,7 +50,7 @@ static xkv_status analyze_tile(const work *w, uint32_t row, uint32_t n, uint32_t
                        .ldc = p->at.tile_tokens,
                        .alpha = 1};
 
-    XKV_TRY(gather_tile(w, row, n));
+    XKV_TRY(xkv_pack_gather(w, row, n, xkv_pack_place(w->p, w->p->at.rows)));
     XKV_TRY(halve(w, xkv_pack_place(p, p->at.rows), width, n, width, rows));
     return multiply(w, o, true, basis, rows);
 }
@@ -152,7 +59,7 @@ static xkv_status analyze_tile(const work *w, uint32_t row, uint32_t n, uint32_t
 static xkv_status quantize_tile(xkv_device_packing *p, const float *y, uint32_t tile, uint32_t count, float step,
                                 int16_t *q)
 {
-    uint32_t row, n = tile_at(p, tile, &row);
+    uint32_t row, n = xkv_pack_tile(p, tile, &row);
     xkv_plug_quantize o = {.y = y,
                            .y_stride = p->at.tile_tokens,
                            .q = q + row,
@@ -178,7 +85,7 @@ typedef struct operands {
 
 /* What rows are restored from. */
 typedef struct measuring {
-    work *w;
+    xkv_pack_work *w;
     const xkv_coded *coded;
     const xkv_cross *cross; /* NULL: none */
     operands own, stage;
@@ -217,7 +124,7 @@ out:
 /* The coded components times the step, and behind them the leading ones of the group as they are. */
 static xkv_status load_synthesis(const measuring *m)
 {
-    const work *w = m->w;
+    const xkv_pack_work *w = m->w;
     xkv_device_packing *p = w->p;
     uint64_t width = w->g->width, at = m->own.count * width;
     xkv_halves basis = halves_at(p, p->at.basis_halves, p->need.area);
@@ -312,7 +219,7 @@ static xkv_status mix_tile(const measuring *m, uint32_t row, uint32_t n, float *
 /* The rows of a tile less what is restored of them. */
 static xkv_status subtract_tile(const measuring *m, uint32_t row, uint32_t n)
 {
-    const work *w = m->w;
+    const xkv_pack_work *w = m->w;
     xkv_device_packing *p = w->p;
     uint64_t width = w->g->width, count = (uint64_t)m->own.count + m->top, tile = p->at.tile_tokens;
     float *y = xkv_pack_place(p, p->at.y);
@@ -338,7 +245,7 @@ static xkv_status subtract_tile(const measuring *m, uint32_t row, uint32_t n)
 }
 
 /* The rows of a tile times the metric's blocks. */
-static xkv_status weigh_tile(const work *w, uint32_t n)
+static xkv_status weigh_tile(const xkv_pack_work *w, uint32_t n)
 {
     xkv_device_packing *p = w->p;
     float *block = xkv_pack_place(p, p->at.blocks), *rows = xkv_pack_place(p, p->at.rows);
@@ -372,13 +279,13 @@ static xkv_status weigh_tile(const work *w, uint32_t n)
 
 /* Sums of squares of a tile: those of the planes, and in the metric, behind `first` others. With the mean added to what
  * the planes' are of. */
-static xkv_status sum_tile(const work *w, uint32_t row, uint32_t n, uint32_t first, bool mean)
+static xkv_status sum_tile(const xkv_pack_work *w, uint32_t row, uint32_t n, uint32_t first, bool mean)
 {
     xkv_device_packing *p = w->p;
     uint32_t planes = w->g->plane_count;
-    const uint32_t *begins = constant(w, w->begins_at);
+    const uint32_t *begins = xkv_pack_constant(w, w->begins_at);
     xkv_plug_sums o = {.rows = xkv_pack_place(p, p->at.rows),
-                       .mean = mean ? constant(w, w->mean_at) : NULL,
+                       .mean = mean ? xkv_pack_constant(w, w->mean_at) : NULL,
                        .begins = begins,
                        .ld = w->g->width,
                        .stride = p->at.stride,
@@ -399,21 +306,8 @@ static xkv_status sum_tile(const work *w, uint32_t row, uint32_t n, uint32_t fir
     return XKV_OK;
 }
 
-/* Sum number i of all tokens. */
-static xkv_status total(const work *w, uint32_t i, double *scratch, double *sum)
-{
-    xkv_device_packing *p = w->p;
-    const double *there = (const double *)xkv_pack_place(p, p->at.sums) + i * p->at.stride;
-
-    XKV_TRY(xkv_device_download(p->ctx, p->device, there, p->tokens * sizeof *there, scratch, p->stream));
-    *sum = 0;
-    for (uint32_t t = 0; t < p->tokens; t++)
-        *sum += scratch[t];
-    return XKV_OK;
-}
-
 /* As total() of coded.c. */
-static xkv_status add_up(const work *w, double *scratch, xkv_group *g, xkv_coded *coded)
+static xkv_status add_up(const xkv_pack_work *w, double *scratch, xkv_group *g, xkv_coded *coded)
 {
     uint32_t planes = g->plane_count;
     double squares = 0;
@@ -421,8 +315,8 @@ static xkv_status add_up(const work *w, double *scratch, xkv_group *g, xkv_coded
     g->energy = 0;
     for (uint32_t i = 0; i < planes; i++) {
         double error;
-        XKV_TRY(total(w, i, scratch, &g->plane_energies[i]));
-        XKV_TRY(total(w, planes + 1 + i, scratch, &error));
+        XKV_TRY(xkv_pack_total(w, i, scratch, &g->plane_energies[i]));
+        XKV_TRY(xkv_pack_total(w, planes + 1 + i, scratch, &error));
         g->plane_errors[i] = xkv_relative_error(error, g->plane_energies[i]);
         g->energy += g->plane_energies[i];
         squares += error;
@@ -430,11 +324,11 @@ static xkv_status add_up(const work *w, double *scratch, xkv_group *g, xkv_coded
     g->error = xkv_relative_error(squares, g->energy);
     if (!w->t->blocks)
         return XKV_OK;
-    XKV_TRY(total(w, planes, scratch, &coded->metric_energy));
-    return total(w, 2 * planes + 1, scratch, &coded->metric_squares);
+    XKV_TRY(xkv_pack_total(w, planes, scratch, &coded->metric_energy));
+    return xkv_pack_total(w, 2 * planes + 1, scratch, &coded->metric_squares);
 }
 
-static xkv_status measure(work *w, xkv_group *g, const xkv_cross *cross, xkv_coded *coded)
+static xkv_status measure(xkv_pack_work *w, xkv_group *g, const xkv_cross *cross, xkv_coded *coded)
 {
     xkv_device_packing *p = w->p;
     measuring m = {.w = w, .coded = coded, .cross = cross};
@@ -444,8 +338,8 @@ static xkv_status measure(work *w, xkv_group *g, const xkv_cross *cross, xkv_cod
     m.top = cross && cross->coded > 0 ? w->t->top : 0;
     XKV_TRY(prepare(&m));
     for (uint32_t tile = 0; tile < p->at.tiles; tile++) {
-        uint32_t row, n = tile_at(p, tile, &row);
-        XKV_TRY(gather_tile(w, row, n));
+        uint32_t row, n = xkv_pack_tile(p, tile, &row);
+        XKV_TRY(xkv_pack_gather(w, row, n, xkv_pack_place(w->p, w->p->at.rows)));
         XKV_TRY(sum_tile(w, row, n, 0, true));
         XKV_TRY(subtract_tile(&m, row, n));
         XKV_TRY(sum_tile(w, row, n, g->plane_count + 1, false));
@@ -459,7 +353,7 @@ static xkv_status measure(work *w, xkv_group *g, const xkv_cross *cross, xkv_cod
 
 /* --- Groups ------------------------------------------------------------------------------------------------------- */
 
-static xkv_status code_group(work *w, xkv_pool *pool, xkv_group *g, const xkv_cross *cross, xkv_coded *coded)
+static xkv_status code_group(xkv_pack_work *w, xkv_pool *pool, xkv_group *g, const xkv_cross *cross, xkv_coded *coded)
 {
     xkv_device_packing *p = w->p;
     uint32_t first = coded->first_row, count = coded->rank - first;
@@ -468,7 +362,7 @@ static xkv_status code_group(work *w, xkv_pool *pool, xkv_group *g, const xkv_cr
     coded->device_q = q;
     XKV_TRY(load_analysis(w, first, count));
     for (uint32_t tile = 0; tile < p->at.tiles; tile++) {
-        uint32_t row, n = tile_at(p, tile, &row);
+        uint32_t row, n = xkv_pack_tile(p, tile, &row);
         XKV_TRY(analyze_tile(w, row, n, count));
         XKV_TRY(quantize_tile(p, xkv_pack_place(p, p->at.y), tile, count, coded->step, q));
         XKV_TRY(xkv_check_cancel(p->ctx));
@@ -481,12 +375,12 @@ xkv_status xkv_device_code_group(xkv_device_packing *p, xkv_pool *pool, xkv_grou
                                  float step, const xkv_cross *cross, xkv_coded *coded)
 {
     xkv_status status = XKV_OK;
-    work w;
+    xkv_pack_work w;
 
     *coded = (xkv_coded){.first = p->sinks, .tokens = p->tokens, .rank = t->rank, .step = step};
     coded->first_row = cross ? t->top : 0;
     p->streams_made = false;
-    XKV_TRY_GOTO(open_work(p, g, t, &w), out);
+    XKV_TRY_GOTO(xkv_pack_open(p, g, t, &w), out);
     XKV_TRY_GOTO(code_group(&w, pool, g, cross, coded), out);
 out:
     if (status != XKV_OK)
@@ -500,9 +394,9 @@ out:
 static xkv_status lead_tile(xkv_device_packing *p, const xkv_container *c, const xkv_transform *t, uint32_t group,
                             uint32_t row, uint32_t n)
 {
-    work w;
+    xkv_pack_work w;
 
-    XKV_TRY(open_work(p, &c->groups[group], t, &w));
+    XKV_TRY(xkv_pack_open(p, &c->groups[group], t, &w));
     XKV_TRY(load_analysis(&w, 0, t->top));
     return analyze_tile(&w, row, n, t->top);
 }
@@ -553,7 +447,7 @@ static xkv_status code_cross(xkv_device_packing *p, xkv_pool *pool, const xkv_co
 
     coded->device_q = q;
     for (uint32_t tile = 0; tile < p->at.tiles; tile++) {
-        uint32_t row, n = tile_at(p, tile, &row);
+        uint32_t row, n = xkv_pack_tile(p, tile, &row);
         XKV_TRY(stage_tile(p, c, transforms, row, n));
         XKV_TRY(quantize_tile(p, xkv_pack_place(p, p->at.stage_y), tile, coded->rank, coded->step, q));
     }
@@ -580,7 +474,7 @@ static xkv_status find_norm(xkv_device_packing *p, const xkv_container *c, const
     uint64_t size = 4ull * t->top * p->at.tile_tokens;
 
     for (uint32_t tile = 0; tile < p->at.tiles; tile++) {
-        uint32_t row, n = tile_at(p, tile, &row);
+        uint32_t row, n = xkv_pack_tile(p, tile, &row);
         float largest;
         XKV_TRY(lead_tile(p, c, t, group, row, n));
         XKV_TRY(xkv_device_download(p->ctx, p->device, xkv_pack_place(p, p->at.y), size, z, p->stream));

@@ -88,18 +88,6 @@ static float largest_crossed(const xkv_device_work *w)
     return (float)(sqrt(most) * (double)w->basis->top_norm) * cross->step;
 }
 
-/* A power of two that brings the largest element to 2^13 .. 2^14, so that both halves are normal numbers of f16. */
-static float scale_for(float largest)
-{
-    int exponent;
-
-    if (!(largest > 0) || !isfinite(largest))
-        return 1;
-    (void)frexpf(largest, &exponent);
-    exponent = 14 - exponent;
-    return ldexpf(1, exponent > 100 ? 100 : exponent < -100 ? -100 : exponent);
-}
-
 static xkv_status find_scale(xkv_device_work *w)
 {
     float most = 0, *row = NULL;
@@ -114,7 +102,7 @@ static xkv_status find_scale(xkv_device_work *w)
     most *= w->step;
     if (w->crossed)
         most = fmaxf(most, largest_crossed(w));
-    w->scale = scale_for(most);
+    w->scale = xkv_operand_scale(most);
     return XKV_OK;
 }
 

@@ -79,10 +79,24 @@ double xkv_encoder_metric_error(const xkv_encoder *e)
     return xkv_relative_error(e->metric_squares, e->metric_energy);
 }
 
+/* The device factorizes where it can, which is where it has the rows; else the CPU, from a copy of them. */
+static xkv_status factorize(xkv_encoder *e, xkv_group *g, const xkv_svd_target *target, xkv_factors *f, bool *good)
+{
+    uint32_t end = e->c.geometry.token_count - e->c.window;
+    bool found;
+
+    if (e->device) {
+        XKV_TRY(xkv_device_factorize(e->device, g, target->iterations, f, &found));
+        if (found)
+            return XKV_OK;
+        XKV_TRY(xkv_device_pack_bring(e->device, g));
+    }
+    return xkv_factorize(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, target, f, good);
+}
+
 static xkv_status pack_svd(xkv_encoder *e, xkv_group *g)
 {
     xkv_svd_target target = {.rank = g->rank, .max_rank = rank_limit(e, g), .iterations = e->o.iterations};
-    uint32_t end = e->c.geometry.token_count - e->c.window;
     xkv_factors f = {0};
     bool good = true;
     xkv_status status = XKV_OK;
@@ -91,8 +105,7 @@ static xkv_status pack_svd(xkv_encoder *e, xkv_group *g)
     if (target.error == 0)
         XKV_TRY(shrinks(e, g, g->rank, &good)); /* a fixed rank tells its size before the work is done */
     if (good)
-        XKV_TRY_GOTO(xkv_factorize(e->ctx, e->pool, e->rotators, g, e->views, e->c.sinks, end, &target, &f, &good),
-                     out);
+        XKV_TRY_GOTO(factorize(e, g, &target, &f, &good), out);
     if (good && target.error > 0)
         XKV_TRY_GOTO(shrinks(e, g, f.rank, &good), out);
     if (good) {

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define XKV_PLUGIN_ABI    3u
+#define XKV_PLUGIN_ABI    4u
 #define XKV_PLUGIN_SYMBOL "xkv_plugin_table"
 
 /* --- Operations --------------------------------------------------------------------------------------------------- */
@@ -210,6 +210,7 @@ typedef struct xkv_plugin {
     /* plugin_attend.h */
     xkv_status (*attend)(xkv_plug_device *d, const xkv_plug_attend *o, void *stream);
     xkv_status (*merge)(xkv_plug_device *d, const xkv_plug_merge *o, void *stream);
+    xkv_status (*restore)(xkv_plug_device *d, const xkv_plug_restore *o, void *stream);
 
     /* plugin_fused.h */
     xkv_status (*fused)(xkv_plug_device *d, const xkv_plug_fused *o, void *stream);
@@ -224,6 +225,7 @@ typedef struct xkv_plugin {
     xkv_status (*quantize)(xkv_plug_device *d, const xkv_plug_quantize *o, void *stream);
     xkv_status (*count_values)(xkv_plug_device *d, const xkv_plug_count *o, void *stream);
     xkv_status (*encode)(xkv_plug_device *d, const xkv_plug_encode *o, void *stream);
+    xkv_status (*round_columns)(xkv_plug_device *d, const xkv_plug_round_columns *o, void *stream);
 
     /* plugin_svd.h */
     xkv_status (*dense_size)(xkv_plug_device *d, uint64_t n, uint64_t batch, xkv_plug_dense_size *size);

@@ -88,6 +88,18 @@ typedef struct xkv_plug_attend {
     float *output, *lse;   /* [tokens][heads][dim_v], [tokens][heads] */
 } xkv_plug_attend;
 
+/* Rows of one plane as they were, restored from what is held: one kernel. `to` is in the launch itself, so that nothing
+ * is copied for it: its heads have at most 640 elements, a multiple of a block's where the view is of blocks; its
+ * column and its RoPE are not used. Token t is row t of the view. */
+typedef struct xkv_plug_restore {
+    const xkv_held_plane *planes;
+    const xkv_held_tile *tiles; /* [tile_count] */
+    uint32_t tile_count;
+    const float *angles; /* of the plane's RoPE */
+    uint64_t angles_stride;
+    xkv_plug_plane to;
+} xkv_plug_restore;
+
 /* Attention over all rows from that over parts of them (xkv_attention_merge). */
 #define XKV_PLUG_STATES 16u
 typedef struct xkv_plug_merge {

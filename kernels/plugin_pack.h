@@ -119,4 +119,14 @@ typedef struct xkv_plug_encode {
     uint32_t *sizes; /* [count] */
 } xkv_plug_encode;
 
+/* Rows of f32 to f16 in units of their columns: scales[i] becomes the largest magnitude in column i, and out = rows /
+ * scales, or 0 where that is 0; both dense [count][width]. */
+typedef struct xkv_plug_round_columns {
+    const float *rows;
+    uint64_t count;
+    uint32_t width;
+    float *scales; /* [width] */
+    uint16_t *out;
+} xkv_plug_round_columns;
+
 #endif

@@ -389,9 +389,13 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_pack_size(xkv_ctx *ctx, xkv_device 
  * measured error; only streams, exact rows and, for a ratio or an error, a sample of 1,024 tokens come to the host.
  * Of equal coefficients the integers and the bytes are those of xkv_pack(). Coefficients are products of numbers in two
  * bf16 halves, 16 bits of them, so that some integers are rounded to a neighbour (in tests one of 60,000); errors in
- * the metric are measured with products in TF32. Groups that are stored lossless, and everything with other profiles,
- * are packed by the CPU from a copy of their rows. Without enough memory on the device the call takes smaller tiles,
- * then the CPU for everything, and says so in the log. Returns when the entry is written. `target`, whose dict is that
+ * the metric are measured with products in TF32. With profile svd and fixed ranks it decomposes each group (products of
+ * the iterations in bf16), rounds the coefficients and measures what the factors restore: these come to the host, and
+ * all rows only of a group whose columns are dependent or too large or small for the device, which the CPU decomposes.
+ * That takes 4 (width + 1.5 rank) bytes a token of the widest group, all at once, beside what does not grow with them.
+ * Groups that are stored lossless, and everything with other profiles or targets, are packed by the CPU from a copy of
+ * their rows. Without enough memory on the device the call takes smaller tiles, which factors do not have, then the CPU
+ * for everything, and says so in the log. Returns when the entry is written. `target`, whose dict is that
  * of the options, may be NULL for defaults. Errors: those of xkv_pack(); ARGUMENT (alignment, workspace), UNSUPPORTED
  * (another dtype), BACKEND (the device: see xkv_device_get_info()). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_device_pack(xkv_ctx *ctx, xkv_device *device, const xkv_geometry *geometry,
@@ -594,6 +598,20 @@ XKV_API void xkv_device_attention_get_info(const xkv_device_attention *copy, xkv
 XKV_API XKV_MUST_CHECK xkv_status xkv_device_attend(xkv_ctx *ctx, const xkv_device_attention *copy, uint32_t layer,
                                                     const xkv_queries *queries, const xkv_attend_options *options,
                                                     void *stream, void *workspace, float *output, float *lse);
+
+/* The rows of all layers that the attention has, restored from what is held: into views [plane_count] of the device's
+ * memory, `rows` included, as xkv_device_read() takes them; those of planes of other layers are not looked at. Token i
+ * of the attention goes to row(i). The work, one kernel for each plane, is put behind what is on `stream` (NULL: the
+ * default stream), and the call returns; it takes no workspace, allocates, copies and waits for nothing, so that it can
+ * be captured into a graph together with what uses the rows. A graph keeps addresses and strides of the views; what the
+ * arrays `rows` hold in the device's memory, a paged cache's slots, is read at each launch and may change in between.
+ * Rows are those of xkv_entry_read() at the attention's positions, as spec/codec.md, section 3 demands of two decoders;
+ * but coefficients that a cross stage adds to are held in 16 bits of the largest of a chunk, and XKV_HOLD_ROWS rounds
+ * to the planes' dtype before. It is f32 arithmetic, as that of attention:
+ * xkv_device_read() is what to restore once with. Errors: ARGUMENT (views, alignment), UNSUPPORTED (another dtype;
+ * heads of more than 640 elements; blocks that reach over heads), BACKEND. */
+XKV_API XKV_MUST_CHECK xkv_status xkv_device_attention_restore(xkv_ctx *ctx, const xkv_device_attention *copy,
+                                                               void *stream, const xkv_view *views);
 
 /* xkv_attention_merge() of states in the device's memory, on a stream, likewise. Errors: ARGUMENT (more than 16
  * states), BACKEND. */

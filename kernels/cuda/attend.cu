@@ -1,6 +1,6 @@
 /* attend.cu - attention over held rows: the blocks of attend_block.h, one kernel for each step. */
-#include "attend.h"
 #include "attend_block.h"
+#include "launch.h"
 
 namespace
 {
@@ -42,22 +42,26 @@ __global__ void __launch_bounds__(threads_of_a_block) merge_kernel(const xkv_plu
     }
 }
 
+__global__ void __launch_bounds__(threads_of_a_block) restore_kernel(const xkv_plug_restore o)
+{
+    xkv_block_restore(&o, blockIdx.x, blockIdx.y, shared_floats);
+}
+
 /* More shared memory than a kernel gets unasked. */
-cudaError_t allow_shared(size_t size)
+cudaError_t allow_shared(const void *kernel, size_t size)
 {
     return size <= 48u << 10 ? cudaSuccess
-                             : cudaFuncSetAttribute((const void *)scores_kernel,
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, (int)size);
+                             : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)size);
 }
 
 } // namespace
 
-cudaError_t xkv_launch_attend(const xkv_plug_attend *o, cudaStream_t stream)
+XKV_LAUNCH(attend)
 {
     const size_t scores = xkv_score_shared(o) * sizeof(float), output = xkv_output_shared(o) * sizeof(float);
     const uint32_t columns = (xkv_value_columns(o) + threads_of_a_block - 1) / threads_of_a_block;
     const uint32_t queries = o->kv_heads * o->count;
-    cudaError_t e = allow_shared(scores);
+    cudaError_t e = allow_shared((const void *)scores_kernel, scores);
 
     if (e != cudaSuccess)
         return e;
@@ -71,10 +75,21 @@ cudaError_t xkv_launch_attend(const xkv_plug_attend *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_merge(const xkv_plug_merge *o, cudaStream_t stream)
+XKV_LAUNCH(merge)
 {
     const unsigned blocks = (unsigned)(o->rows < 1u << 20 ? o->rows : 1u << 20);
 
     merge_kernel<<<blocks, threads_of_a_block, 0, stream>>>(*o);
+    return cudaGetLastError();
+}
+
+XKV_LAUNCH(restore)
+{
+    const size_t shared = xkv_restore_shared(o) * sizeof(float);
+    const cudaError_t e = allow_shared((const void *)restore_kernel, shared);
+
+    if (e != cudaSuccess)
+        return e;
+    restore_kernel<<<dim3(o->tile_count, o->to.heads), threads_of_a_block, shared, stream>>>(*o);
     return cudaGetLastError();
 }

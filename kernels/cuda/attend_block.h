@@ -3,10 +3,7 @@
 #define XKV_CUDA_ATTEND_BLOCK_H
 
 #include "block.h"
-#include "element.h"
-#include "plugin.h"
-
-#include <stdbool.h>
+#include "elements.h"
 
 /* Slots that are multiplied at a time, and tokens and elements of which one item takes the products. */
 #define XKV_PANEL_SLOTS  32u
@@ -98,13 +95,11 @@ XKV_ELEMENT void xkv_rotate_pair(const xkv_held_plane *p, const float *angles, u
     x[j] = a * s + b * c;
 }
 
-/* Rows x [count][ld] of one KV head, rotated. */
-XKV_BLOCK void xkv_make_keys(const xkv_plug_attend *o, uint32_t part, uint32_t number, uint32_t head, float *x,
-                             uint32_t ld, float *panel)
+/* Rows x [count][ld] of one head, elements first .. first + dim - 1 of the plane's, rotated. `angles`: of row 0. */
+XKV_BLOCK void xkv_make_rows(const xkv_held_plane *p, const xkv_held_tile *tile, uint32_t first, uint32_t dim,
+                             const float *angles, uint64_t angles_stride, float *x, uint32_t ld, float *panel)
 {
-    const xkv_held_tile *tile = &o->keys[part][number];
-    const xkv_held_plane *p = &o->planes[tile->plane];
-    uint32_t dim = o->dim_k[part], first = head * dim, across = (dim + XKV_PANEL_SQUARE - 1) / XKV_PANEL_SQUARE;
+    uint32_t across = (dim + XKV_PANEL_SQUARE - 1) / XKV_PANEL_SQUARE;
 
     XKV_EACH_ITEM(i, XKV_HELD_TOKENS * dim)
     x[i / dim * ld + i % dim] = i / dim < tile->count ? xkv_held_element(p, tile, i / dim, first + i % dim) : 0;
@@ -123,9 +118,17 @@ XKV_BLOCK void xkv_make_keys(const xkv_plug_attend *o, uint32_t part, uint32_t n
         XKV_TOGETHER();
     }
     XKV_EACH_ITEM(i, tile->count * p->pairs)
-    xkv_rotate_pair(p, o->angles + (tile->row + i / p->pairs) * o->angles_stride + o->angles_at[part], i % p->pairs,
-                    x + i / p->pairs * ld);
+    xkv_rotate_pair(p, angles + (tile->row + i / p->pairs) * angles_stride, i % p->pairs, x + i / p->pairs * ld);
     XKV_TOGETHER();
+}
+
+XKV_BLOCK void xkv_make_keys(const xkv_plug_attend *o, uint32_t part, uint32_t number, uint32_t head, float *x,
+                             uint32_t ld, float *panel)
+{
+    const xkv_held_tile *tile = &o->keys[part][number];
+
+    xkv_make_rows(&o->planes[tile->plane], tile, head * o->dim_k[part], o->dim_k[part], o->angles + o->angles_at[part],
+                  o->angles_stride, x, ld, panel);
 }
 
 XKV_ELEMENT bool xkv_sees(const xkv_plug_attend *o, uint32_t query, uint32_t row)
@@ -354,6 +357,26 @@ XKV_BLOCK void xkv_block_output(const xkv_plug_attend *o, uint64_t query, float 
     }
     XKV_EACH_ITEM(i, 1)
     o->lse[out] = total == 0 ? -INFINITY : largest + logf(total);
+}
+
+/* --- Restoring ---------------------------------------------------------------------------------------------------- */
+
+XKV_ELEMENT uint32_t xkv_restore_shared(const xkv_plug_restore *o)
+{
+    return XKV_HELD_TOKENS * (o->to.head_dim + 1) + XKV_PANEL_SLOTS * XKV_HELD_TOKENS;
+}
+
+/* A block: one tile, one head. */
+XKV_BLOCK void xkv_block_restore(const xkv_plug_restore *o, uint32_t number, uint32_t head, float *shared)
+{
+    const xkv_held_tile *tile = &o->tiles[number];
+    uint32_t dim = o->to.head_dim, ld = dim + 1, items = dim / xkv_item_size(o->to.view.dtype);
+
+    xkv_make_rows(&o->planes[tile->plane], tile, head * dim, dim, o->angles, o->angles_stride, shared, ld,
+                  shared + XKV_HELD_TOKENS * ld);
+    XKV_EACH_ITEM(i, tile->count * items)
+    xkv_put_item(&o->to, tile->row + i / items, head * items + i % items,
+                 shared + i / items * ld + i % items * xkv_item_size(o->to.view.dtype));
 }
 
 /* --- Merging ------------------------------------------------------------------------------------------------------ */

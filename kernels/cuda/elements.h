@@ -162,17 +162,40 @@ XKV_ELEMENT uint8_t *xkv_view_block(const xkv_view *v, uint32_t head_dim, uint32
            (row * v->token_stride + e / dims * v->head_stride + e % dims / XKV_BLOCK_ELEMENTS * v->dim_stride);
 }
 
+/* A block of elements, each rounded to 16 bits before. */
+XKV_ELEMENT void xkv_put_block(const xkv_plug_plane *p, uint32_t token, uint32_t block, const float *from)
+{
+    float x[XKV_BLOCK_ELEMENTS];
+
+    for (uint32_t i = 0; i < XKV_BLOCK_ELEMENTS; i++)
+        x[i] = p->via == XKV_F16    ? xkv_f16_to_f32(xkv_f16_from_f32(from[i]))
+               : p->via == XKV_BF16 ? xkv_float_from_bits((uint32_t)xkv_bf16_from_f32(from[i]) << 16)
+                                    : from[i];
+    xkv_block_from_f32(p->view.dtype, x, xkv_view_block(&p->view, p->head_dim, token, block));
+}
+
+/* Elements, or blocks: how many elements one has. */
+XKV_ELEMENT uint32_t xkv_item_size(uint32_t dtype)
+{
+    return xkv_is_blocks(dtype) ? XKV_BLOCK_ELEMENTS : 1;
+}
+
+/* Element, or block, `item` of a row. */
+XKV_ELEMENT void xkv_put_item(const xkv_plug_plane *p, uint32_t token, uint32_t item, const float *from)
+{
+    if (xkv_is_blocks(p->view.dtype))
+        xkv_put_block(p, token, item, from);
+    else
+        xkv_put_element(p, token, item, *from);
+}
+
 XKV_ELEMENT void xkv_store_block(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t block)
 {
     float x[XKV_BLOCK_ELEMENTS];
 
-    for (uint32_t i = 0; i < XKV_BLOCK_ELEMENTS; i++) {
-        float value = xkv_rotated_value(o, p, t, block * XKV_BLOCK_ELEMENTS + i);
-        x[i] = p->via == XKV_F16    ? xkv_f16_to_f32(xkv_f16_from_f32(value))
-               : p->via == XKV_BF16 ? xkv_float_from_bits((uint32_t)xkv_bf16_from_f32(value) << 16)
-                                    : value;
-    }
-    xkv_block_from_f32(p->view.dtype, x, xkv_view_block(&p->view, p->head_dim, o->first + t, block));
+    for (uint32_t i = 0; i < XKV_BLOCK_ELEMENTS; i++)
+        x[i] = xkv_rotated_value(o, p, t, block * XKV_BLOCK_ELEMENTS + i);
+    xkv_put_block(p, o->first + t, block, x);
 }
 
 XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p, uint32_t t, uint32_t item)
@@ -193,7 +216,7 @@ XKV_ELEMENT void xkv_store_item(const xkv_plug_store *o, const xkv_plug_plane *p
 
 XKV_ELEMENT uint32_t xkv_move_items(const xkv_plug_move *o)
 {
-    return o->heads * o->head_dim / (xkv_is_blocks(o->view.dtype) ? XKV_BLOCK_ELEMENTS : 1);
+    return o->heads * o->head_dim / xkv_item_size(o->view.dtype);
 }
 
 /* Element, or block, `e` of a token. */

@@ -1,5 +1,5 @@
 /* fused.cu - coefficients to stored rows on tensor cores: 8 warps, each with every 8th square of 16 x 16 sums. */
-#include "fused.h"
+#include "launch.h"
 
 #include "block.h"
 #include "elements.h"
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * warps) fused_kernel(const xkv_plug_fused 
 
 } // namespace
 
-cudaError_t xkv_launch_fused(const xkv_plug_fused *o, cudaStream_t stream)
+XKV_LAUNCH(fused)
 {
     const dim3 grid((o->store.tokens + XKV_FUSED_TOKENS - 1) / XKV_FUSED_TOKENS, o->heads);
     const size_t shared = xkv_fused_shared(o->dim);

@@ -143,13 +143,13 @@ __global__ void join_kernel(const xkv_plug_join o)
 
 /* --- Launches ----------------------------------------------------------------------------------------------------- */
 
-cudaError_t xkv_launch_decode(const xkv_plug_decode *o, cudaStream_t stream)
+XKV_LAUNCH(decode)
 {
     decode_kernel<<<o->count, 32, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_expand(const xkv_plug_expand *o, cudaStream_t stream)
+XKV_LAUNCH(expand)
 {
     const dim3 grid(blocks_for(o->tokens), rows_for(o->count));
 
@@ -157,7 +157,7 @@ cudaError_t xkv_launch_expand(const xkv_plug_expand *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_split(const xkv_plug_split *o, cudaStream_t stream)
+XKV_LAUNCH(split)
 {
     const dim3 grid(blocks_for(o->width), rows_for(o->count));
 
@@ -165,7 +165,7 @@ cudaError_t xkv_launch_split(const xkv_plug_split *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_spread(const xkv_plug_spread *o, cudaStream_t stream)
+XKV_LAUNCH(spread)
 {
     const dim3 grid(blocks_for(o->width), (o->tokens + spread_tokens - 1) / spread_tokens);
 
@@ -173,13 +173,13 @@ cudaError_t xkv_launch_spread(const xkv_plug_spread *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_angles(const xkv_plug_angles *o, cudaStream_t stream)
+XKV_LAUNCH(angles)
 {
     angles_kernel<<<blocks_for((uint64_t)o->tokens * o->pairs), threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_store(const xkv_plug_store *o, cudaStream_t stream)
+XKV_LAUNCH(store)
 {
     const dim3 grid(o->tokens, o->plane_count);
 
@@ -187,13 +187,13 @@ cudaError_t xkv_launch_store(const xkv_plug_store *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_move(const xkv_plug_move *o, cudaStream_t stream)
+XKV_LAUNCH(move)
 {
     move_kernel<<<o->tokens, threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_join(const xkv_plug_join *o, cudaStream_t stream)
+XKV_LAUNCH(join)
 {
     const dim3 grid(blocks_for(o->cols), rows_for(o->rows));
 

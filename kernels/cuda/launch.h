@@ -1,5 +1,5 @@
-/* launch.h - the kernels, as plugin.c starts them. Each puts one kernel on the stream; the result is that of the launch
- * alone. Arguments are those of plugin.h. */
+/* launch.h - the kernels, as plugin.c starts them. Each puts its kernels on the stream; the result is that of the
+ * launches alone. Arguments are those of plugin.h. */
 #ifndef XKV_CUDA_LAUNCH_H
 #define XKV_CUDA_LAUNCH_H
 
@@ -11,14 +11,41 @@
 extern "C" {
 #endif
 
-cudaError_t xkv_launch_decode(const xkv_plug_decode *o, cudaStream_t stream);
-cudaError_t xkv_launch_expand(const xkv_plug_expand *o, cudaStream_t stream);
-cudaError_t xkv_launch_split(const xkv_plug_split *o, cudaStream_t stream);
-cudaError_t xkv_launch_spread(const xkv_plug_spread *o, cudaStream_t stream);
-cudaError_t xkv_launch_angles(const xkv_plug_angles *o, cudaStream_t stream);
-cudaError_t xkv_launch_store(const xkv_plug_store *o, cudaStream_t stream);
-cudaError_t xkv_launch_move(const xkv_plug_move *o, cudaStream_t stream);
-cudaError_t xkv_launch_join(const xkv_plug_join *o, cudaStream_t stream);
+#define XKV_LAUNCH(name) cudaError_t xkv_launch_##name(const xkv_plug_##name *o, cudaStream_t stream)
+
+/* launch.cu */
+XKV_LAUNCH(decode);
+XKV_LAUNCH(expand);
+XKV_LAUNCH(split);
+XKV_LAUNCH(spread);
+XKV_LAUNCH(angles);
+XKV_LAUNCH(store);
+XKV_LAUNCH(move);
+XKV_LAUNCH(join);
+
+/* attend.cu */
+XKV_LAUNCH(attend);
+XKV_LAUNCH(merge);
+XKV_LAUNCH(restore);
+
+/* fused.cu */
+XKV_LAUNCH(fused);
+
+/* pack.cu */
+XKV_LAUNCH(gather);
+XKV_LAUNCH(take);
+XKV_LAUNCH(scan);
+XKV_LAUNCH(halve);
+XKV_LAUNCH(sums);
+XKV_LAUNCH(quantize);
+XKV_LAUNCH(count);
+XKV_LAUNCH(encode);
+XKV_LAUNCH(round_columns);
+
+/* svd.cu */
+XKV_LAUNCH(sketch);
+XKV_LAUNCH(convert);
+XKV_LAUNCH(scale_gram);
 
 #ifdef __cplusplus
 }

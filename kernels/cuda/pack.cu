@@ -1,5 +1,5 @@
 /* pack.cu - the kernels of packing: how threads share the elements of pack_elements.h and the warps of warp_pack.h. */
-#include "pack.h"
+#include "launch.h"
 #include "pack_elements.h"
 #include "warp_pack.h"
 
@@ -89,6 +89,25 @@ __global__ void __launch_bounds__(32) count_kernel(const xkv_plug_count o)
     xkv_warp_count(&o, blockIdx.x, (uint64_t)blockIdx.y * XKV_COUNT_TOKENS, held);
 }
 
+/* --- Factors ------------------------------------------------------------------------------------------------------ */
+
+__global__ void largest_kernel(const xkv_plug_round_columns o)
+{
+    const uint32_t column = blockIdx.x * blockDim.x + threadIdx.x;
+
+    for (uint64_t i = (uint64_t)blockIdx.y * XKV_COLUMN_ROWS; column < o.width && i < o.count;
+         i += (uint64_t)gridDim.y * XKV_COLUMN_ROWS)
+        atomicMax((uint32_t *)&o.scales[column], xkv_largest_of_column(&o, i, column));
+}
+
+__global__ void round_kernel(const xkv_plug_round_columns o)
+{
+    const uint32_t column = blockIdx.x * blockDim.x + threadIdx.x;
+
+    for (uint64_t i = blockIdx.y; column < o.width && i < o.count; i += gridDim.y)
+        xkv_round_element(&o, i, column);
+}
+
 /* --- rANS --------------------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ void copy_table(xkv_warp_encode_table *to, const xkv_warp_encode_table *from)
@@ -127,7 +146,7 @@ __global__ void __launch_bounds__(32) encode_kernel(const xkv_plug_encode o)
 
 /* --- Launches ----------------------------------------------------------------------------------------------------- */
 
-cudaError_t xkv_launch_gather(const xkv_plug_gather *o, cudaStream_t stream)
+XKV_LAUNCH(gather)
 {
     const dim3 grid(o->tokens, o->plane_count);
 
@@ -135,13 +154,13 @@ cudaError_t xkv_launch_gather(const xkv_plug_gather *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_take(const xkv_plug_take *o, cudaStream_t stream)
+XKV_LAUNCH(take)
 {
     take_kernel<<<o->tokens, threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_scan(const xkv_plug_scan *o, cudaStream_t stream)
+XKV_LAUNCH(scan)
 {
     const dim3 grid(o->tokens, o->plane_count);
 
@@ -149,7 +168,7 @@ cudaError_t xkv_launch_scan(const xkv_plug_scan *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_halve(const xkv_plug_halve *o, cudaStream_t stream)
+XKV_LAUNCH(halve)
 {
     const dim3 grid(blocks_for(o->width, threads_of_a_block), rows_for(o->count));
 
@@ -157,19 +176,19 @@ cudaError_t xkv_launch_halve(const xkv_plug_halve *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_sums(const xkv_plug_sums *o, cudaStream_t stream)
+XKV_LAUNCH(sums)
 {
     sums_kernel<<<blocks_for((uint64_t)o->tokens * o->count, warps_of_a_block), threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_quantize(const xkv_plug_quantize *o, cudaStream_t stream)
+XKV_LAUNCH(quantize)
 {
     quantize_kernel<<<blocks_for(o->count, warps_of_a_block), threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_count(const xkv_plug_count *o, cudaStream_t stream)
+XKV_LAUNCH(count)
 {
     const dim3 grid(o->count, blocks_for(o->tokens, XKV_COUNT_TOKENS));
 
@@ -177,8 +196,22 @@ cudaError_t xkv_launch_count(const xkv_plug_count *o, cudaStream_t stream)
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_encode(const xkv_plug_encode *o, cudaStream_t stream)
+XKV_LAUNCH(encode)
 {
     encode_kernel<<<o->count, 32, 0, stream>>>(*o);
+    return cudaGetLastError();
+}
+
+XKV_LAUNCH(round_columns)
+{
+    const unsigned across = blocks_for(o->width, threads_of_a_block);
+    const dim3 strips(across, rows_for((o->count + XKV_COLUMN_ROWS - 1) / XKV_COLUMN_ROWS));
+    const dim3 rows(across, rows_for(o->count));
+    const cudaError_t e = cudaMemsetAsync(o->scales, 0, o->width * sizeof *o->scales, stream);
+
+    if (e != cudaSuccess)
+        return e;
+    largest_kernel<<<strips, threads_of_a_block, 0, stream>>>(*o);
+    round_kernel<<<rows, threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }

@@ -82,4 +82,28 @@ XKV_ELEMENT void xkv_halve_element(const xkv_plug_halve *o, uint64_t i, uint64_t
     o->low[i * o->width + column] = xkv_bf16_from_f32(x - xkv_bf16_to_f32(high));
 }
 
+/* --- Factors ------------------------------------------------------------------------------------------------------ */
+
+/* Rows of which one thread looks at a column. */
+#define XKV_COLUMN_ROWS 64u
+
+/* Bits of the largest magnitude among rows `first` and the next ones; those of magnitudes are ordered as they are. */
+XKV_ELEMENT uint32_t xkv_largest_of_column(const xkv_plug_round_columns *o, uint64_t first, uint32_t column)
+{
+    uint32_t most = 0;
+
+    for (uint64_t i = first; i < first + XKV_COLUMN_ROWS && i < o->count; i++) {
+        uint32_t bits = xkv_bits_of_float(o->rows[i * o->width + column]) & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
+XKV_ELEMENT void xkv_round_element(const xkv_plug_round_columns *o, uint64_t i, uint32_t column)
+{
+    float scale = o->scales[column], x = o->rows[i * o->width + column];
+
+    o->out[i * o->width + column] = xkv_f16_from_f32(scale > 0 ? x / scale : 0);
+}
+
 #endif

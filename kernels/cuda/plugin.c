@@ -1,10 +1,6 @@
 /* plugin.c - the table of plugin.h over the CUDA runtime and cuBLAS. No kernel is here, so that the tests can compile
  * it against a runtime of their own, which fails when told to (tests/cuda). */
-#include "attend.h"
-#include "fused.h"
 #include "launch.h"
-#include "pack.h"
-#include "svd.h"
 
 #include <cublas_v2.h>
 #include <cusolverDn.h>
@@ -542,6 +538,13 @@ static xkv_status encode(xkv_plug_device *d, const xkv_plug_encode *o, void *str
     ON_DEVICE(d, xkv_launch_encode(o, stream));
 }
 
+static xkv_status round_columns(xkv_plug_device *d, const xkv_plug_round_columns *o, void *stream)
+{
+    if (o->count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_round_columns(o, stream));
+}
+
 /* --- Dense algebra ------------------------------------------------------------------------------------------------ */
 
 static xkv_status find_dense_size(xkv_plug_device *d, uint64_t n, uint64_t batch, xkv_plug_dense_size *size)
@@ -640,6 +643,13 @@ static xkv_status merge(xkv_plug_device *d, const xkv_plug_merge *o, void *strea
     ON_DEVICE(d, xkv_launch_merge(o, stream));
 }
 
+static xkv_status restore(xkv_plug_device *d, const xkv_plug_restore *o, void *stream)
+{
+    if (o->tile_count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_restore(o, stream));
+}
+
 /* --- The table ---------------------------------------------------------------------------------------------------- */
 
 extern const xkv_plugin xkv_plugin_table;
@@ -678,6 +688,7 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .join = join,
     .attend = attend,
     .merge = merge,
+    .restore = restore,
     .fused = fused,
     .gather = gather,
     .take = take,
@@ -688,6 +699,7 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .quantize = quantize,
     .count_values = count_values,
     .encode = encode,
+    .round_columns = round_columns,
     .dense_size = dense_size,
     .sketch = sketch,
     .convert = convert,

@@ -1,5 +1,5 @@
 /* svd.cu - the kernels of the truncated SVD: how threads share the elements of svd_elements.h. */
-#include "svd.h"
+#include "launch.h"
 #include "svd_elements.h"
 
 namespace
@@ -40,19 +40,19 @@ __global__ void scale_gram_kernel(const xkv_plug_scale_gram o)
 
 } // namespace
 
-cudaError_t xkv_launch_sketch(const xkv_plug_sketch *o, cudaStream_t stream)
+XKV_LAUNCH(sketch)
 {
     sketch_kernel<<<grid_for(1, o->count < 1u << 24 ? o->count : 1u << 24), threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_convert(const xkv_plug_convert *o, cudaStream_t stream)
+XKV_LAUNCH(convert)
 {
     convert_kernel<<<grid_for(o->rows, o->cols), threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();
 }
 
-cudaError_t xkv_launch_scale_gram(const xkv_plug_scale_gram *o, cudaStream_t stream)
+XKV_LAUNCH(scale_gram)
 {
     scale_gram_kernel<<<grid_for(o->n + o->rows, o->n), threads_of_a_block, 0, stream>>>(*o);
     return cudaGetLastError();

@@ -1,62 +1,10 @@
 /* device_attention.h - tests/unit/test_attend.c on a device: what is held is copied there, and asked there. */
-#include "emulated.h"
+#include "device_opened.h"
 
 #include "attention.h"
 
-static fake_cuda_control *control; /* NULL on a genuine device */
-static xkv_device *device;
-
 enum { HOLD_LEAST = XKV_HOLD_COEFFICIENTS };
 static const double f32_error = 1e-5;
-
-static bool open_device(void)
-{
-    xkv_device_options o = xkv_device_options_default();
-    xkv_backend_info info;
-    xkv_ctx *ctx = new_ctx(1);
-
-#ifdef XKV_GPU_PLUGIN
-    setenv("XKV_CUDA_PLUGIN", XKV_GPU_PLUGIN, 0);
-#else
-    control = emulated_control();
-#endif
-    xkv_backend_get_info(&info);
-    if (info.device_count == 0) {
-        print_message("SKIP: %s\n", info.reason);
-        xkv_ctx_free(ctx);
-        return false;
-    }
-    o.staging_bytes = 1u << 20;
-    o.staging_count = 2;
-    assert_ok(ctx, xkv_device_open(ctx, &o, &device));
-    xkv_ctx_free(ctx);
-    return true;
-}
-
-static void *device_alloc(uint64_t size)
-{
-    void *p;
-
-    assert_true(device->api->alloc(device->plug, size, &p) == XKV_OK);
-    return p;
-}
-
-static void device_free(void *p)
-{
-    device->api->release(device->plug, p);
-}
-
-/* On the default stream, and wait for what is on it. */
-static void device_copy(void *to, const void *from, uint64_t size)
-{
-    void *event;
-
-    assert_true(device->api->event_create(device->plug, &event) == XKV_OK);
-    assert_true(device->api->copy(device->plug, to, from, size, NULL) == XKV_OK);
-    assert_true(device->api->record(device->plug, event, NULL) == XKV_OK);
-    assert_true(device->api->wait(device->plug, event) == XKV_OK);
-    device->api->event_destroy(device->plug, event);
-}
 
 /* --- Asking --- */
 

@@ -2,9 +2,7 @@
 
 #include <stdio.h>
 
-fake_cuda_control *control;
 uint32_t head_dim = 16;
-xkv_device *device;
 uint32_t errors_logged, warnings_logged;
 
 static void count_log(void *user, xkv_log_level level, const char *message)
@@ -25,42 +23,6 @@ xkv_ctx *logging_ctx(void)
     errors_logged = warnings_logged = 0;
     assert_true(xkv_ctx_create(&o, &ctx) == XKV_OK);
     return ctx;
-}
-
-static xkv_device *open_device(xkv_ctx *ctx)
-{
-    xkv_device_options o = xkv_device_options_default();
-    xkv_device *d = NULL;
-
-    o.staging_bytes = 1u << 20;
-    o.staging_count = 2;
-    assert_ok(ctx, xkv_device_open(ctx, &o, &d));
-    return d;
-}
-
-bool find_device(void)
-{
-    xkv_backend_info info;
-
-#ifdef XKV_GPU_PLUGIN
-    setenv("XKV_CUDA_PLUGIN", XKV_GPU_PLUGIN, 0);
-#else
-    control = emulated_control();
-#endif
-    xkv_backend_get_info(&info);
-    if (info.device_count == 0)
-        print_message("SKIP: %s\n", info.reason);
-    return info.device_count > 0;
-}
-
-int open_the_device(void **state)
-{
-    xkv_ctx *ctx = new_ctx(1);
-
-    (void)state;
-    device = open_device(ctx);
-    xkv_ctx_free(ctx);
-    return 0;
 }
 
 /* --- Samples --- */
@@ -133,17 +95,6 @@ static xkv_view make_view(const cache *c, const xkv_plane *p, uint8_t *at, const
                       .dtype = c->dtype};
 }
 
-void device_copy(void *to, const void *from, uint64_t size)
-{
-    void *event;
-
-    assert_true(device->api->event_create(device->plug, &event) == XKV_OK);
-    assert_true(device->api->copy(device->plug, to, from, size, NULL) == XKV_OK);
-    assert_true(device->api->record(device->plug, event, NULL) == XKV_OK);
-    assert_true(device->api->wait(device->plug, event) == XKV_OK);
-    device->api->event_destroy(device->plug, event);
-}
-
 void clear_cache(cache *c)
 {
     memset(c->found, 0xee, c->size);
@@ -158,8 +109,8 @@ cache make_cache(const synthetic *s, uint32_t tokens, uint32_t dtype, layout l, 
     c.plane_size = SENTINEL + (uint64_t)tokens * row_width(p) * xkv_dtype_size(dtype);
     c.plane_size = (c.plane_size + 15) / 16 * 16;
     c.size = c.plane_size * c.planes + SENTINEL;
-    assert_true(device->api->alloc(device->plug, c.size, (void **)&c.there) == XKV_OK);
-    assert_true(device->api->alloc(device->plug, tokens * 4ull, (void **)&c.rows) == XKV_OK);
+    c.there = device_alloc(c.size);
+    c.rows = device_alloc(tokens * 4ull);
     c.host = malloc(c.size);
     c.found = malloc(c.size);
     c.host_rows = malloc(tokens * sizeof *c.host_rows);
@@ -180,8 +131,8 @@ cache make_cache(const synthetic *s, uint32_t tokens, uint32_t dtype, layout l, 
 
 void free_cache(cache *c)
 {
-    device->api->release(device->plug, c->there);
-    device->api->release(device->plug, c->rows);
+    device_free(c->there);
+    device_free(c->rows);
     free(c->host);
     free(c->found);
     free(c->host_rows);

@@ -1,18 +1,11 @@
-/* device_support.h - what the tests on a device share, be it the emulated one or, with XKV_GPU_PLUGIN, a genuine one:
- * contexts that count what is logged, samples, caches in the device's memory. */
+/* device_support.h - what the tests on a device share: contexts that count what is logged, samples, caches in the
+ * device's memory. */
 #ifndef XKV_TEST_DEVICE_SUPPORT_H
 #define XKV_TEST_DEVICE_SUPPORT_H
 
-#include "emulated.h"
+#include "device_opened.h"
 
-extern fake_cuda_control *control; /* of the emulated device; else NULL */
-extern xkv_device *device;
 extern uint32_t errors_logged, warnings_logged;
-
-/* Load the plug-in; false, and why on stdout, when there is no device. */
-bool find_device(void);
-/* Set-up of a group of tests: open it, with two staging buffers of a megabyte. */
-int open_the_device(void **state);
 
 /* A context with two threads; the counts are 0. */
 xkv_ctx *logging_ctx(void);
@@ -44,8 +37,5 @@ cache make_cache(const synthetic *s, uint32_t tokens, uint32_t dtype, layout l, 
 void free_cache(cache *c);
 /* Nothing has been written on the device. */
 void clear_cache(cache *c);
-
-/* Copy to or from the device's memory. */
-void device_copy(void *to, const void *from, uint64_t size);
 
 #endif

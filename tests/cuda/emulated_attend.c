@@ -1,7 +1,7 @@
 /* emulated_attend.c - attention on the CPU: the blocks of attend_block.h one after the other. */
-#include "attend.h"
 #include "attend_block.h"
 #include "fake_cuda.h"
+#include "launch.h"
 
 #include <stdlib.h>
 
@@ -14,11 +14,11 @@ static float *shared_memory(uint32_t floats)
     return shared;
 }
 
-static void check_tiles(const xkv_plug_attend *o, const xkv_held_tile *tiles)
+static void check_tiles(const xkv_held_plane *planes, const xkv_held_tile *tiles, uint32_t count)
 {
-    fake_check(tiles, o->tile_count * sizeof *tiles);
-    for (uint32_t i = 0; i < o->tile_count; i++) {
-        const xkv_held_plane *p = &o->planes[tiles[i].plane];
+    fake_check(tiles, count * sizeof *tiles);
+    for (uint32_t i = 0; i < count; i++) {
+        const xkv_held_plane *p = &planes[tiles[i].plane];
         fake_check(p, sizeof *p);
         if (p->slots > 0)
             fake_check(p->row, p->slots * sizeof *p->row);
@@ -36,9 +36,9 @@ static void check_spans(const xkv_plug_attend *o)
 
     for (int i = 0; i < 2; i++)
         if (o->dim_k[i] > 0 && o->tile_count > 0)
-            check_tiles(o, o->keys[i]);
+            check_tiles(o->planes, o->keys[i], o->tile_count);
     if (o->tile_count > 0) {
-        check_tiles(o, o->values);
+        check_tiles(o->planes, o->values, o->tile_count);
         fake_check(o->splits, o->split_count * sizeof *o->splits);
         fake_check(o->positions, o->rows * sizeof *o->positions);
         fake_check(o->scores, queries * o->rows * sizeof *o->scores);
@@ -92,12 +92,18 @@ static void run_merge(const void *args)
     free(partial);
 }
 
-cudaError_t xkv_launch_attend(const xkv_plug_attend *o, cudaStream_t stream)
+static void run_restore(const void *args)
 {
-    return fake_launch(stream, run_attend, o, sizeof *o);
+    const xkv_plug_restore *o = args;
+    float *shared = shared_memory(xkv_restore_shared(o));
+
+    check_tiles(o->planes, o->tiles, o->tile_count);
+    for (uint32_t i = 0; i < o->tile_count; i++)
+        for (uint32_t head = 0; head < o->to.heads; head++)
+            xkv_block_restore(o, i, head, shared);
+    free(shared);
 }
 
-cudaError_t xkv_launch_merge(const xkv_plug_merge *o, cudaStream_t stream)
-{
-    return fake_launch(stream, run_merge, o, sizeof *o);
-}
+FAKE_LAUNCH(attend)
+FAKE_LAUNCH(merge)
+FAKE_LAUNCH(restore)

@@ -1,5 +1,5 @@
 /* emulated_fused.c - the fused kernel on the CPU: sums are those of a whole block. */
-#include "fused.h"
+#include "launch.h"
 
 #define XKV_FUSED_TOKENS 64u
 #define XKV_FUSED_DEPTH  32u
@@ -77,7 +77,4 @@ static void run_fused(const void *args)
     free(shared);
 }
 
-cudaError_t xkv_launch_fused(const xkv_plug_fused *o, cudaStream_t stream)
-{
-    return fake_launch(stream, run_fused, o, sizeof *o);
-}
+FAKE_LAUNCH(fused)

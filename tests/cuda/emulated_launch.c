@@ -147,17 +147,11 @@ static void run_join(const void *args)
             xkv_join_element(o, r, c);
 }
 
-#define LAUNCH(name)                                                                                                   \
-    cudaError_t xkv_launch_##name(const xkv_plug_##name *o, cudaStream_t stream)                                       \
-    {                                                                                                                  \
-        return fake_launch(stream, run_##name, o, sizeof *o);                                                          \
-    }
-
-LAUNCH(decode)
-LAUNCH(expand)
-LAUNCH(split)
-LAUNCH(spread)
-LAUNCH(angles)
-LAUNCH(store)
-LAUNCH(move)
-LAUNCH(join)
+FAKE_LAUNCH(decode)
+FAKE_LAUNCH(expand)
+FAKE_LAUNCH(split)
+FAKE_LAUNCH(spread)
+FAKE_LAUNCH(angles)
+FAKE_LAUNCH(store)
+FAKE_LAUNCH(move)
+FAKE_LAUNCH(join)

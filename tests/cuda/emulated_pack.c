@@ -1,6 +1,6 @@
 /* emulated_pack.c - emulated_launch.c for the kernels of packing. */
 #include "fake_cuda.h"
-#include "pack.h"
+#include "launch.h"
 #include "pack_elements.h"
 #include "warp_pack.h"
 
@@ -142,17 +142,31 @@ static void run_encode(const void *args)
         encode_chunk(o, i);
 }
 
-#define LAUNCH(name)                                                                                                   \
-    cudaError_t xkv_launch_##name(const xkv_plug_##name *o, cudaStream_t stream)                                       \
-    {                                                                                                                  \
-        return fake_launch(stream, run_##name, o, sizeof *o);                                                          \
-    }
+static void run_round_columns(const void *args)
+{
+    const xkv_plug_round_columns *o = args;
 
-LAUNCH(gather)
-LAUNCH(take)
-LAUNCH(scan)
-LAUNCH(halve)
-LAUNCH(sums)
-LAUNCH(quantize)
-LAUNCH(count)
-LAUNCH(encode)
+    fake_check(o->rows, o->count * o->width * sizeof *o->rows);
+    fake_check(o->scales, o->width * sizeof *o->scales);
+    fake_check(o->out, o->count * o->width * sizeof *o->out);
+    memset(o->scales, 0, o->width * sizeof *o->scales);
+    for (uint32_t c = 0; c < o->width; c++)
+        for (uint64_t i = 0; i < o->count; i += XKV_COLUMN_ROWS) {
+            uint32_t bits = xkv_largest_of_column(o, i, c);
+            if (bits > xkv_bits_of_float(o->scales[c]))
+                o->scales[c] = xkv_float_from_bits(bits);
+        }
+    for (uint64_t i = 0; i < o->count; i++)
+        for (uint32_t c = 0; c < o->width; c++)
+            xkv_round_element(o, i, c);
+}
+
+FAKE_LAUNCH(gather)
+FAKE_LAUNCH(take)
+FAKE_LAUNCH(scan)
+FAKE_LAUNCH(halve)
+FAKE_LAUNCH(sums)
+FAKE_LAUNCH(quantize)
+FAKE_LAUNCH(count)
+FAKE_LAUNCH(encode)
+FAKE_LAUNCH(round_columns)

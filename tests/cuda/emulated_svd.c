@@ -1,6 +1,6 @@
 /* emulated_svd.c - emulated_launch.c for the kernels of the truncated SVD. */
 #include "fake_cuda.h"
-#include "svd.h"
+#include "launch.h"
 #include "svd_elements.h"
 
 static void run_sketch(const void *args)
@@ -36,12 +36,6 @@ static void run_scale_gram(const void *args)
             xkv_scale_gram_element(o, row, column);
 }
 
-#define LAUNCH(name)                                                                                                   \
-    cudaError_t xkv_launch_##name(const xkv_plug_##name *o, cudaStream_t stream)                                       \
-    {                                                                                                                  \
-        return fake_launch(stream, run_##name, o, sizeof *o);                                                          \
-    }
-
-LAUNCH(sketch)
-LAUNCH(convert)
-LAUNCH(scale_gram)
+FAKE_LAUNCH(sketch)
+FAKE_LAUNCH(convert)
+FAKE_LAUNCH(scale_gram)

@@ -188,6 +188,17 @@ void fake_check(const void *p, uint64_t size)
     abort();
 }
 
+/* Not pinned either, which might have changed when a graph is launched. */
+static int in_device_memory(const void *p)
+{
+    const uint8_t *bytes = p;
+
+    for (const block *b = blocks; b != NULL; b = b->next)
+        if (bytes >= b->bytes && bytes < b->bytes + b->size)
+            return !b->pinned;
+    return 0;
+}
+
 static void run_all(void);
 
 cudaError_t cudaMalloc(void **p, size_t size)
@@ -390,6 +401,8 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyK
     copying c = {to, from, size};
 
     (void)kind;
+    if (fake_cuda.capturing && !(in_device_memory(to) && in_device_memory(from)))
+        outside_of_graphs("a copy from or to the host");
     return fake_launch(stream, run_copy, &c, sizeof c);
 }
 

@@ -34,6 +34,13 @@ cudaStream_t fake_blas_stream(const struct fake_blas *blas);
 /* Put `run`(args) on a stream. */
 cudaError_t fake_launch(cudaStream_t stream, void (*run)(const void *args), const void *args, size_t size);
 
+/* A launch of kernels/cuda/launch.h: run_NAME() put on the stream. */
+#define FAKE_LAUNCH(name)                                                                                              \
+    XKV_LAUNCH(name)                                                                                                   \
+    {                                                                                                                  \
+        return fake_launch(stream, run_##name, o, sizeof *o);                                                          \
+    }
+
 /* End the program unless [p, p + size) is device memory, or pinned. */
 void fake_check(const void *p, uint64_t size);
 

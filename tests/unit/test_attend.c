@@ -824,9 +824,9 @@ int main(void)
         cmocka_unit_test(any_call_of_the_runtime_may_fail),
     };
 
-    if (!open_device())
+    if (!find_device())
         return 77;
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, open_the_device, NULL);
 }
 
 #else

@@ -670,6 +670,35 @@ static void do_attend(gpu *g, void *user)
     GPU_TRY(g, attend(g->d, user, g->stream));
 }
 
+static void do_restore_held(gpu *g, void *user)
+{
+    const xkv_plug_restore *planes = user;
+
+    for (int i = 0; i < 2; i++)
+        GPU_TRY(g, restore(g->d, &planes[i], g->stream));
+}
+
+/* Seconds that the rows of K and V take, bf16 and dense, from what attention reads. */
+static double time_restore(gpu *g, const xkv_plug_attend *a)
+{
+    xkv_plug_restore planes[2];
+
+    for (int i = 0; i < 2; i++)
+        planes[i] = (xkv_plug_restore){.planes = a->planes,
+                                       .tiles = i == 0 ? a->keys[0] : a->values,
+                                       .tile_count = a->tile_count,
+                                       .angles = a->angles,
+                                       .angles_stride = a->angles_stride,
+                                       .to = {.view = {.data = device_memory(g, (size_t)a->rows * HEADS * DIMS * 2),
+                                                       .token_stride = HEADS * DIMS * 2,
+                                                       .head_stride = DIMS * 2,
+                                                       .dim_stride = 2,
+                                                       .dtype = XKV_BF16},
+                                              .heads = HEADS,
+                                              .head_dim = DIMS}};
+    return best_time(g, do_restore_held, planes);
+}
+
 /* One query token of 32 heads over a layer. What is read is counted once, for all heads of K and V, though each of the
  * KV heads reads the coefficients of K. Memory is the process' until it ends. */
 static void print_attend(gpu *g, const char *name, uint32_t tokens, uint32_t slots, bool last)
@@ -710,12 +739,12 @@ static void print_attend(gpu *g, const char *name, uint32_t tokens, uint32_t slo
                          .merged = device_memory(g, (size_t)QUERY_HEADS * columns * 4),
                          .output = device_memory(g, QUERY_HEADS * DIMS * 4),
                          .lse = device_memory(g, QUERY_HEADS * 4)};
-    double t = best_time(g, do_attend, &o);
+    double t = best_time(g, do_attend, &o), rows = time_restore(g, &o);
     double flops = 2.0 * tokens * slots * HEADS * DIMS; /* of rebuilding K, which is most of it */
     printf("    {\"held\": \"%s\", \"tokens\": %u, \"slots\": %u, \"mb\": %.1f, \"us\": %.1f, \"tb_s\": %.3f, "
-           "\"tflops\": %.2f}%s\n",
+           "\"tflops\": %.2f, \"restore_us\": %.1f, \"restore_raw_gb_s\": %.1f, \"restore_tflops\": %.2f}%s\n",
            name, tokens, slots, (double)h.bytes * 1e-6, t * 1e6, (double)h.bytes / t * 1e-12, flops / t * 1e-12,
-           last ? "" : ",");
+           rows * 1e6, 4.0 * tokens * HEADS * DIMS / rows * 1e-9, 2 * flops / rows * 1e-12, last ? "" : ",");
     free(numbers);
 }
 

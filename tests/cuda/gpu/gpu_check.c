@@ -10,10 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#ifndef XKV_EMULATED
-#include <cuda_runtime_api.h>
-#endif
-
 static int failures, checks;
 
 static size_t size_of(uint32_t dtype)
@@ -261,68 +257,6 @@ static void check_operands(gpu *g)
         }
 }
 
-/* --- Products ----------------------------------------------------------------------------------------------------- */
-
-static double operand(const void *x, size_t at, uint32_t exact)
-{
-    return exact ? (double)((const float *)x)[at] : (double)xkv_f16_to_f32(((const uint16_t *)x)[at]);
-}
-
-static void fill_operand(void *x, size_t count, uint32_t exact, uint64_t *seed)
-{
-    for (size_t i = 0; i < count; i++) {
-        float value = (float)gpu_normal(seed);
-        if (exact)
-            ((float *)x)[i] = value;
-        else
-            ((uint16_t *)x)[i] = xkv_f16_from_f32(value);
-    }
-}
-
-static void check_gemm_of(gpu *g, uint32_t m, uint32_t n, uint32_t k, uint32_t exact, uint32_t component_major)
-{
-    uint64_t seed = m * 31 + n * 7 + k;
-    size_t lda = (component_major ? m : k) + 3, a_size = (component_major ? k : m) * lda, ldb = n + 1, ldc = n + 2;
-    float *a = malloc(a_size * 4), *b = malloc(k * ldb * 4), *c = malloc(m * ldc * 4), *before = malloc(m * ldc * 4);
-    double error = 0, energy = 0;
-
-    fill_operand(a, a_size, exact, &seed);
-    fill_operand(b, k * ldb, exact, &seed);
-    fill_operand(before, m * ldc, 1, &seed);
-    gpu_block a_there = gpu_put(g, a, a_size * 4), b_there = gpu_put(g, b, k * ldb * 4);
-    gpu_block there = gpu_put(g, before, m * ldc * 4);
-    xkv_plug_gemm o = {a_there.p, b_there.p, (void *)there.p, m, n, k, lda, ldb, ldc, 0.5f, 1, component_major, exact};
-    GPU_TRY(g, gemm(g->d, &o, g->stream));
-    gpu_get(g, &there, c);
-    for (size_t i = 0; i < m; i++)
-        for (size_t j = 0; j < n; j++) {
-            double sum = 0;
-            for (size_t l = 0; l < k; l++)
-                sum += operand(a, component_major ? l * lda + i : i * lda + l, exact) * operand(b, l * ldb + j, exact);
-            sum = 0.5 * sum + (double)before[i * ldc + j];
-            error += (sum - (double)c[i * ldc + j]) * (sum - (double)c[i * ldc + j]);
-            energy += sum * sum;
-        }
-    check(error <= 1e-7 * energy, "gemm %u x %u x %u: too far from f64", m, n, k);
-    release(g, &a_there, "gemm wrote beside A");
-    release(g, &b_there, "gemm wrote beside B");
-    release(g, &there, "gemm wrote beside C");
-    free(a);
-    free(b);
-    free(c);
-    free(before);
-}
-
-static void check_gemm(gpu *g)
-{
-    static const uint32_t shapes[][3] = {{1, 1, 1},    {1, 64, 17},   {31, 33, 65},   {64, 128, 256},
-                                         {129, 96, 5}, {2, 384, 700}, {257, 130, 300}};
-
-    for (int i = 0; i < 7; i++)
-        for (uint32_t kind = 0; kind < 4; kind++)
-            check_gemm_of(g, shapes[i][0], shapes[i][1], shapes[i][2], kind & 1, kind >> 1);
-}
-
 /* --- Rows --------------------------------------------------------------------------------------------------------- */
 
 static void check_angles(gpu *g)
@@ -498,80 +432,6 @@ static void check_rows(gpu *g)
     check_join_of(g, 70, 31, 4);
 }
 
-/* --- Graphs ------------------------------------------------------------------------------------------------------- */
-
-#ifndef XKV_EMULATED
-
-static void must(cudaError_t e, const char *what)
-{
-    if (e == cudaSuccess)
-        return;
-    fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(e));
-    exit(1);
-}
-
-/* Operations captured into a graph and launched twice give what they give on a stream. */
-static void check_graph(gpu *g)
-{
-    enum { M = 96, N = 128, K = 64 };
-    static int16_t q[K * M];
-    static uint32_t rows[K];
-    static float components[K * N], plain[M * N], replayed[M * N];
-    uint32_t fault = 0;
-    uint64_t seed = 8;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-
-    for (int i = 0; i < K * M; i++)
-        q[i] = (int16_t)(gpu_random(&seed) % 200 - 100);
-    for (uint32_t i = 0; i < K; i++)
-        rows[i] = i << 2;
-    for (int i = 0; i < K * N; i++)
-        components[i] = (float)gpu_normal(&seed);
-    gpu_block q_there = gpu_put(g, q, sizeof q), rows_there = gpu_put(g, rows, sizeof rows);
-    gpu_block f32 = gpu_put(g, components, sizeof components), halves = gpu_alloc(g, 2 * K * N * 2);
-    gpu_block tile = gpu_alloc(g, 2 * K * M * 2), word = gpu_put(g, &fault, 4), out = gpu_alloc(g, sizeof plain);
-    xkv_plug_expand e = {(void *)q_there.p, M, (void *)rows_there.p, K, M, tile.p, M, K, 0, (void *)word.p};
-    xkv_plug_split s = {(void *)f32.p, NULL, K, N, 1, 256, halves.p, halves.p + K * N * 2, 0};
-    xkv_plug_gemm m = {tile.p, halves.p, (void *)out.p, M, N, 2 * K, M, N, N, 1 / 256.0f, 0, 1, 0};
-
-    for (int pass = 0; pass < 2; pass++) {
-        if (pass == 1)
-            must(cudaStreamBeginCapture(g->stream, cudaStreamCaptureModeGlobal), "begin capture");
-        GPU_TRY(g, expand(g->d, &e, g->stream));
-        GPU_TRY(g, split(g->d, &s, g->stream));
-        GPU_TRY(g, gemm(g->d, &m, g->stream));
-        if (pass == 0)
-            gpu_get(g, &out, plain);
-    }
-    must(cudaStreamEndCapture(g->stream, &graph), "end capture");
-    must(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-    GPU_TRY(g, clear(g->d, out.p, sizeof plain, g->stream));
-    for (int i = 0; i < 2; i++)
-        must(cudaGraphLaunch(exec, g->stream), "launch");
-    gpu_get(g, &out, replayed);
-    check(memcmp(plain, replayed, sizeof plain) == 0, "a graph gives other rows than the stream", 0, 0, 0);
-    must(cudaGraphExecDestroy(exec), "destroy");
-    must(cudaGraphDestroy(graph), "destroy");
-    release(g, &q_there, "graph: integers");
-    release(g, &rows_there, "graph: rows");
-    release(g, &f32, "graph: components");
-    release(g, &halves, "graph: halves");
-    release(g, &tile, "graph: tile");
-    release(g, &word, "graph: fault");
-    release(g, &out, "graph: out");
-}
-
-#else
-
-/* The emulated device has none. */
-static void check_graph(gpu *g)
-{
-    (void)g;
-}
-
-#endif
-
 int main(int argc, char **argv)
 {
     gpu g;
@@ -583,12 +443,12 @@ int main(int argc, char **argv)
     g = gpu_start(argv[1]);
     check_decode(&g);
     check_operands(&g);
-    check_gemm(&g);
+    check_products(&g);
     check_angles(&g);
     check_rows(&g);
     check_pack(&g);
     check_svd(&g);
-    check_graph(&g);
+    check_graphs(&g);
     gpu_end(&g);
     printf("%d checks, %d failed\n", checks, failures);
     return failures > 0;

@@ -1,4 +1,5 @@
-/* gpu_check.h - what the files of gpu_check share: gpu_check.c, gpu_check_pack.c, gpu_check_svd.c. */
+/* gpu_check.h - what the files of gpu_check share: gpu_check.c, gpu_check_graph.c, gpu_check_pack.c,
+ * gpu_check_product.c, gpu_check_svd.c. */
 #ifndef XKV_GPU_CHECK_H
 #define XKV_GPU_CHECK_H
 
@@ -12,5 +13,9 @@ void release(gpu *g, gpu_block *b, const char *what);
 /* The operations of plugin_pack.h, and of plugin_svd.h. */
 void check_pack(gpu *g);
 void check_svd(gpu *g);
+/* Products, of restoring and of packing. */
+void check_products(gpu *g);
+/* Operations in graphs, and restoring what is held. */
+void check_graphs(gpu *g);
 
 #endif

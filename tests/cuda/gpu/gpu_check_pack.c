@@ -1,5 +1,5 @@
 /* gpu_check_pack.c - gpu_check for the operations of plugin_pack.h. Rows, halves, integers, counts and streams must be
- * the CPU's bits; sums agree to 1e-12, products to what their type promises. */
+ * the CPU's bits; sums agree to 1e-12. */
 #include "gpu_check.h"
 #include "pack_elements.h"
 #include "warp_pack.h"
@@ -158,6 +158,37 @@ static void check_halve_of(gpu *g, uint32_t count, uint32_t width)
     free(found);
 }
 
+static void check_round_columns_of(gpu *g, uint32_t count, uint32_t width)
+{
+    uint64_t seed = count * 5 + width;
+    size_t elements = (size_t)count * width;
+    float *rows = malloc(elements * 4), *scales = calloc(width, 4), *found_scales = malloc(width * 4ull);
+    uint16_t *expected = malloc(elements * 2), *found = malloc(elements * 2);
+
+    for (size_t i = 0; i < elements; i++) /* column 0 is of zeros */
+        rows[i] = i % width ? (float)(gpu_normal(&seed) * exp2((double)(gpu_random(&seed) % 20) - 10)) : 0;
+    for (size_t i = 0; i < elements; i++)
+        scales[i % width] = fmaxf(scales[i % width], fabsf(rows[i]));
+    for (size_t i = 0; i < elements; i++)
+        expected[i] = xkv_f16_from_f32(i % width ? rows[i] / scales[i % width] : 0);
+    gpu_block from = gpu_put(g, rows, elements * 4);
+    gpu_block units = gpu_alloc(g, width * 4ull), to = gpu_alloc(g, elements * 2);
+    xkv_plug_round_columns o = {(const void *)from.p, count, width, (void *)units.p, (void *)to.p};
+    GPU_TRY(g, round_columns(g->d, &o, g->stream));
+    gpu_get(g, &units, found_scales);
+    gpu_get(g, &to, found);
+    check(memcmp(found_scales, scales, width * 4ull) == 0, "round_columns %u x %u: other scales", count, width, 0);
+    check(memcmp(found, expected, elements * 2) == 0, "round_columns %u x %u: other numbers", count, width, 0);
+    release(g, &from, "round_columns wrote beside the rows");
+    release(g, &units, "round_columns wrote beside the scales");
+    release(g, &to, "round_columns wrote beside the numbers");
+    free(rows);
+    free(scales);
+    free(found_scales);
+    free(expected);
+    free(found);
+}
+
 static void check_sums_of(gpu *g, uint32_t width, uint32_t tokens, bool with_mean)
 {
     uint64_t seed = width + tokens;
@@ -192,65 +223,6 @@ static void check_sums_of(gpu *g, uint32_t width, uint32_t tokens, bool with_mea
     free(rows);
     free(mean);
     free(expected);
-    free(found);
-}
-
-/* --- Products ----------------------------------------------------------------------------------------------------- */
-
-static float value_of(const float *x, uint64_t at, uint32_t type)
-{
-    return type == XKV_PRODUCT_BF16 ? xkv_bf16_to_f32(((const uint16_t *)(const void *)x)[at]) : x[at];
-}
-
-static float *some_matrix(uint64_t count, uint32_t type, uint64_t *seed)
-{
-    float *x = malloc(count * 4);
-
-    for (uint64_t i = 0; i < count; i++) {
-        float value = (float)gpu_normal(seed);
-        if (type == XKV_PRODUCT_BF16)
-            ((uint16_t *)(void *)x)[i] = xkv_bf16_from_f32(value);
-        else
-            x[i] = value;
-    }
-    return x;
-}
-
-/* Two products in a batch, of any orientation. */
-static void check_product_of(gpu *g, uint32_t type, uint32_t ta, uint32_t tb)
-{
-    enum { M = 33, N = 40, K = 65, LDX = 72, STEP = LDX * LDX };
-    uint64_t seed = type * 4 + ta * 2 + tb, size = 2 * STEP * 4;
-    float *a = some_matrix(2 * STEP, type, &seed), *b = some_matrix(2 * STEP, type, &seed);
-    float *c = some_matrix(2 * STEP, XKV_PRODUCT_F32, &seed), *found = malloc(size);
-    double error = 0, energy = 0;
-    gpu_block a_there = gpu_put(g, a, size), b_there = gpu_put(g, b, size), there = gpu_put(g, c, size);
-    xkv_plug_product o = {
-        {a_there.p, b_there.p, (void *)there.p, M, N, K, LDX, LDX, LDX, -1, 1, ta, type}, tb, 2, STEP, STEP, STEP};
-
-    GPU_TRY(g, product(g->d, &o, g->stream));
-    gpu_get(g, &there, found);
-    for (uint64_t p = 0; p < 2; p++)
-        for (uint64_t i = 0; i < M; i++)
-            for (uint64_t j = 0; j < N; j++) {
-                double sum = (double)c[p * STEP + i * LDX + j], left;
-                for (uint64_t l = 0; l < K; l++)
-                    sum -= (double)value_of(a, p * STEP + (ta ? l * LDX + i : i * LDX + l), type) *
-                           (double)value_of(b, p * STEP + (tb ? j * LDX + l : l * LDX + j), type);
-                left = sum - (double)found[p * STEP + i * LDX + j];
-                error += left * left;
-                energy += sum * sum;
-                c[p * STEP + i * LDX + j] = found[p * STEP + i * LDX + j];
-            }
-    check(error <= (type == XKV_PRODUCT_TF32 ? 1e-5 : 1e-11) * energy, "product, type %u, transposed %u %u: too far",
-          type, ta, tb);
-    check(memcmp(c, found, size) == 0, "product, type %u, transposed %u %u: wrote beside the matrix", type, ta, tb);
-    release(g, &a_there, "product wrote beside A");
-    release(g, &b_there, "product wrote beside B");
-    release(g, &there, "product wrote beside C");
-    free(a);
-    free(b);
-    free(c);
     free(found);
 }
 
@@ -401,11 +373,9 @@ void check_pack(gpu *g)
     }
     for (int i = 0; i < 6; i++) {
         check_halve_of(g, sizes[i], sizes[5 - i]);
+        check_round_columns_of(g, sizes[i], sizes[5 - i]);
         check_sums_of(g, sizes[i], sizes[5 - i], i % 2);
     }
-    for (uint32_t type = XKV_PRODUCT_F32; type <= XKV_PRODUCT_TF32; type++)
-        for (uint32_t kind = 0; kind < 4; kind++)
-            check_product_of(g, type, kind & 1, kind >> 1);
     check_quantize(g, 0.125f);
     check_count(g);
     check_encode(g);
