@@ -77,10 +77,12 @@ def fallbacks(answer, model_file, other_model, same_model_f32, work):
 
 
 def other_contexts(answer, model_file, work):
-    """A longer context fits, one that is too short for the prompt is refused before anything is computed."""
+    """A longer context fits, one that is too short for the prompt is refused before anything is computed. Answers are those
+    behind what is reused: an engine that computes the last token alone rounds otherwise than with the whole prompt."""
     prompt, store = work / "short.txt", work / "contexts"
     prompt.write_text(TEXT)
     first = answer(model_file, store, prompt, "--max-tokens", LENGTH)
+    same = answer(model_file, store, prompt, "--max-tokens", LENGTH, "--no-save")
     longer = answer(model_file, store, prompt, "--max-tokens", LENGTH, "--n-ctx", 1024, "--no-save")
     try:
         answer(model_file, store, prompt, "--max-tokens", LENGTH, "--n-ctx", 64)
@@ -89,7 +91,7 @@ def other_contexts(answer, model_file, work):
     else:
         refused = ""
     return dict(reused_tokens=longer["reused_tokens"], prompt_tokens=first["prompt_tokens"],
-                same_answer=longer["answer"] == first["answer"], refused=refused)
+                same_answer=longer["answer"] == same["answer"], refused=refused)
 
 
 def windows(answer, model_file, text, questions, work):
