@@ -17,6 +17,7 @@ enum {
     SLICE_STRIPS = 4,            /* tokens that a task restores, at least, in strips of a product */
     MAX_PLACES = 8,              /* groups that are open at a time */
     MAX_OPEN_BYTES = 32u << 20,  /* of components that they have in memory, beyond two groups */
+    MAX_KEPT_BYTES = 4u << 20,   /* of integers of a group that several tasks share */
     CANCEL_NANOSECONDS = 5000000 /* how soon a task that waits finds out that the call is cancelled */
 };
 
@@ -222,10 +223,14 @@ static xkv_cross_stage *stage_for(decoder *d, const xkv_group *g)
     return d->target.views || xkv_group_is_cross(g) ? &d->cross : NULL;
 }
 
-/* Whether several tasks make rows of the same integers. */
-static bool shares_integers(const decoder *d, const xkv_group *g)
+/* Whether integers are decoded once for several tasks that make rows of them; else each of these decodes its chunk's.
+ */
+static bool shares_integers(const decoder *d, const xkv_group_reader *r)
 {
-    return d->slices > 1 && d->target.views && xkv_group_is_coded(g) && !xkv_group_is_cross(g);
+    uint64_t bytes = sizeof(int16_t) * (uint64_t)r->side.coded * d->chunks * d->entry->c.chunk_tokens;
+
+    return d->slices > 1 && d->target.views && xkv_group_is_coded(r->g) && !xkv_group_is_cross(r->g) &&
+           bytes <= MAX_KEPT_BYTES;
 }
 
 static xkv_status open_group(decoder *d, worker *w, uint32_t m)
@@ -239,7 +244,7 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
     if (d->target.views)
         XKV_TRY(xkv_group_reader_for_rows(r, d->target.heads));
     XKV_TRY(size_worker(d, w, r));
-    if (shares_integers(d, r->g))
+    if (shares_integers(d, r))
         XKV_TRY(xkv_group_reader_keep(r, &w->scratch, d->first_chunk, d->chunks));
     XKV_TRY(restore_exact_rows(d, w, r));
     set_flag(d, &d->members[m].open);
