@@ -3,8 +3,8 @@
  *
  * The CPU backend is complete and always there. Its inner loops come in plain C and, on x86-64, for AVX2 and F16C, on
  * AArch64 for NEON, chosen once at run time. Results of all agree bit for bit.
- * The environment variable XKV_CPU ("generic", "avx2", "avx512", "neon") lowers the choice for tests; a value that names nothing
- * that runs here is ignored with a warning through the context's log.
+ * The environment variable XKV_CPU ("generic", "avx2", "avx512", "neon") lowers the choice for tests; a value that
+ * names nothing that runs here is ignored with a warning through the context's log.
  *
  * Devices restore entries straight into their own memory, and pack from there: xkv_device_read() and xkv_device_pack()
  * of <xkv/codec.h>. They come with a plug-in, libxkv_cuda.so, which is looked for beside this library (or program, when
