@@ -25,10 +25,12 @@ PROMPTS, PROMPT_TOKENS, FOLLOWING = 8, 512, 64
 ANSWER, ASKED = 24, "Answer with one word."
 QUESTIONS = 8
 RATIO = 16
+KL_BOUNDS = {"smollm2": 0.0062, "qwen": 0.0070}  # at 16 times
 PARTS = ("processes", "agreement", "questions", "fallbacks", "contexts", "windows", "readme")
 CHECKS = {
     "processes": lambda r: {"the first token comes 5 times sooner": r["speedup"] >= 5},
-    "agreement": lambda r: {"top-1 agreement of 0.93": r["top1"] >= 0.93, "lossless: identical": r["lossless_identical"]},
+    "agreement": lambda r: {"top-1 agreement of 0.93": r["top1"] >= 0.93, "lossless: identical": r["lossless_identical"],
+                            **({"KL within its bound": r["kl"] <= r["kl_bound"]} if "kl_bound" in r else {})},
     "questions": lambda r: {"at most one answer differs": r["judged"] == QUESTIONS and r["different"] <= 1},
     "readme": lambda r: {"the snippet runs and reuses": r["hits"] >= 1 and r["entries"] >= 1 and all(r["answers"])},
     "contexts": lambda r: {"another length fits": r["reused_tokens"] == r["prompt_tokens"] - 1 and r["same_answer"],
@@ -178,6 +180,8 @@ def main():
         if "agreement" in args.parts:
             weights = models.f32_model(args.model, args.cache)
             results["agreement"] = agreement(Judge(weights, model_file, dictionary), args.cache)
+            if args.model in KL_BOUNDS:
+                results["agreement"]["kl_bound"] = KL_BOUNDS[args.model]
         if "questions" in args.parts:
             results["questions"] = questions(Judge(model_file, model_file, dictionary), model_file, args.cache)
         if "fallbacks" in args.parts:
