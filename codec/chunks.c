@@ -96,6 +96,26 @@ xkv_status xkv_side_integers(xkv_ctx *ctx, const xkv_entry *entry, const xkv_gro
                            name_part(entry, g, XKV_PART_CHUNKS + chunk).text, q);
 }
 
+/* --- Integers that are kept --------------------------------------------------------------------------------------- */
+
+static xkv_status alloc_kept(xkv_ctx *ctx, const xkv_container *c, uint32_t first, uint32_t last, uint32_t coded,
+                             xkv_kept *kept)
+{
+    uint32_t begin, end, unused;
+
+    kept->first = first;
+    xkv_chunk_tokens(c, first, &begin, &unused);
+    xkv_chunk_tokens(c, last, &unused, &end);
+    return XKV_NEW(ctx, (size_t)(end - begin) * coded, &kept->q);
+}
+
+/* Where those of the chunk are whose coded tokens begin at t0; `else_q` when none are kept. */
+static int16_t *kept_integers(const xkv_container *c, const xkv_kept *kept, uint32_t coded, uint32_t t0,
+                              int16_t *else_q)
+{
+    return kept->q ? kept->q + (t0 - (size_t)kept->first * c->chunk_tokens) * coded : else_q;
+}
+
 /* --- The cross stage ---------------------------------------------------------------------------------------------- */
 
 xkv_status xkv_cross_stage_open(xkv_ctx *ctx, const xkv_entry *entry, xkv_cross_stage *stage)
@@ -125,30 +145,14 @@ xkv_status xkv_cross_stage_open(xkv_ctx *ctx, const xkv_entry *entry, xkv_cross_
 xkv_status xkv_cross_stage_keep(xkv_ctx *ctx, const xkv_entry *entry, uint32_t first, uint32_t last,
                                 xkv_cross_stage *stage)
 {
-    uint32_t begin, end, unused;
-
-    if (!stage->g)
-        return XKV_OK;
-    stage->first = first;
-    xkv_chunk_tokens(&entry->c, first, &begin, &unused);
-    xkv_chunk_tokens(&entry->c, last, &unused, &end);
-    return XKV_NEW(ctx, (size_t)(end - begin) * stage->cross.coded, &stage->q);
+    return stage->g ? alloc_kept(ctx, &entry->c, first, last, stage->cross.coded, &stage->kept) : XKV_OK;
 }
 
 void xkv_cross_stage_free(xkv_ctx *ctx, xkv_cross_stage *stage)
 {
     xkv_side_free(ctx, &stage->side);
-    xkv_release(ctx, stage->q);
+    xkv_release(ctx, stage->kept.q);
     *stage = (xkv_cross_stage){0};
-}
-
-/* Where the integers of the stage are in a chunk whose coded tokens begin at t0. */
-static int16_t *stage_integers(const xkv_group_reader *r, const xkv_chunk_scratch *s, uint32_t t0)
-{
-    const xkv_cross_stage *stage = r->cross;
-    size_t begin = (size_t)stage->first * r->entry->c.chunk_tokens;
-
-    return stage->q ? stage->q + (t0 - begin) * stage->cross.coded : s->cross_q;
 }
 
 /* --- Bases -------------------------------------------------------------------------------------------------------- */
@@ -308,7 +312,7 @@ void xkv_group_reader_close(xkv_group_reader *r)
 {
     xkv_release(r->ctx, r->columns);
     xkv_panels_free(r->ctx, &r->components);
-    xkv_release(r->ctx, r->q);
+    xkv_release(r->ctx, r->kept.q);
     xkv_side_free(r->ctx, &r->side);
     xkv_scalar_free(r->ctx, &r->scalar);
     xkv_svdq_basis_free(r->ctx, &r->svdq);
@@ -350,8 +354,9 @@ xkv_status xkv_chunk_scratch_size(const xkv_group_reader *r, bool integers, xkv_
     XKV_TRY(XKV_NEW(r->ctx, (size_t)raw, &s->raw));
     if (!integers)
         return XKV_OK;
-    XKV_TRY(XKV_NEW(r->ctx, chunk * r->side.coded, &s->q));
-    if (xkv_group_is_cross(r->g) && !r->cross->q)
+    if (!r->kept.q)
+        XKV_TRY(XKV_NEW(r->ctx, chunk * r->side.coded, &s->q));
+    if (xkv_group_is_cross(r->g) && !r->cross->kept.q)
         XKV_TRY(XKV_NEW(r->ctx, chunk * r->cross->cross.coded, &s->cross_q));
     if (r->g->codec == XKV_GROUP_SVD)
         XKV_TRY(XKV_NEW(r->ctx, (size_t)XKV_CHUNK_ROWS * r->g->rank, &s->coefficients));
@@ -423,22 +428,20 @@ static xkv_status load_svd_chunk(const xkv_group_reader *r, xkv_chunk_scratch *s
     return XKV_OK;
 }
 
-/* Where the integers of a chunk whose coded tokens begin at t0 are kept. */
-static int16_t *kept_integers(const xkv_group_reader *r, uint32_t t0)
-{
-    return r->q + (t0 - (size_t)r->first_chunk * r->entry->c.chunk_tokens) * r->side.coded;
-}
-
 static xkv_status load_integers(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)
 {
+    const xkv_container *c = &r->entry->c;
     uint32_t tokens = out->t1 - out->t0;
-    int16_t *stage = xkv_group_uses_cross(r) ? stage_integers(r, s, out->t0) : NULL;
+    int16_t *own, *stage = NULL;
 
+    if (xkv_group_uses_cross(r))
+        stage = kept_integers(c, &r->cross->kept, r->cross->cross.coded, out->t0, s->cross_q);
     out->cross = (xkv_integers){stage, tokens};
     if (xkv_group_is_cross(r->g))
         return xkv_side_integers(r->ctx, r->entry, r->g, &r->cross->side, chunk, s->packed, stage);
-    out->own = (xkv_integers){r->q ? kept_integers(r, out->t0) : s->q, tokens};
-    return r->q ? XKV_OK : xkv_side_integers(r->ctx, r->entry, r->g, &r->side, chunk, s->packed, s->q);
+    own = kept_integers(c, &r->kept, r->side.coded, out->t0, s->q);
+    out->own = (xkv_integers){own, tokens};
+    return r->kept.q ? XKV_OK : xkv_side_integers(r->ctx, r->entry, r->g, &r->side, chunk, s->packed, own);
 }
 
 xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk, xkv_chunk *out)
@@ -458,26 +461,19 @@ xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint3
     return load_integers(r, s, chunk, out);
 }
 
-xkv_status xkv_group_reader_keep(xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t first, uint32_t count)
+xkv_status xkv_group_reader_keep(xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t first, uint32_t last)
 {
-    uint32_t begin, end, t0, t1;
-    int16_t *q = NULL, *at;
-    xkv_status status = XKV_OK;
+    const xkv_container *c = &r->entry->c;
 
-    xkv_chunk_tokens(&r->entry->c, first, &begin, &end);
-    xkv_chunk_tokens(&r->entry->c, first + count - 1, &t0, &end);
-    XKV_TRY(XKV_NEW(r->ctx, (size_t)(end - begin) * r->side.coded, &q));
-    for (uint32_t i = first; i < first + count; i++) {
-        xkv_chunk_coded(&r->entry->c, i, &t0, &t1);
-        at = q + (size_t)(t0 - begin) * r->side.coded;
-        XKV_TRY_GOTO(t0 < t1 ? xkv_side_integers(r->ctx, r->entry, r->g, &r->side, i, s->packed, at) : XKV_OK, out);
+    XKV_TRY(alloc_kept(r->ctx, c, first, last, r->side.coded, &r->kept));
+    for (uint32_t i = first; i <= last; i++) {
+        uint32_t t0, t1;
+        xkv_chunk_coded(c, i, &t0, &t1);
+        if (t0 < t1)
+            XKV_TRY(xkv_side_integers(r->ctx, r->entry, r->g, &r->side, i, s->packed,
+                                      kept_integers(c, &r->kept, r->side.coded, t0, NULL)));
     }
-    r->q = q;
-    r->first_chunk = first;
     return XKV_OK;
-out:
-    xkv_release(r->ctx, q);
-    return status;
 }
 
 xkv_status xkv_chunk_visit(const xkv_group_reader *r, const xkv_chunk_scratch *s, bool cross, uint32_t chunk,

@@ -29,6 +29,12 @@ void xkv_side_free(xkv_ctx *ctx, xkv_side *side);
 XKV_MUST_CHECK xkv_status xkv_side_integers(xkv_ctx *ctx, const xkv_entry *entry, const xkv_group *g,
                                             const xkv_side *side, uint32_t chunk, uint8_t *packed, int16_t *q);
 
+/* Integers of chunks from `first` on that stay in memory, since several tasks need them: [coded][tokens] each. */
+typedef struct xkv_kept {
+    uint32_t first;
+    int16_t *q; /* NULL: none */
+} xkv_kept;
+
 /* --- The cross stage ---------------------------------------------------------------------------------------------- */
 
 /* The cross stage of an entry, which its groups of codec dict are decoded with. */
@@ -36,10 +42,7 @@ typedef struct xkv_cross_stage {
     const xkv_group *g; /* NULL: the entry has none */
     xkv_side side;
     xkv_cross cross;
-
-    /* Its integers, where they are kept since every group needs them: of chunks first .. , [coded][tokens] each. */
-    uint32_t first;
-    int16_t *q; /* NULL: not kept */
+    xkv_kept kept; /* its integers, which every group needs */
 } xkv_cross_stage;
 
 /* Open the stage of an entry, if it has one. Errors: MISMATCH (no dictionary), CORRUPT [Q6], as xkv_side_read(). */
@@ -68,8 +71,7 @@ typedef struct xkv_group_reader {
     xkv_svdq_basis svdq;
     xkv_transform transform;
     xkv_synthesis synthesis; /* empty until asked for */
-    int16_t *q;              /* [chunk][coded][tokens] integers of chunks from first_chunk on; NULL unless kept */
-    uint32_t first_chunk;
+    xkv_kept kept;           /* its own integers */
 
     xkv_columns *columns; /* [column_count] that xkv_chunk_own_rows() makes; empty until asked for */
     uint32_t column_count;
@@ -110,7 +112,7 @@ XKV_MUST_CHECK xkv_status xkv_read_exact_rows(const xkv_group_reader *r, uint8_t
 typedef struct xkv_chunk_scratch {
     ZSTD_DCtx *zstd;                /* made when first needed */
     uint8_t *packed, *planes, *raw; /* of the largest chunk */
-    int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage unless kept */
+    int16_t *q, *cross_q;           /* [coded][chunk_tokens] of the group, and of the cross stage, unless kept */
     float *coefficients;            /* svd: of a tile */
     float *synthesis;               /* for rows of a tile */
 } xkv_chunk_scratch;
@@ -135,10 +137,10 @@ typedef struct xkv_chunk {
 XKV_MUST_CHECK xkv_status xkv_chunk_load(const xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t chunk,
                                          xkv_chunk *out);
 
-/* Load chunks [first, first + count) of a group with integers and keep those in the reader, for several threads to load
- * them again at no cost. Errors: likewise. */
+/* Load chunks first .. last of a group with integers and keep those in the reader, for several threads to load them
+ * again at no cost. After an error the reader can only be closed. Errors: likewise. */
 XKV_MUST_CHECK xkv_status xkv_group_reader_keep(xkv_group_reader *r, xkv_chunk_scratch *s, uint32_t first,
-                                                uint32_t count);
+                                                uint32_t last);
 
 /* The integers of a chunk's coded components one after the other, where not all need be in memory: `take` gets those of
  * the i-th one, [tokens], which are gone afterwards. `cross`: those of the stage, not of the group. `q` is [tokens]. */

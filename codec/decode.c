@@ -2,9 +2,9 @@
  *
  * The work is one list of numbered tasks: for each group one that opens it, then one for each of its chunks, or of
  * parts of these where there are too few to keep all threads busy. Threads take them in their order, so that the chunks
- * of several groups may be decoded at the same time. A task waits for nothing but tasks before it: a chunk
- * for its group to be open and, in groups of codec dict, when their own part is done for all chunks of the cross stage,
- * which is the first group; opening for a free place. */
+ * of several groups may be decoded at the same time. A task waits for nothing but tasks before it: a chunk for its
+ * group to be open and, in groups of codec dict, when their own part is done for all chunks of the cross stage, which
+ * is the first group; opening for a free place. */
 #include "chunks.h"
 #include "parts.h"
 #include "scatter.h"
@@ -223,8 +223,7 @@ static xkv_cross_stage *stage_for(decoder *d, const xkv_group *g)
     return d->target.views || xkv_group_is_cross(g) ? &d->cross : NULL;
 }
 
-/* Whether integers are decoded once for several tasks that make rows of them; else each of these decodes its chunk's.
- */
+/* Whether integers are decoded once for several tasks that make rows of them, or by each of these. */
 static bool shares_integers(const decoder *d, const xkv_group_reader *r)
 {
     uint64_t bytes = sizeof(int16_t) * (uint64_t)r->side.coded * d->chunks * d->entry->c.chunk_tokens;
@@ -245,7 +244,7 @@ static xkv_status open_group(decoder *d, worker *w, uint32_t m)
         XKV_TRY(xkv_group_reader_for_rows(r, d->target.heads));
     XKV_TRY(size_worker(d, w, r));
     if (shares_integers(d, r))
-        XKV_TRY(xkv_group_reader_keep(r, &w->scratch, d->first_chunk, d->chunks));
+        XKV_TRY(xkv_group_reader_keep(r, &w->scratch, d->first_chunk, d->first_chunk + d->chunks - 1));
     XKV_TRY(restore_exact_rows(d, w, r));
     set_flag(d, &d->members[m].open);
     return XKV_OK;

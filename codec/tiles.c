@@ -441,11 +441,15 @@ static void expand_strips(const xkv_tile_group *t, const xkv_block *b, size_t fi
 {
     float line[XKV_ATTEND_TOKENS], row[XKV_ATTEND_SLOTS];
 
-    for (size_t i = 0; t->form == XKV_BLOCK_INTEGERS && i < n; i++) {
-        expand_line(b, (uint32_t)(first + i), from, count, line);
-        xkv_strips_set(strips, n, i, line, 1, count);
+    if (t->form != XKV_BLOCK_FACTORS) {
+        for (size_t i = 0; i < n; i++) {
+            expand_line(b, (uint32_t)(first + i), from, count, line);
+            xkv_strips_set(strips, n, i, line, 1, count);
+        }
+        return;
     }
-    for (size_t s = 0; t->form == XKV_BLOCK_FACTORS && s < count; s++) {
+    memset(strips, 0, xkv_strips_size(count, n) * sizeof *strips); /* behind the last token too */
+    for (size_t s = 0; s < count; s++) {
         t->reader.kernels->to_f32(XKV_F16, b->data + 2 * ((from + s) * t->slots + first), row, n);
         xkv_strips_set_token(strips, n, s, row);
     }
