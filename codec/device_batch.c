@@ -1,7 +1,7 @@
 /* device_batch.c - chunks of a group on their way to the device. */
 #include "device_work.h"
 
-#define PACKED_ALIGN 4u
+#define PACKED_ALIGN 64u /* as parts lie in a file: spec/container.md, rule P1 */
 
 void xkv_device_tokens_of(const xkv_device_work *w, uint32_t chunk, uint32_t *t0, uint32_t *t1)
 {
@@ -85,7 +85,8 @@ static xkv_status load_chunk(void *user, uint32_t worker, uint64_t index)
     return XKV_OK;
 }
 
-static xkv_status fill_batch(xkv_device_batch *b)
+/* All but the chunks. */
+static void fill_front(xkv_device_batch *b)
 {
     const xkv_device_reading *r = b->w->r;
     uint64_t offset = 0;
@@ -94,13 +95,12 @@ static xkv_status fill_batch(xkv_device_batch *b)
         memcpy(b->staging->bytes, r->target.moves.positions + (b->first - r->target.first), 4ull * (b->end - b->first));
     for (uint32_t i = 0; i < b->chunks; i++) {
         uint32_t t0, t1;
+        const xkv_part *part = &b->w->g->parts[XKV_PART_CHUNKS + b->chunk + i];
         xkv_device_tokens_of(b->w, b->chunk + i, &t0, &t1);
-        xkv_plug_stream s = {offset, (uint32_t)b->w->g->parts[XKV_PART_CHUNKS + b->chunk + i].size, t1 - t0,
-                             t0 - b->t0};
+        xkv_plug_stream s = {offset, (uint32_t)part->size, t1 - t0, t0 - b->t0, part->checksum};
         memcpy(b->staging->bytes + b->streams_at + i * sizeof s, &s, sizeof s);
         offset += xkv_device_chunk_bytes(b->w, b->chunk + i);
     }
-    return xkv_pool_run(r->ctx, r->pool, b->chunks, load_chunk, b);
 }
 
 xkv_status xkv_device_send_batch(xkv_device_batch *b)
@@ -108,17 +108,21 @@ xkv_status xkv_device_send_batch(xkv_device_batch *b)
     xkv_device_reading *r = b->w->r;
     xkv_device *d = r->device;
     uint32_t slot = r->slot;
+    bool direct;
 
-    XKV_TRY(xkv_staging_get(r->ctx, d, &b->staging));
-    XKV_TRY(fill_batch(b));
     b->there = (uint8_t *)xkv_device_place(b->w, r->at.packed[slot]);
+    direct = xkv_device_reads(b) && xkv_device_direct_read(b);
+    XKV_TRY(xkv_staging_get(r->ctx, d, &b->staging));
+    fill_front(b);
+    if (!direct)
+        XKV_TRY(xkv_pool_run(r->ctx, r->pool, b->chunks, load_chunk, b));
     if (r->slot_used[slot])
         XKV_DEVICE(r, follow(d->plug, d->copies, d->used[slot]));
-    XKV_DEVICE(r, copy(d->plug, b->there, b->staging->bytes, b->size, d->copies));
+    XKV_DEVICE(r, copy(d->plug, b->there, b->staging->bytes, direct ? b->data_at : b->size, d->copies));
     XKV_TRY(xkv_staging_put(r->ctx, d, b->staging, d->copies));
     XKV_DEVICE(r, record(d->plug, d->arrived[slot], d->copies));
     XKV_DEVICE(r, follow(d->plug, r->stream, d->arrived[slot]));
-    return XKV_OK;
+    return direct ? xkv_device_verify(b) : XKV_OK;
 }
 
 xkv_status xkv_device_release_slot(const xkv_device_batch *b)

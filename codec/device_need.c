@@ -29,7 +29,7 @@ static uint64_t constant_bytes(const xkv_group *g, uint64_t coded, uint64_t list
            g->plane_count * (sizeof(xkv_plug_plane) + XKV_CONSTANT_ALIGN) + 11 * XKV_CONSTANT_ALIGN;
 }
 
-/* The most that a chunk brings to the staging buffer. */
+/* The most that a chunk brings to the staging buffer, with what alignment adds. */
 static uint64_t chunk_bound(const xkv_device_reading *r, const xkv_group *g)
 {
     const xkv_container *c = &r->entry->c;

@@ -301,19 +301,33 @@ static xkv_status wait_ready(xkv_device_reading *r, uint32_t which, uint32_t *fa
     return XKV_OK;
 }
 
-static xkv_status finish(xkv_device_reading *r, pending *last, progress *p)
+/* Once more, in another way. */
+static xkv_status do_again(xkv_device_reading *r, const xkv_group *g, uint32_t which, bool exact, uint32_t *fault)
+{
+    XKV_TRY(xkv_device_group(r, g, which, exact));
+    return wait_ready(r, which, fault);
+}
+
+/* *reread: it was done again, because the device had read it wrongly. */
+static xkv_status finish(xkv_device_reading *r, pending *last, progress *p, bool *reread)
 {
     const xkv_group *g = last->g;
     uint32_t fault = 0;
 
+    *reread = false;
     if (!g)
         return XKV_OK;
     last->g = NULL;
     XKV_TRY(wait_ready(r, last->which, &fault));
-    if (last->on_device && fault == XKV_WARP_TOO_WIDE) {
-        XKV_TRY(xkv_device_group(r, g, last->which, true));
-        XKV_TRY(wait_ready(r, last->which, &fault));
+    if (last->on_device && (fault & XKV_WARP_BAD_SUM) != 0) {
+        xkv_logf(r->ctx, XKV_LOG_WARNING, "%s: the host reads: group %u did not arrive as it is in the file",
+                 r->api->name, (unsigned)(g - r->entry->c.groups));
+        xkv_device_direct_close(r);
+        *reread = true;
+        XKV_TRY(do_again(r, g, last->which, false, &fault));
     }
+    if (last->on_device && fault == XKV_WARP_TOO_WIDE)
+        XKV_TRY(do_again(r, g, last->which, true, &fault));
     if (last->on_device && fault != 0)
         return explain(r, g);
     return last->asked ? announce(r, g, p) : XKV_OK;
@@ -332,9 +346,12 @@ static xkv_status next_group(xkv_device_reading *r, const xkv_group *g, bool ask
                              progress *p)
 {
     pending now = {g, asked, device && xkv_device_takes(r, g), last->which ^ 1};
+    bool reread;
 
     XKV_TRY(now.on_device ? xkv_device_group(r, g, now.which, false) : host_group(r, g, now.which));
-    XKV_TRY(finish(r, last, p));
+    XKV_TRY(finish(r, last, p, &reread));
+    if (reread && now.on_device) /* with integers of a cross stage that were wrong */
+        XKV_TRY(xkv_device_group(r, g, now.which, false));
     *last = now;
     return XKV_OK;
 }
@@ -345,6 +362,7 @@ static xkv_status read_groups(xkv_device_reading *r, bool device)
     uint32_t first = r->o->first_group, end = first + r->o->group_count;
     pending last = {0};
     progress p = {0, 0};
+    bool reread;
 
     for (uint32_t i = first; i < end; i++)
         p.total += xkv_group_row_bytes(&r->entry->c.geometry, &groups[i], r->o->token_count);
@@ -355,7 +373,7 @@ static xkv_status read_groups(xkv_device_reading *r, bool device)
             xkv_container_prefetch(&r->entry->input, &r->entry->c, &groups[i + 1], r->first_chunk, r->chunks);
         XKV_TRY(next_group(r, &groups[i], true, device, &last, &p));
     }
-    return finish(r, &last, &p);
+    return finish(r, &last, &p, &reread);
 }
 
 /* --- The call ----------------------------------------------------------------------------------------------------- */
@@ -383,6 +401,8 @@ static xkv_status run(xkv_device_reading *r, bool device)
     XKV_DEVICE(r, follow(d->plug, d->copies, d->begun));
     XKV_TRY(xkv_pool_create(r->ctx, xkv_ctx_threads(r->ctx), &r->pool));
     XKV_TRY(XKV_NEW_ZERO(r->ctx, xkv_pool_threads(r->pool), &r->scratch));
+    if (device)
+        XKV_TRY(xkv_device_direct_open(r));
     return read_groups(r, device);
 }
 
@@ -405,6 +425,7 @@ static xkv_status read_into(xkv_device_reading *r, const xkv_device_target *t)
     if (status == XKV_OK) {
         status = run(r, device);
         drain(r);
+        xkv_device_direct_close(r);
     }
     give_back(r, &b);
     return status;

@@ -1,5 +1,6 @@
 /* device_read.h - what restoring into a device's memory is made of: device_read.c plans the call and puts groups in
- * order, device_group.c has a group decoded by the device, device_rows.c brings rows from the CPU. */
+ * order, device_group.c has a group decoded by the device, device_direct.c has it read files, device_rows.c brings rows
+ * from the CPU. */
 #ifndef XKV_DEVICE_READ_H
 #define XKV_DEVICE_READ_H
 
@@ -47,7 +48,9 @@ typedef struct xkv_device_reading {
     xkv_device_need need;
     xkv_device_layout at;
     uint8_t *workspace;
-    uint32_t slot; /* of the two places for packed bytes: the next */
+    void *file;           /* that the device reads itself; NULL: the host does */
+    uint64_t file_offset; /* of the entry */
+    uint32_t slot;        /* of the two places for packed bytes: the next */
     bool slot_used[2];
 
     xkv_pool *pool;
@@ -66,6 +69,10 @@ XKV_MUST_CHECK xkv_status xkv_device_group_need(xkv_device_reading *r, const xkv
 /* Put the work of a group on the stream, its fault word into results[which], and the event ready[which] behind it.
  * Exact operands are f32: slower, and right for any integer. */
 XKV_MUST_CHECK xkv_status xkv_device_group(xkv_device_reading *r, const xkv_group *g, uint32_t which, bool exact);
+
+/* Have the device read the entry's file, if it may and can; and no more. */
+XKV_MUST_CHECK xkv_status xkv_device_direct_open(xkv_device_reading *r);
+void xkv_device_direct_close(xkv_device_reading *r);
 
 /* Rows of tokens [first, end) of groups that the CPU decodes. Errors: as xkv_entry_read(). */
 XKV_MUST_CHECK xkv_status xkv_device_host_rows(xkv_device_reading *r, uint32_t first_group, uint32_t group_count,

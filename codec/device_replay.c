@@ -246,6 +246,7 @@ static void make_recorder(xkv_device_replay *r)
     r->recorder = *r->device;
     r->recorder.api = &r->api;
     r->recorder.plug = (xkv_plug_device *)(void *)r;
+    r->recorder.direct = XKV_DIRECT_OFF; /* what the host has not seen it could not keep */
 }
 
 /* --- Creating ----------------------------------------------------------------------------------------------------- */

@@ -91,4 +91,14 @@ XKV_MUST_CHECK xkv_status xkv_device_send_batch(xkv_device_batch *b);
 /* What is on the caller's stream is the last that uses them. */
 XKV_MUST_CHECK xkv_status xkv_device_release_slot(const xkv_device_batch *b);
 
+/* --- device_direct.c ---------------------------------------------------------------------------------------------- */
+
+/* Whether the device can read the chunks of a batch itself: it can check them, and they lie in the file as they are to
+ * lie in the batch. */
+bool xkv_device_reads(const xkv_device_batch *b);
+/* Have it do so, and the caller's stream check them once it has the streams. False: it could not, the log says why, and
+ * will not be asked again in this call. */
+bool xkv_device_direct_read(const xkv_device_batch *b);
+XKV_MUST_CHECK xkv_status xkv_device_verify(const xkv_device_batch *b);
+
 #endif

@@ -119,6 +119,13 @@ static void file_prefetch(void *user, uint64_t offset, uint64_t size)
     (void)posix_fadvise(f->fd, (off_t)offset, (off_t)size, POSIX_FADV_WILLNEED);
 }
 
+static int file_descriptor(void *user, uint64_t *offset_p)
+{
+    const file_input *f = user;
+    *offset_p = 0;
+    return f->fd;
+}
+
 /* Open a regular file and learn its size. O_NONBLOCK keeps a FIFO without a writer from blocking the open. */
 static xkv_status open_regular(xkv_ctx *ctx, const char *path, int *fd_p, uint64_t *size)
 {
@@ -153,7 +160,12 @@ xkv_status xkv_input_open(xkv_ctx *ctx, const char *path, xkv_input *input)
         xkv_release(ctx, f);
         return status;
     }
-    *input = (xkv_input){.user = f, .size = size, .read = file_read, .name = f->name, .prefetch = file_prefetch};
+    *input = (xkv_input){.user = f,
+                         .size = size,
+                         .read = file_read,
+                         .name = f->name,
+                         .prefetch = file_prefetch,
+                         .file = file_descriptor};
     return XKV_OK;
 }
 

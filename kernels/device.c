@@ -43,10 +43,11 @@ static xkv_status find_plugin(xkv_ctx *ctx, const xkv_device_options *o, const x
 static xkv_status check_options(xkv_ctx *ctx, const xkv_device_options *o)
 {
     if (o->backend > XKV_BACKEND_CUDA || o->staging_count < 2 || o->staging_count > XKV_MAX_STAGING ||
-        o->staging_bytes < LEAST_STAGING)
+        o->staging_bytes < LEAST_STAGING || o->direct > XKV_DIRECT_ON)
         return xkv_fail(ctx, XKV_ERROR_ARGUMENT,
-                        "backend %u, %u staging buffers of %llu bytes: expected one of three, 2 to %u of at least %u",
-                        o->backend, o->staging_count, (unsigned long long)o->staging_bytes, XKV_MAX_STAGING,
+                        "backend %u, %u staging buffers of %llu bytes, direct %u: expected one of three, 2 to %u of at "
+                        "least %u, one of three",
+                        o->backend, o->staging_count, (unsigned long long)o->staging_bytes, o->direct, XKV_MAX_STAGING,
                         LEAST_STAGING);
     return XKV_OK;
 }
@@ -57,6 +58,7 @@ static xkv_status prepare(xkv_ctx *ctx, xkv_device *d, const xkv_device_options 
 
     d->staging_count = o->staging_count;
     d->staging_bytes = xkv_align64(o->staging_bytes, 256);
+    d->direct = o->direct;
     XKV_TRY(xkv_device_result(ctx, d, api->stream_create(d->plug, &d->copies)));
     XKV_TRY(xkv_device_result(ctx, d, api->event_create(d->plug, &d->begun)));
     for (uint32_t i = 0; i < 2; i++) {
@@ -137,6 +139,7 @@ void xkv_device_get_info(xkv_device *device, xkv_device_info *info)
     info->memory = p.memory;
     info->available = p.available;
     info->broken = device->api->dead(device->plug) ? 1 : 0;
+    info->direct_bytes = device->direct_bytes;
 }
 
 /* --- Staging ------------------------------------------------------------------------------------------------------ */

@@ -32,6 +32,9 @@ struct xkv_device {
     uint64_t staging_bytes;
     xkv_staging staging[XKV_MAX_STAGING];
 
+    uint32_t direct;       /* xkv_direct_kind */
+    uint64_t direct_bytes; /* read past the host so far */
+
     void *tables; /* the codec's, put here by its first call; released with the device */
 };
 

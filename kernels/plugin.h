@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define XKV_PLUGIN_ABI    4u
+#define XKV_PLUGIN_ABI    5u
 #define XKV_PLUGIN_SYMBOL "xkv_plugin_table"
 
 /* --- Operations --------------------------------------------------------------------------------------------------- */
@@ -32,7 +32,8 @@ typedef struct xkv_plug_stream {
     uint64_t offset; /* of its first byte, a multiple of 4; readable up to a multiple of 4 */
     uint32_t size;   /* bytes; 0 only where nothing is coded */
     uint32_t tokens;
-    uint64_t column; /* of its first token in `q` */
+    uint64_t column;   /* of its first token in `q` */
+    uint64_t checksum; /* XXH3-64 of its bytes, for `verify` */
 } xkv_plug_stream;
 
 /* Decode `count` streams of the same components: value of component i and token t of a stream goes to
@@ -152,6 +153,7 @@ typedef struct xkv_plug_join {
 } xkv_plug_join;
 
 #include "plugin_attend.h"
+#include "plugin_file.h"
 #include "plugin_fused.h"
 #include "plugin_pack.h"
 #include "plugin_svd.h"
@@ -196,6 +198,12 @@ typedef struct xkv_plugin {
 
     xkv_status (*copy)(xkv_plug_device *d, void *to, const void *from, uint64_t size, void *stream); /* any direction */
     xkv_status (*clear)(xkv_plug_device *d, void *p, uint64_t size, void *stream);
+
+    /* plugin_file.h */
+    xkv_status (*file_open)(xkv_plug_device *d, const xkv_plug_file_open *o, void **file_p);
+    void (*file_close)(xkv_plug_device *d, void *file); /* accepts NULL */
+    xkv_status (*file_read)(xkv_plug_device *d, const xkv_plug_file_read *o);
+    xkv_status (*verify)(xkv_plug_device *d, const xkv_plug_verify *o, void *stream);
 
     xkv_status (*decode)(xkv_plug_device *d, const xkv_plug_decode *o, void *stream);
     xkv_status (*expand)(xkv_plug_device *d, const xkv_plug_expand *o, void *stream);

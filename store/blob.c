@@ -105,6 +105,12 @@ static void file_prefetch(void *user, uint64_t offset, uint64_t size)
     (void)posix_fadvise(*(const int *)user, (off_t)offset, (off_t)size, POSIX_FADV_WILLNEED);
 }
 
+static int file_descriptor(void *user, uint64_t *offset_p)
+{
+    *offset_p = 0;
+    return *(const int *)user;
+}
+
 xkv_status xkv_blob_file(xkv_ctx *ctx, const int *fd, xkv_input *file)
 {
     struct stat st;
@@ -114,7 +120,8 @@ xkv_status xkv_blob_file(xkv_ctx *ctx, const int *fd, xkv_input *file)
                         .size = (uint64_t)st.st_size,
                         .read = file_read,
                         .name = "blob",
-                        .prefetch = file_prefetch};
+                        .prefetch = file_prefetch,
+                        .file = file_descriptor};
     return XKV_OK;
 }
 
@@ -130,6 +137,14 @@ static void window_prefetch(void *user, uint64_t offset, uint64_t size)
     w->input->prefetch(w->input->user, w->offset + offset, size);
 }
 
+static int window_file(void *user, uint64_t *offset_p)
+{
+    const xkv_window *w = user;
+    int fd = w->input->file(w->input->user, offset_p);
+    *offset_p += w->offset;
+    return fd;
+}
+
 xkv_input xkv_input_window(xkv_window *w, const xkv_input *input, uint64_t offset, uint64_t size)
 {
     *w = (xkv_window){input, offset};
@@ -137,7 +152,8 @@ xkv_input xkv_input_window(xkv_window *w, const xkv_input *input, uint64_t offse
                        .size = size,
                        .read = window_read,
                        .name = input->name,
-                       .prefetch = input->prefetch ? window_prefetch : NULL};
+                       .prefetch = input->prefetch ? window_prefetch : NULL,
+                       .file = input->file ? window_file : NULL};
 }
 
 static xkv_status shifted_write(void *user, xkv_ctx *ctx, uint64_t offset, const void *src, size_t size)

@@ -199,6 +199,9 @@ typedef struct xkv_input {
     /* A hint that these bytes are read soon: starts to fetch them and returns at once. May be called from several
      * threads at once; may be NULL. */
     void (*prefetch)(void *user, uint64_t offset, uint64_t size);
+    /* A descriptor of a regular file that holds the input's bytes from *offset_p on, for devices that read files
+     * themselves: stays the input's, open as long as it is. -1: there is none. May be NULL. */
+    int (*file)(void *user, uint64_t *offset_p);
 } xkv_input;
 
 /* An input over `size` bytes at `data`, which must outlive it. */

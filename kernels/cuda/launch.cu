@@ -2,6 +2,8 @@
 #include "elements.h"
 #include "launch.h"
 
+#include "warp_sum.h"
+
 #include <cuda_pipeline.h>
 
 namespace
@@ -18,6 +20,17 @@ unsigned blocks_for(uint64_t count)
 unsigned rows_for(uint64_t count)
 {
     return (unsigned)(count < most_rows ? count : most_rows);
+}
+
+/* --- Checksums ---------------------------------------------------------------------------------------------------- */
+
+/* A block is one warp, which reads one stream. */
+__global__ void __launch_bounds__(32) verify_kernel(const xkv_plug_verify o)
+{
+    const xkv_plug_stream s = o.streams[blockIdx.x];
+
+    if (s.size > 0 && xkv_warp_sum_of(o.packed + s.offset, s.size) != s.checksum && threadIdx.x == 0)
+        atomicOr(o.fault, XKV_WARP_BAD_SUM);
 }
 
 /* --- rANS --------------------------------------------------------------------------------------------------------- */
@@ -142,6 +155,12 @@ __global__ void join_kernel(const xkv_plug_join o)
 } // namespace
 
 /* --- Launches ----------------------------------------------------------------------------------------------------- */
+
+XKV_LAUNCH(verify)
+{
+    verify_kernel<<<o->count, 32, 0, stream>>>(*o);
+    return cudaGetLastError();
+}
 
 XKV_LAUNCH(decode)
 {

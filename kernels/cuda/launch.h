@@ -14,6 +14,7 @@ extern "C" {
 #define XKV_LAUNCH(name) cudaError_t xkv_launch_##name(const xkv_plug_##name *o, cudaStream_t stream)
 
 /* launch.cu */
+XKV_LAUNCH(verify);
 XKV_LAUNCH(decode);
 XKV_LAUNCH(expand);
 XKV_LAUNCH(split);

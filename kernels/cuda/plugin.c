@@ -1,5 +1,6 @@
 /* plugin.c - the table of plugin.h over the CUDA runtime and cuBLAS. No kernel is here, so that the tests can compile
  * it against a runtime of their own, which fails when told to (tests/cuda). */
+#include "direct.h"
 #include "launch.h"
 
 #include <cublas_v2.h>
@@ -370,6 +371,31 @@ static xkv_status clear(xkv_plug_device *d, void *p, uint64_t size, void *stream
     ON_DEVICE(d, cudaMemsetAsync(p, 0, (size_t)size, stream));
 }
 
+/* --- Files -------------------------------------------------------------------------------------------------------- */
+
+static xkv_status open_file(xkv_plug_device *d, const xkv_plug_file_open *o, void **file_p)
+{
+    ALL_ON_DEVICE(d, xkv_direct_open(o, (xkv_direct_file **)file_p, d->error, sizeof d->error));
+}
+
+static void close_file(xkv_plug_device *d, void *file)
+{
+    (void)d;
+    xkv_direct_close(file);
+}
+
+static xkv_status read_file(xkv_plug_device *d, const xkv_plug_file_read *o)
+{
+    ALL_ON_DEVICE(d, xkv_direct_read(o, d->error, sizeof d->error));
+}
+
+static xkv_status verify(xkv_plug_device *d, const xkv_plug_verify *o, void *stream)
+{
+    if (o->count == 0)
+        return XKV_OK;
+    ON_DEVICE(d, xkv_launch_verify(o, stream));
+}
+
 /* --- Operations --------------------------------------------------------------------------------------------------- */
 
 static xkv_status decode(xkv_plug_device *d, const xkv_plug_decode *o, void *stream)
@@ -677,6 +703,10 @@ __attribute__((visibility("default"))) const xkv_plugin xkv_plugin_table = {
     .wait = wait_event,
     .copy = copy,
     .clear = clear,
+    .file_open = open_file,
+    .file_close = close_file,
+    .file_read = read_file,
+    .verify = verify,
     .decode = decode,
     .expand = expand,
     .split = split,

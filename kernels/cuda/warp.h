@@ -5,6 +5,7 @@
  * blocks all lanes have done the first one, which in CUDA matters only for the two calls that look into other lanes:
  *     XKV_BALLOT(mask, predicate)        mask: a bit for each lane whose predicate holds
  *     XKV_SHUFFLE(to, from, index)       to = `from` of lane index mod 32
+ * A variable that is the same in all lanes becomes one of all of them by XKV_FIRST_LANE(name).
  * Functions begin with XKV_WARP_BEGIN. All 32 lanes run them. */
 #ifndef XKV_CUDA_WARP_H
 #define XKV_CUDA_WARP_H
@@ -21,6 +22,7 @@
 #define XKV_BALLOT(mask, predicate)  (mask) = __ballot_sync(0xffffffffu, (predicate))
 #define XKV_SHUFFLE(to, from, index) (to) = __shfl_sync(0xffffffffu, (from), (int)((index)&31u))
 #define XKV_COUNT_BITS(mask)         ((uint32_t)__popc(mask))
+#define XKV_FIRST_LANE(v)            (v)
 
 #else
 
@@ -42,6 +44,7 @@
             (to)[lane] = (from)[(index)&31u];                                                                          \
     } while (0)
 #define XKV_COUNT_BITS(mask) ((uint32_t)__builtin_popcount(mask))
+#define XKV_FIRST_LANE(v)    ((v)[0])
 
 #endif
 

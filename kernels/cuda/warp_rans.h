@@ -34,7 +34,8 @@ enum {
     XKV_WARP_BAD_START = 1, /* too few bytes, half a word, or a state that is too small [E2] */
     XKV_WARP_TOO_SHORT = 2, /* words end early [E3] */
     XKV_WARP_LEFT_OVER = 4, /* words are left, or a lane does not end with 2^16 [E3] */
-    XKV_WARP_TOO_WIDE = 8   /* sound, but a value does not fit into the tile's type */
+    XKV_WARP_TOO_WIDE = 8,  /* sound, but a value does not fit into the tile's type */
+    XKV_WARP_BAD_SUM = 16   /* its bytes are not those of its checksum [P3] */
 };
 
 /* --- Decoder ------------------------------------------------------------------------------------------------------ */

@@ -47,6 +47,14 @@ XKV_API void xkv_backend_get_info(xkv_backend_info *info);
 
 /* --- Devices ------------------------------------------------------------------------------------------------------ */
 
+/* Whether a device reads files itself, past the host's memory (GPUDirect Storage, libcufile.so.0, which is looked for
+ * when a device first restores from a file). It takes the parts of entries that hold integers, and checks them. */
+typedef enum xkv_direct_kind {
+    XKV_DIRECT_AUTO = 0, /* where its driver, nvidia-fs, is there */
+    XKV_DIRECT_OFF = 1,
+    XKV_DIRECT_ON = 2 /* also by what cuFile does in its stead; without cuFile the log says so */
+} xkv_direct_kind;
+
 /* An opened device: its context, staging memory and tables. One call at a time; several may be opened. Once an error
  * has broken its context all calls fail with BACKEND: close it, the process must be started anew to use the device. */
 typedef struct xkv_device xkv_device;
@@ -57,6 +65,7 @@ typedef struct xkv_device_options {
     uint32_t index;         /* of the device, as the CUDA runtime counts; default 0 */
     uint32_t staging_count; /* pinned buffers between file and device, 2 .. 4; default 3 */
     uint64_t staging_bytes; /* of each; default 16 MiB, at least 1 MiB */
+    uint32_t direct;        /* xkv_direct_kind; default AUTO */
 } xkv_device_options;
 
 static inline xkv_device_options xkv_device_options_default(void)
@@ -81,6 +90,7 @@ typedef struct xkv_device_info {
     uint32_t driver, runtime;   /* versions, 1000 * major + 10 * minor */
     uint64_t memory, available; /* bytes */
     uint32_t broken;            /* non-zero: every call fails */
+    uint64_t direct_bytes;      /* that it has read from files itself so far */
 } xkv_device_info;
 XKV_API void xkv_device_get_info(xkv_device *device, xkv_device_info *info);
 

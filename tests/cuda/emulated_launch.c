@@ -2,8 +2,23 @@
 #include "elements.h"
 #include "fake_cuda.h"
 #include "launch.h"
+#include "warp_sum.h"
 
 /* The spans that the kernels touch are checked before they run. Views are checked element by element. */
+
+static void run_verify(const void *args)
+{
+    const xkv_plug_verify *o = args;
+
+    fake_check(o->streams, o->count * sizeof *o->streams);
+    fake_check(o->fault, sizeof *o->fault);
+    for (uint32_t i = 0; i < o->count; i++) {
+        const xkv_plug_stream *s = &o->streams[i];
+        fake_check(o->packed + s->offset, s->size);
+        if (s->size > 0 && xkv_warp_sum_of(o->packed + s->offset, s->size) != s->checksum)
+            *o->fault |= XKV_WARP_BAD_SUM;
+    }
+}
 
 static uint32_t decode_stream(const xkv_plug_decode *o, const xkv_plug_stream *s)
 {
@@ -147,6 +162,7 @@ static void run_join(const void *args)
             xkv_join_element(o, r, c);
 }
 
+FAKE_LAUNCH(verify)
 FAKE_LAUNCH(decode)
 FAKE_LAUNCH(expand)
 FAKE_LAUNCH(split)

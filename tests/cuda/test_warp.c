@@ -7,9 +7,11 @@
 #include "elements.h"
 #include "gpu/gpu_support.h"
 #include "rans.h"
+#include "warp_sum.h"
 
 #include <math.h>
 #include <stdlib.h>
+#include <xxhash.h>
 
 enum { MOST_TOKENS = 300, COMPONENTS = 6 };
 
@@ -384,13 +386,29 @@ static void test_join(void **state)
     }
 }
 
+/* --- Checksums ---------------------------------------------------------------------------------------------------- */
+
+/* Against the library, for every length around the ends of stripes and blocks. */
+static void test_sums(void **state)
+{
+    enum { MOST = 5 * XKV_SUM_BLOCK };
+    uint64_t bytes[MOST / 8], seed = 7;
+
+    (void)state;
+    for (size_t i = 0; i < MOST / 8; i++)
+        bytes[i] = test_random(&seed);
+    for (size_t size = XKV_SUM_SHORT + 1; size <= MOST; size++)
+        if (xkv_warp_sum_of((const uint8_t *)bytes, size) != XXH3_64bits(bytes, size))
+            fail_msg("%zu bytes", size);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_damage), cmocka_unit_test(test_parts),
         cmocka_unit_test(test_expand),     cmocka_unit_test(test_split),  cmocka_unit_test(test_spread),
         cmocka_unit_test(test_angles),     cmocka_unit_test(test_store),  cmocka_unit_test(test_move),
-        cmocka_unit_test(test_join),
+        cmocka_unit_test(test_join),       cmocka_unit_test(test_sums),
     };
     return cmocka_run_group_tests(tests, make_tables, NULL);
 }

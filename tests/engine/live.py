@@ -15,13 +15,12 @@ import numpy as np
 import models
 import xkv
 from live_checks import fallbacks, other_contexts, readme, windows
-from texts import default_texts, facts_text, named_facts, training_texts
+from texts import eight_texts, facts_text, named_facts, training_texts
 from xkv.fidelity import compare
 from xkv.llama import engine
 from xkv.llama.__main__ import prompt_tokens
 
-PROMPT = 2048  # at most, of the text with facts
-PROMPTS, PROMPT_TOKENS, FOLLOWING = 8, 512, 64
+PROMPT_TOKENS, FOLLOWING = 2000, 64
 ANSWER, ASKED = 24, "Answer with one word."
 QUESTIONS = 8
 RATIO = 16
@@ -51,6 +50,12 @@ def answer(model_file, store, prompt_file, *options):
     return json.loads(done.stdout)
 
 
+def facts(model_file, cache):
+    """facts_text() of PROMPT_TOKENS."""
+    vocabulary = llama_cpp.Llama(str(model_file), vocab_only=True, verbose=False)
+    return facts_text(cache, lambda text: len(vocabulary.tokenize(text.encode())) <= PROMPT_TOKENS)
+
+
 def other_model(name, cache):
     """The file of another model."""
     return models.joined_model(next(other for other in models.SOURCES if other != name), cache)
@@ -64,14 +69,14 @@ def trained(model_file, name, cache):
             for text, words in training_texts(cache).items():
                 files.append(pathlib.Path(folder, text))
                 files[-1].write_text(words)
-            subprocess.run([sys.executable, "-m", "xkv.calibrate", model_file, "--tokens", "512", "--dictionary", path,
+            subprocess.run([sys.executable, "-m", "xkv.calibrate", model_file, "--tokens", "1024", "--dictionary", path,
                             "--text", *files], check=True)
     return models.made_once(cache / f"{name}-live.xkvd", make)
 
 
 def two_processes(model_file, dictionary, work, cache):
     """The first computes and stores, the second restores and answers; a third one computes the same prompt."""
-    text, questions = facts_text(cache)
+    text, questions = facts(model_file, cache)
     prompt, store = work / "prompt.txt", work / "store"
     prompt.write_text(text)
     first = answer(model_file, store, prompt, "--question", questions[0][0], "--dictionary", dictionary, "--ratio", RATIO,
@@ -92,7 +97,7 @@ class Judge:
         """weights: the GGUF file that is run: model_file, or the same with other weights."""
         self.engine, self.model = engine.Model(weights), xkv.Model.from_gguf(model_file)
         self.dictionary = xkv.Dictionary.open(dictionary)
-        self.context = engine.Context(self.engine, PROMPT + 512)
+        self.context = engine.Context(self.engine, PROMPT_TOKENS + 512)
 
     def images(self, tokens):
         """(raw, restored at RATIO, restored lossless): what the engine saved, and what comes back."""
@@ -116,13 +121,12 @@ class Judge:
 
 
 def agreement(judge, cache):
-    """Over 8 prompts of three plays, 64 tokens teacher forced; with f32 weights, since quantized ones add noise of their own
+    """Over prompts of eight plays, 64 tokens teacher forced; with f32 weights, since quantized ones add noise of their own
     (models.py)."""
-    texts = list(default_texts(cache).values())
     kl, same, identical = [], [], True
-    for i in range(PROMPTS):
-        text = texts[i % len(texts)]
-        tokens = judge.engine.tokenize(text[i // len(texts) * 3500:][:6000])[:PROMPT_TOKENS + FOLLOWING]
+    for text in eight_texts(cache).values():
+        tokens = judge.engine.tokenize(text)[:PROMPT_TOKENS + FOLLOWING]
+        assert len(tokens) == PROMPT_TOKENS + FOLLOWING
         prompt, following = tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:]
         raw, packed, lossless = judge.images(prompt)
         reference = judge.scores(raw, following)
@@ -130,7 +134,7 @@ def agreement(judge, cache):
         kl.append(result.kl)
         same.append(result.top1)
         identical &= bytes(raw) == bytes(lossless) and np.array_equal(reference, judge.scores(lossless, following))
-    return dict(kl=float(np.mean(kl)), kl_worst_prompt=max(kl), top1=float(np.mean(same)), lossless_identical=bool(identical))
+    return dict(prompts=len(kl), tokens=PROMPT_TOKENS, kl=float(np.mean(kl)), kl_worst_prompt=max(kl), top1=float(np.mean(same)), lossless_identical=bool(identical))
 
 
 def questions(judge, model_file, cache):
@@ -140,7 +144,7 @@ def questions(judge, model_file, cache):
     Where a small model guesses, an answer says nothing about a cache. So all questions of the pool are asked, and judged are
     the first QUESTIONS that the raw cache answers rightly, before anything else is looked at; the figures of the whole pool
     are told beside."""
-    text, pool = facts_text(cache)
+    text, pool = facts(model_file, cache)
     vocabulary = llama_cpp.Llama(str(model_file), vocab_only=True, verbose=False)
     prompts = [prompt_tokens(vocabulary, text, f"{question} {ASKED}") for question, _ in pool]
     shared = min(len(os.path.commonprefix([prompts[0], prompt])) for prompt in prompts)
@@ -190,7 +194,7 @@ def main():
         if "contexts" in args.parts:
             results["contexts"] = other_contexts(answer, model_file, work)
         if "windows" in args.parts and any(layer.window for layer in xkv.Model.from_gguf(model_file).layers):
-            text, asked = facts_text(args.cache)
+            text, asked = facts(model_file, args.cache)
             results["windows"] = windows(answer, model_file, text, [question for question, _ in asked], work)
         if "readme" in args.parts:
             results["readme"] = readme(model_file, dictionary, work)

@@ -23,7 +23,7 @@ from tools import tool
 class Input(ctypes.Structure):
     """xkv_input of <xkv/format.h>."""
     _fields_ = [("user", ctypes.c_void_p), ("size", ctypes.c_uint64), ("read", ctypes.c_void_p),
-                ("name", ctypes.c_char_p), ("prefetch", ctypes.c_void_p)]
+                ("name", ctypes.c_char_p), ("prefetch", ctypes.c_void_p), ("file", ctypes.c_void_p)]
 
 
 class Library:

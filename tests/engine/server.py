@@ -15,7 +15,7 @@ from live import other_model, trained
 from live_checks import damage_blob
 from texts import FACTS, facts_text
 
-ANSWER = 16
+ANSWER, TEXT = 16, 7000  # tokens; characters
 
 
 class Setting:
@@ -57,7 +57,7 @@ class Setting:
 
 def prompts(cache):
     """A text, and the same with questions behind it."""
-    text = facts_text(cache)[0].rstrip()  # so that it ends where a token does
+    text = facts_text(cache, lambda text: len(text) <= TEXT)[0].rstrip()  # so that it ends where a token does
     return text, [f"{text}\n\nQuestion: {question}\nAnswer:" for question, _ in FACTS[:2]]
 
 

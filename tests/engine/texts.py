@@ -1,4 +1,5 @@
 """Texts for prompts: plays of Shakespeare that no dictionary was trained on."""
+import bisect
 import re
 import subprocess
 import sys
@@ -13,6 +14,14 @@ def default_texts(cache):
     act 2 of The Taming of the Shrew; the others as they are."""
     texts = {"shrew": scene_from(play("taming_of_the_shrew", cache), "GREMIO.\nGood morrow, neighbour Baptista")}
     for name in ("tempest", "othello"):
+        texts[name] = last_part(play(name, cache))
+    return texts
+
+
+def eight_texts(cache):
+    """{name: text of more than 2,000 tokens}: ends of eight plays."""
+    texts = default_texts(cache)
+    for name in ("henry_viii", "richard_ii", "timon_of_athens", "pericles", "john"):
         texts[name] = last_part(play(name, cache))
     return texts
 
@@ -79,9 +88,12 @@ def named_facts(answer):
     return [fact for _, fact in FACTS if fact.lower() in answer.lower()]
 
 
-def facts_text(cache):
-    """A text of about 2,000 tokens that ends with facts, and (question, part of the answer)."""
-    return default_texts(cache)["tempest"][:5000] + "\n\n" + FACTS_TEXT, FACTS
+def facts_text(cache, fits):
+    """The longest text that ends with facts and of which fits(text) holds, and (question, part of the answer)."""
+    def text(characters):
+        return story[:characters] + "\n\n" + FACTS_TEXT
+    story = default_texts(cache)["tempest"]
+    return text(bisect.bisect(range(1, len(story)), 0, key=lambda characters: not fits(text(characters)))), FACTS
 
 
 def training_texts(cache):
@@ -90,7 +102,10 @@ def training_texts(cache):
     import inspect
     import pydoc_data.topics
     texts = {}
-    for name in ("romeo_and_juliet", "hamlet", "winters_tale", "macbeth"):
+    for name in ("romeo_and_juliet", "hamlet", "winters_tale", "macbeth", "twelfth_night", "lear", "as_you_like_it",
+                 "julius_caesar", "merchant_of_venice", "midsummer_nights_dream", "much_ado_about_nothing", "richard_iii",
+                 "henry_v", "antony_and_cleopatra", "coriolanus", "cymbeline", "measure_for_measure", "henry_iv_part_1",
+                 "loves_labours_lost", "two_gentlemen_of_verona"):
         text = play(name, cache)
         texts[name] = text[len(text) // 3:]
     for name in ("objects", "specialnames", "import"):

@@ -1,6 +1,8 @@
 /* test_store.c - the store: longest prefixes against a plain search, tenants, eviction, pins, expiry, restarts. */
 #include "store_support.h"
 
+#include "entry_internal.h"
+
 #include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -809,6 +811,32 @@ static void exported_entries_can_be_imported(void **state)
     memory_free(&m);
 }
 
+/* An entry lies in its blob as it is: who reads files himself finds it there. */
+static void entries_lie_in_files(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = make_namespace(NULL);
+    int32_t tokens[300];
+    uint8_t here[200], there[200];
+    const xkv_entry *entry;
+    xkv_hit *hit = NULL;
+    xkv_match m;
+    uint64_t offset = 0;
+    make_tokens(2, 50000, tokens, 300);
+    uint64_t id = put(&ns, tokens, 300);
+    assert_ok(t.ctx, xkv_store_get(t.ctx, t.store, &ns, id, &m, &hit));
+    assert_ok(t.ctx, xkv_hit_entry(t.ctx, hit, &entry));
+    const xkv_input *input = &entry->input;
+    assert_non_null(input->file);
+    int fd = input->file(input->user, &offset);
+    for (uint64_t at = 0; at + sizeof here <= input->size; at += 77) {
+        assert_ok(t.ctx, input->read(input->user, t.ctx, at, here, sizeof here));
+        assert_int_equal(pread(fd, there, sizeof there, (off_t)(offset + at)), sizeof there);
+        assert_memory_equal(here, there, sizeof here);
+    }
+    xkv_hit_close(t.ctx, hit);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
@@ -816,6 +844,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(one_entry_serves_every_prefix),
         TEST(same_prompt_is_one_blob),
+        TEST(entries_lie_in_files),
         TEST(prefixes_agree_with_a_plain_search),
         TEST(media_part_prompts),
         TEST(page_keys_find_the_longest),

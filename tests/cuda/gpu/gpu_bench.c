@@ -194,7 +194,7 @@ static size_t lay_chunks(const chunks *c, uint32_t count, uint8_t *bytes, xkv_pl
         if (bytes)
             memcpy(bytes + at, c->bytes + c->offset[k], size);
         if (streams)
-            streams[i] = (xkv_plug_stream){at, (uint32_t)size, CHUNK, (uint64_t)i * CHUNK};
+            streams[i] = (xkv_plug_stream){at, (uint32_t)size, CHUNK, (uint64_t)i * CHUNK, 0};
         at += size;
     }
     return at;

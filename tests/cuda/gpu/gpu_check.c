@@ -5,6 +5,7 @@
 #include "gpu_check.h"
 
 #include "elements.h"
+#include "warp_sum.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -31,6 +32,42 @@ XKV_PRINTF(2, 0) void check(bool good, const char *format, uint32_t a, uint32_t 
 void release(gpu *g, gpu_block *b, const char *what)
 {
     check(gpu_free(g, b), what, 0, 0, 0);
+}
+
+/* --- Checksums ---------------------------------------------------------------------------------------------------- */
+
+enum { SUMS = 64, MOST_SUMMED = 4096 };
+
+/* Streams of every length around stripes and blocks, some empty; in all rounds but the first one of them is damaged. */
+static void check_verify(gpu *g)
+{
+    static uint8_t bytes[SUMS * MOST_SUMMED];
+    xkv_plug_stream streams[SUMS];
+    uint64_t seed = 4;
+
+    for (uint32_t round = 0; round < 40; round++) {
+        uint32_t fault = 0, damaged = (uint32_t)(gpu_random(&seed) % SUMS);
+        for (uint32_t i = 0; i < sizeof bytes; i++)
+            bytes[i] = (uint8_t)gpu_random(&seed);
+        for (uint32_t i = 0; i < SUMS; i++) {
+            uint64_t at = (uint64_t)i * MOST_SUMMED;
+            uint32_t size = XKV_SUM_SHORT + 1 + (uint32_t)(gpu_random(&seed) % (MOST_SUMMED - XKV_SUM_SHORT));
+            streams[i] = (xkv_plug_stream){at, size, 0, 0, xkv_warp_sum_of(bytes + at, size)};
+            if (i != damaged && i % 16 == 3)
+                streams[i].size = 0;
+        }
+        if (round > 0)
+            bytes[streams[damaged].offset + gpu_random(&seed) % streams[damaged].size] ^= 1;
+        gpu_block there = gpu_put(g, bytes, sizeof bytes), list = gpu_put(g, streams, sizeof streams);
+        gpu_block word = gpu_put(g, &fault, sizeof fault);
+        xkv_plug_verify o = {there.p, (const void *)list.p, SUMS, (void *)word.p};
+        GPU_TRY(g, verify(g->d, &o, g->stream));
+        gpu_get(g, &word, &fault);
+        check(fault == (round > 0 ? XKV_WARP_BAD_SUM : 0), "verify %u: fault %u", round, fault, 0);
+        release(g, &there, "verify wrote to the streams' bytes");
+        release(g, &list, "verify wrote beside the streams");
+        release(g, &word, "verify wrote beside the fault");
+    }
 }
 
 /* --- rANS --------------------------------------------------------------------------------------------------------- */
@@ -64,7 +101,7 @@ static packed make_packed(uint64_t *seed)
             for (uint32_t t = 0; t < tokens; t++)
                 p.q[i * STRIDE + column + t] = gpu_value(p.tables[i], seed);
         size_t size = gpu_encode(p.q + column, STRIDE, tokens, p.tables, COMPONENTS, p.bytes + p.size);
-        p.streams[s] = (xkv_plug_stream){p.size, (uint32_t)size, tokens, column};
+        p.streams[s] = (xkv_plug_stream){p.size, (uint32_t)size, tokens, column, 0};
         p.size += (size + 3) / 4 * 4;
         column += tokens;
     }
@@ -441,6 +478,7 @@ int main(int argc, char **argv)
         return 1;
     }
     g = gpu_start(argv[1]);
+    check_verify(&g);
     check_decode(&g);
     check_operands(&g);
     check_products(&g);
