@@ -93,8 +93,8 @@ static uint32_t first_member(const decoder *d)
     return d->cross.g ? 1 : 0;
 }
 
-/* Somebody waits for the first group: before it is ready the thread of the call, which has to tell, begins no product
- * of a later one. */
+/* Somebody waits for the first group: before it is ready the thread of the call, which has to tell, begins no later
+ * one. */
 static bool may_go_on(const decoder *d, uint32_t m)
 {
     return m <= first_member(d) || d->members[first_member(d)].done;
@@ -111,16 +111,29 @@ static struct timespec soon(void)
     return t;
 }
 
+/* Until something may have changed, with the mutex held before and after. */
+static void sleep_or_wait(decoder *d, xkv_patience *p)
+{
+    if (p->over) {
+        struct timespec until = soon();
+        (void)pthread_cond_timedwait(&d->changed, &d->mutex, &until);
+        return;
+    }
+    pthread_mutex_unlock(&d->mutex);
+    xkv_wait_awake(p);
+    pthread_mutex_lock(&d->mutex);
+}
+
 /* Wait for tasks before the one at hand. When one of these has failed, that is the result of the call, whatever is
  * returned here; those behind do not matter. */
 static xkv_status wait_for(decoder *d, const worker *w, bool (*come)(const decoder *d, uint32_t m), uint32_t m)
 {
     xkv_status status = XKV_OK;
+    xkv_patience patience = {0};
 
     pthread_mutex_lock(&d->mutex);
     while (status == XKV_OK && !come(d, m)) {
-        struct timespec until = soon();
-        (void)pthread_cond_timedwait(&d->changed, &d->mutex, &until);
+        sleep_or_wait(d, &patience);
         status = d->failed < w->task ? XKV_ERROR_CANCELLED : xkv_check_cancel(d->ctx);
     }
     pthread_mutex_unlock(&d->mutex);
@@ -314,12 +327,12 @@ static xkv_status run_task(decoder *d, worker *w, uint64_t task)
 
     w->task = task;
     find_task(d, task, &m, &at);
-    if (at == 0)
-        return open_group(d, w, m);
-    XKV_TRY(wait_for(d, w, is_open, m));
     if (w == d->workers)
         XKV_TRY(wait_for(d, w, may_go_on, m));
     XKV_TRY(announce(d, w));
+    if (at == 0)
+        return open_group(d, w, m);
+    XKV_TRY(wait_for(d, w, is_open, m));
     XKV_TRY(restore_slice(d, w, m, (at - 1) / d->slices, (at - 1) % d->slices));
     count_slice(d, m);
     return XKV_OK;

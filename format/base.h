@@ -43,6 +43,14 @@ xkv_status xkv_check_cancel(xkv_ctx *ctx);
 /* Threads a call on this context may use (>= 1). */
 uint32_t xkv_ctx_threads(const xkv_ctx *ctx);
 
+/* What a context keeps from call to call for a layer above, which knows what it is. Not from two threads at once. */
+typedef struct xkv_keepsake {
+    void *object; /* NULL: nothing */
+    void (*release)(void *object);
+} xkv_keepsake;
+
+xkv_keepsake *xkv_ctx_keepsake(xkv_ctx *ctx);
+
 /* --- Memory ----------------------------------------------------------------------------------------------------- */
 
 /* Allocate `count * size` bytes (checked; a zero product gives a one-byte block), 64-byte aligned, counted against the

@@ -43,6 +43,7 @@ typedef struct kept_blocks {
 struct xkv_ctx {
     xkv_allocator allocator;
     kept_blocks kept; /* of the default allocator only */
+    xkv_keepsake keepsake;
     xkv_log_fn log;
     void *log_user;
     uint32_t threads;
@@ -355,8 +356,16 @@ static bool keep_block(xkv_ctx *ctx, void *raw, size_t total)
     return room;
 }
 
+xkv_keepsake *xkv_ctx_keepsake(xkv_ctx *ctx)
+{
+    return &ctx->keepsake;
+}
+
 void xkv_ctx_trim(xkv_ctx *ctx)
 {
+    if (ctx->keepsake.object)
+        ctx->keepsake.release(ctx->keepsake.object);
+    ctx->keepsake = (xkv_keepsake){0};
     release_kept(ctx, SIZE_MAX);
 }
 

@@ -18,7 +18,9 @@
  * is held at one thread (counted, the old value comes back with the last pool). */
 typedef struct xkv_pool xkv_pool;
 
-/* `threads` >= 1 includes the calling thread. If threads cannot be started the pool has fewer; that is not an error. */
+/* `threads` >= 1 includes the calling thread. If threads cannot be started the pool has fewer; that is not an error.
+ * The context keeps a pool that is freed, and gives it to the next call: threads that were on processors of their own
+ * go there again, where new ones may share the caller's for milliseconds. */
 XKV_MUST_CHECK xkv_status xkv_pool_create(xkv_ctx *ctx, uint32_t threads, xkv_pool **pool_p);
 void xkv_pool_free(xkv_ctx *ctx, xkv_pool *pool);
 uint32_t xkv_pool_threads(const xkv_pool *pool);
@@ -29,6 +31,16 @@ typedef xkv_status (*xkv_task_fn)(void *user, uint32_t worker, uint64_t index);
 /* Run all tasks, taken in ascending order, and wait. The first failing status (lowest index among those that ran) is
  * returned; after a failure or a cancellation no further task starts. `pool` NULL runs them on the caller. */
 XKV_MUST_CHECK xkv_status xkv_pool_run(xkv_ctx *ctx, xkv_pool *pool, uint64_t count, xkv_task_fn task, void *user);
+
+/* How long a thread stays awake that waits for another one of the same call. What it waits for mostly comes soon, and
+ * to wake a thread that sleeps takes longer than that, on virtual machines up to milliseconds. Begin with {0}. */
+typedef struct xkv_patience {
+    uint64_t until; /* nanoseconds of the monotonic clock */
+    bool over;      /* sleep now */
+} xkv_patience;
+
+/* Let a moment pass, well below a microsecond. */
+void xkv_wait_awake(xkv_patience *p);
 
 /* --- Operation table ---------------------------------------------------------------------------------------------- */
 

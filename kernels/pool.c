@@ -5,6 +5,12 @@
 #include <cblas.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#define AWAKE_NANOSECONDS 1000000u
+#define PAUSES            8
 
 typedef struct worker {
     xkv_pool *pool;
@@ -17,8 +23,8 @@ struct xkv_pool {
     pthread_mutex_t mutex;
     pthread_cond_t work; /* a run has begun, or quit */
     pthread_cond_t done; /* the last worker has left the run */
-    uint32_t threads;
-    worker *workers; /* [threads - 1] */
+    pid_t process;
+    uint32_t wanted, threads; /* as asked for, and there are */
     bool quit;
 
     uint64_t run; /* number of the current run; a worker joins each once */
@@ -29,7 +35,39 @@ struct xkv_pool {
     uint64_t next, count;
     xkv_status status; /* of the failure with the lowest index */
     uint64_t failed;
+
+    worker workers[]; /* [threads - 1] */
 };
+
+/* --- Waiting ------------------------------------------------------------------------------------------------------ */
+
+static uint64_t now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void pause_a_little(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+void xkv_wait_awake(xkv_patience *p)
+{
+    uint64_t t = now();
+
+    if (p->until == 0)
+        p->until = t + AWAKE_NANOSECONDS;
+    p->over = t >= p->until;
+    for (int i = 0; i < PAUSES; i++)
+        pause_a_little();
+}
 
 /* --- OpenBLAS ----------------------------------------------------------------------------------------------------- */
 
@@ -82,6 +120,18 @@ static void run_tasks(xkv_pool *pool, uint32_t number)
     }
 }
 
+/* Until something may have changed. Called and left with the mutex held. */
+static void wait_for(xkv_pool *pool, pthread_cond_t *sign, xkv_patience *p)
+{
+    if (p->over) {
+        pthread_cond_wait(sign, &pool->mutex);
+        return;
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    xkv_wait_awake(p);
+    pthread_mutex_lock(&pool->mutex);
+}
+
 static void *worker_main(void *user)
 {
     worker *w = user;
@@ -89,8 +139,8 @@ static void *worker_main(void *user)
     uint64_t seen = 0;
     pthread_mutex_lock(&pool->mutex);
     for (;;) {
-        while (!pool->quit && pool->run == seen)
-            pthread_cond_wait(&pool->work, &pool->mutex);
+        for (xkv_patience p = {0}; !pool->quit && pool->run == seen;)
+            wait_for(pool, &pool->work, &p);
         if (pool->quit)
             break;
         seen = pool->run;
@@ -126,8 +176,8 @@ xkv_status xkv_pool_run(xkv_ctx *ctx, xkv_pool *pool, uint64_t count, xkv_task_f
     pool->status = XKV_OK;
     pthread_cond_broadcast(&pool->work);
     run_tasks(pool, 0);
-    while (pool->busy > 0) /* a worker that wakes up later finds no task left */
-        pthread_cond_wait(&pool->done, &pool->mutex);
+    for (xkv_patience p = {0}; pool->busy > 0;) /* a worker that wakes up later finds no task left */
+        wait_for(pool, &pool->done, &p);
     xkv_status status = pool->status;
     pthread_mutex_unlock(&pool->mutex);
     return status;
@@ -141,12 +191,12 @@ uint32_t xkv_pool_threads(const xkv_pool *pool)
 /* --- Life --------------------------------------------------------------------------------------------------------- */
 
 /* Start workers until one cannot be started. They take no signals, which are the business of the program's threads. */
-static void start_workers(xkv_pool *pool, uint32_t threads)
+static void start_workers(xkv_pool *pool)
 {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (pool->threads < threads) {
+    while (pool->threads < pool->wanted) {
         worker *w = &pool->workers[pool->threads - 1];
         w->pool = pool;
         w->number = pool->threads;
@@ -157,35 +207,26 @@ static void start_workers(xkv_pool *pool, uint32_t threads)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-xkv_status xkv_pool_create(xkv_ctx *ctx, uint32_t threads, xkv_pool **pool_p)
+/* Not through the context: a pool outlives the call that it was made for. */
+static xkv_pool *start(uint32_t threads)
 {
-    xkv_pool *pool = NULL;
-    xkv_status status = XKV_OK;
-    if (threads == 0)
-        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a pool needs at least one thread");
-    XKV_TRY(XKV_NEW_ZERO(ctx, 1, &pool));
-    XKV_TRY_GOTO(XKV_NEW_ZERO(ctx, threads - 1, &pool->workers), out);
+    xkv_pool *pool = calloc(1, sizeof *pool + (threads - 1) * sizeof *pool->workers);
+    if (pool == NULL)
+        return NULL;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->done, NULL);
+    pool->process = getpid();
+    pool->wanted = threads;
     pool->threads = 1;
-    hold_blas();
-    start_workers(pool, threads);
-    if (pool->threads < threads)
-        xkv_logf(ctx, XKV_LOG_WARNING, "only %u of %u threads could be started", pool->threads, threads);
-    if (xkv_kernels_cpu_choice_ignored())
-        xkv_logf(ctx, XKV_LOG_WARNING, "XKV_CPU names no CPU code that runs here; using \"%s\"",
-                 xkv_kernels_cpu_name());
-    *pool_p = pool;
-    pool = NULL;
-out:
-    xkv_release(ctx, pool);
-    return status;
+    start_workers(pool);
+    return pool;
 }
 
-void xkv_pool_free(xkv_ctx *ctx, xkv_pool *pool)
+static void stop(void *object)
 {
-    if (pool == NULL)
+    xkv_pool *pool = object;
+    if (pool->process != getpid()) /* its threads are another process's, and its mutex may be locked for ever */
         return;
     pthread_mutex_lock(&pool->mutex);
     pool->quit = true;
@@ -193,10 +234,60 @@ void xkv_pool_free(xkv_ctx *ctx, xkv_pool *pool)
     pthread_mutex_unlock(&pool->mutex);
     for (uint32_t i = 1; i < pool->threads; i++)
         pthread_join(pool->workers[i - 1].thread, NULL);
-    release_blas();
     pthread_cond_destroy(&pool->done);
     pthread_cond_destroy(&pool->work);
     pthread_mutex_destroy(&pool->mutex);
-    xkv_release(ctx, pool->workers);
-    xkv_release(ctx, pool);
+    free(pool);
+}
+
+/* The pool that the context has kept, if it is of this size and process. */
+static xkv_pool *take(xkv_ctx *ctx, uint32_t threads)
+{
+    xkv_keepsake *kept = xkv_ctx_keepsake(ctx);
+    xkv_pool *pool = kept->object;
+    if (pool == NULL || pool->wanted != threads || pool->process != getpid())
+        return NULL;
+    kept->object = NULL;
+    return pool;
+}
+
+/* In place of one that was kept before. One that lacks threads is not worth it. */
+static void keep(xkv_ctx *ctx, xkv_pool *pool)
+{
+    xkv_keepsake *kept = xkv_ctx_keepsake(ctx);
+    xkv_keepsake old = *kept;
+    if (pool->threads < pool->wanted || pool->threads == 1) {
+        stop(pool);
+        return;
+    }
+    *kept = (xkv_keepsake){pool, stop};
+    if (old.object)
+        old.release(old.object);
+}
+
+xkv_status xkv_pool_create(xkv_ctx *ctx, uint32_t threads, xkv_pool **pool_p)
+{
+    if (threads == 0)
+        return xkv_fail(ctx, XKV_ERROR_ARGUMENT, "a pool needs at least one thread");
+    xkv_pool *pool = take(ctx, threads);
+    if (pool == NULL)
+        pool = start(threads);
+    if (pool == NULL)
+        return xkv_fail(ctx, XKV_ERROR_MEMORY, "no memory for %u threads", threads);
+    hold_blas();
+    if (pool->threads < threads)
+        xkv_logf(ctx, XKV_LOG_WARNING, "only %u of %u threads could be started", pool->threads, threads);
+    if (xkv_kernels_cpu_choice_ignored())
+        xkv_logf(ctx, XKV_LOG_WARNING, "XKV_CPU names no CPU code that runs here; using \"%s\"",
+                 xkv_kernels_cpu_name());
+    *pool_p = pool;
+    return XKV_OK;
+}
+
+void xkv_pool_free(xkv_ctx *ctx, xkv_pool *pool)
+{
+    if (pool == NULL)
+        return;
+    release_blas();
+    keep(ctx, pool);
 }

@@ -19,6 +19,7 @@ typedef struct fetch {
     uint64_t room;       /* bytes that may still be fetched for it */
     bool stored;         /* an entry, be it one that another was to extend */
     xkv_hit *here;       /* an entry of the folder that one of the fetched ones extends; NULL: none */
+    bool alone;          /* none of the folder fits */
 } fetch;
 
 /* --- The longest prefix that it has ------------------------------------------------------------------------------- */
@@ -241,7 +242,7 @@ static xkv_status take_entry(fetch *f, const arrived *child, arrived *a)
         status = open_entry(f, hash, a);
     if (status == XKV_OK)
         status = child == NULL ? check_found(f, a) : check_parent(f, a, child);
-    if (is_useless(status))
+    if (is_useless(status) && !(child != NULL && status == XKV_ERROR_LIMIT)) /* a parent may be larger than the room */
         note_damage(f, name.text);
     if (status == XKV_OK)
         f->room -= xkv_min64(f->room, a->blob.raw.size);
@@ -264,19 +265,21 @@ static xkv_status find_here(fetch *f, const arrived *a)
     return status;
 }
 
-/* The entry that was found and those that it extends, up to one that is here. All of them must lie in the remote. */
+/* The entry that was found and those that it extends, up to one that is here. All of them must lie in the remote.
+ * *count: those that have come before. */
 static xkv_status take_line(fetch *f, arrived *line, uint32_t *count)
 {
-    for (*count = 0;;) {
+    for (;;) {
+        if (*count == XKV_LINE_MAX)
+            return xkv_fail(f->ctx, XKV_ERROR_LIMIT, "more than %d entries extend each other [SE3]", XKV_LINE_MAX);
         arrived *a = &line[(*count)++];
         XKV_TRY(take_entry(f, *count > 1 ? a - 1 : NULL, a));
         if (!a->blob.head.extends)
             return XKV_OK;
-        XKV_TRY(find_here(f, a));
+        if (!f->alone)
+            XKV_TRY(find_here(f, a));
         if (f->here != NULL)
             return XKV_OK;
-        if (*count == XKV_LINE_MAX)
-            return xkv_fail(f->ctx, XKV_ERROR_LIMIT, "more than %d entries extend each other [SE3]", XKV_LINE_MAX);
     }
 }
 
@@ -313,6 +316,13 @@ static xkv_status store_all(fetch *f, const arrived *line, uint32_t count)
     return status != XKV_OK && why[0] != '\0' ? xkv_fail(f->ctx, status, "%s", why) : status;
 }
 
+/* An entry here was chosen by its tokens. Its rows may still be others (planes, positions); those that the remote has
+ * for it are not. */
+static bool does_not_fit(const fetch *f, xkv_status status)
+{
+    return f->here != NULL && !f->stored && is_useless(status);
+}
+
 static xkv_status fetch_line(fetch *f)
 {
     arrived *line = NULL;
@@ -323,6 +333,15 @@ static xkv_status fetch_line(fetch *f)
     xkv_status status = take_line(f, line, &count);
     if (status == XKV_OK)
         status = store_all(f, line, count);
+    if (does_not_fit(f, status)) {
+        xkv_hit_close(f->ctx, f->here);
+        f->here = NULL;
+        f->alone = true;
+        xkv_ctx_begin(f->ctx);
+        status = take_line(f, line, &count);
+        if (status == XKV_OK)
+            status = store_all(f, line, count);
+    }
     for (uint32_t i = 0; i < count; i++)
         forget(f, &line[i]);
     xkv_release(f->ctx, line);

@@ -154,8 +154,9 @@ XKV_API void xkv_ctx_reset(xkv_ctx *ctx);
 XKV_API uint64_t xkv_ctx_memory_used(const xkv_ctx *ctx);
 XKV_API uint64_t xkv_ctx_memory_peak(const xkv_ctx *ctx);
 
-/* Give memory back to the system. Without an allocator of the caller's a context keeps large blocks that its calls have
- * released, for the next ones: with those in use never more than the peak. */
+/* Give memory and threads back to the system. Without an allocator of the caller's a context keeps large blocks that
+ * its calls have released, for the next ones: with those in use never more than the peak. It also keeps the threads of
+ * its last call, which sleep; a process forked in between starts its own. */
 XKV_API void xkv_ctx_trim(xkv_ctx *ctx);
 
 #ifdef __cplusplus

@@ -110,7 +110,7 @@ static void test_other_version(void **state)
     (void)state;
     world w = {.plugin = XKV_OTHER_PLUGIN};
     finding f = find(&w);
-    assert_cpu(&f, "plug-in version 999, this library needs 4");
+    assert_cpu(&f, "plug-in version 999, this library needs 5");
 }
 
 static void test_other_library(void **state)

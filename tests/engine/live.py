@@ -1,6 +1,7 @@
 """Prefixes of a real engine reused by another process, as users run it: python -m xkv.llama. Prints one JSON object; fails
 when a bound is broken. Run through run.sh: run.sh live MODEL."""
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from xkv.llama import engine
 from xkv.llama.__main__ import prompt_tokens
 
 PROMPT_TOKENS, FOLLOWING = 2000, 64
+TRAINING_TOKENS = 1024  # of each text
 ANSWER, ASKED = 24, "Answer with one word."
 QUESTIONS = 8
 RATIO = 16
@@ -63,15 +65,18 @@ def other_model(name, cache):
 
 def trained(model_file, name, cache):
     """A dictionary trained by python -m xkv.calibrate on texts that are not judged; kept."""
+    texts = training_texts(cache)
+
     def make(path):
         with tempfile.TemporaryDirectory() as folder:
             files = []
-            for text, words in training_texts(cache).items():
+            for text, words in texts.items():
                 files.append(pathlib.Path(folder, text))
                 files[-1].write_text(words)
-            subprocess.run([sys.executable, "-m", "xkv.calibrate", model_file, "--tokens", "1024", "--dictionary", path,
+            subprocess.run([sys.executable, "-m", "xkv.calibrate", model_file, "--tokens", str(TRAINING_TOKENS), "--dictionary", path,
                             "--text", *files], check=True)
-    return models.made_once(cache / f"{name}-live.xkvd", make)
+    which = hashlib.sha256(json.dumps([TRAINING_TOKENS, texts]).encode()).hexdigest()[:8]
+    return models.made_once(cache / f"{name}-live-{which}.xkvd", make)
 
 
 def two_processes(model_file, dictionary, work, cache):

@@ -1,4 +1,5 @@
-/* test_pool.c - the worker pool: every task once, order, failures, cancellation, OpenBLAS's thread count. */
+/* test_pool.c - the worker pool: every task once, order, failures, cancellation, OpenBLAS's thread count, threads that
+ * a context keeps. */
 #include "kernels.h"
 
 #include <setjmp.h>
@@ -6,9 +7,12 @@
 
 #include <cblas.h>
 #include <cmocka.h>
+#include <dirent.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #define TASKS 1000
 
@@ -173,6 +177,102 @@ static void test_arguments(void **state)
     xkv_ctx_free(ctx);
 }
 
+/* --- Threads that are kept ---------------------------------------------------------------------------------------- */
+
+enum { KEPT = 3 };
+
+typedef struct meeting {
+    pthread_barrier_t barrier;
+    pthread_t threads[KEPT];
+} meeting;
+
+static xkv_status meet(void *user, uint32_t worker, uint64_t index)
+{
+    meeting *m = user;
+    (void)index;
+    m->threads[worker] = pthread_self();
+    pthread_barrier_wait(&m->barrier); /* so that each runs one */
+    return XKV_OK;
+}
+
+/* Which threads run the tasks of a new pool. */
+static meeting who_runs(xkv_ctx *ctx)
+{
+    meeting m;
+    xkv_pool *pool = NULL;
+    assert_int_equal(xkv_pool_create(ctx, KEPT, &pool), XKV_OK);
+    pthread_barrier_init(&m.barrier, NULL, KEPT);
+    assert_int_equal(xkv_pool_run(ctx, pool, KEPT, meet, &m), XKV_OK);
+    pthread_barrier_destroy(&m.barrier);
+    xkv_pool_free(ctx, pool);
+    return m;
+}
+
+static int count_threads(void)
+{
+    DIR *d = opendir("/proc/self/task");
+    int n = 0;
+    assert_non_null(d);
+    for (struct dirent *e; (e = readdir(d)) != NULL;)
+        n += e->d_name[0] != '.';
+    closedir(d);
+    return n;
+}
+
+static void test_threads_are_kept(void **state)
+{
+    (void)state;
+    xkv_ctx *ctx = new_ctx();
+    xkv_pool *other = NULL;
+    int before = count_threads();
+    meeting first = who_runs(ctx);
+    for (int i = 0; i < 5; i++) {
+        meeting m = who_runs(ctx);
+        for (int k = 0; k < KEPT; k++)
+            assert_true(pthread_equal(m.threads[k], first.threads[k]));
+    }
+    assert_int_equal(count_threads(), before + KEPT - 1);
+    assert_int_equal(xkv_pool_create(ctx, KEPT + 2, &other), XKV_OK); /* replaces it when it is freed */
+    xkv_pool_free(ctx, other);
+    assert_int_equal(count_threads(), before + KEPT + 1);
+    xkv_ctx_trim(ctx);
+    assert_int_equal(count_threads(), before);
+    who_runs(ctx);
+    xkv_ctx_free(ctx);
+    assert_int_equal(count_threads(), before);
+}
+
+/* A child has none of its parent's threads: it starts its own, and waits for nobody else. */
+static void test_after_a_fork(void **state)
+{
+    (void)state;
+#if defined(__SANITIZE_THREAD__)
+    skip(); /* it lets no child of several threads start any */
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+    skip();
+#endif
+#endif
+    for (int use = 0; use < 2; use++) {
+        xkv_ctx *ctx = new_ctx();
+        int status = 0;
+        who_runs(ctx);
+        pid_t child = fork();
+        assert_true(child >= 0);
+        if (child == 0) {
+            alarm(20);
+            if (use)
+                who_runs(ctx);
+            xkv_ctx_free(ctx);
+            _exit(0);
+        }
+        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_int_equal(status, 0);
+        who_runs(ctx);
+        xkv_ctx_free(ctx);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -183,6 +283,8 @@ int main(void)
         cmocka_unit_test(test_many_runs),
         cmocka_unit_test(test_blas_is_held_at_one_thread),
         cmocka_unit_test(test_arguments),
+        cmocka_unit_test(test_threads_are_kept),
+        cmocka_unit_test(test_after_a_fork),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1100,6 +1100,28 @@ static void test_line_goes_on(void **state)
     assert_sound(&b, 3);
 }
 
+/* An entry here of the same tokens and other rows is left alone: the remote has what its line needs. */
+static void test_line_beside_another(void **state)
+{
+    (void)state;
+    const xkv_namespace ns = ns_of(NULL);
+    int32_t tokens[STORE_TOKENS], positions[STORE_TOKENS];
+    put_line(&a, NULL, 1, 1, LINE, 0);
+    push(&a);
+    make_tokens(1, 50000, tokens, 70);
+    rows *r = make_rows(tokens, 70);
+    for (int32_t i = 0; i < 70; i++)
+        positions[i] = i + 5;
+    r->geometry.positions = positions;
+    const xkv_prompt prompt = {.tokens = tokens, .token_count = 70};
+    assert_ok(b.ctx,
+              xkv_store_put_planes(b.ctx, b.s.store, &ns, &prompt, &r->geometry, r->views, NULL, NULL, 0, NULL, NULL));
+    free(r);
+    assert_int_equal(look_up(&b, 1, 128, 0), 128);
+    assert_int_equal(fake.blobs_got, LINE);
+    assert_sound(&b, LINE + 1);
+}
+
 static void test_sealed_line(void **state)
 {
     static const uint8_t key[32] = {7};
@@ -1275,6 +1297,7 @@ static void test_sizes_of_lines(void **state)
     open_machine(&b);
     assert_int_equal(look_up(&b, 1, 128, 0), 0);
     assert_nothing_stored(&b);
+    assert_int_equal(stats(&b).damaged, 0); /* there is no room for it */
     close_machine(&b);
     b.options.object_bytes = all;
     open_machine(&b);
@@ -1580,6 +1603,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_dictionary_for_nothing, setup, teardown),
         cmocka_unit_test_setup_teardown(test_line, setup, teardown),
         cmocka_unit_test_setup_teardown(test_line_goes_on, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_line_beside_another, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sealed_line, setup, teardown),
         cmocka_unit_test_setup_teardown(test_line_is_completed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_line_with_gaps, setup, teardown),
