@@ -43,13 +43,9 @@ xkv_status xkv_check_cancel(xkv_ctx *ctx);
 /* Threads a call on this context may use (>= 1). */
 uint32_t xkv_ctx_threads(const xkv_ctx *ctx);
 
-/* What a context keeps from call to call for a layer above, which knows what it is. Not from two threads at once. */
-typedef struct xkv_keepsake {
-    void *object; /* NULL: nothing */
-    void (*release)(void *object);
-} xkv_keepsake;
-
-xkv_keepsake *xkv_ctx_keepsake(xkv_ctx *ctx);
+/* A context keeps one object from call to call for a layer above, which always gives the same `release`. Give it one,
+ * and get what it had: NULL, or an object that is the caller's now. Any thread. */
+void *xkv_ctx_keep(xkv_ctx *ctx, void *object, void (*release)(void *object));
 
 /* --- Memory ----------------------------------------------------------------------------------------------------- */
 

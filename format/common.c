@@ -43,7 +43,8 @@ typedef struct kept_blocks {
 struct xkv_ctx {
     xkv_allocator allocator;
     kept_blocks kept; /* of the default allocator only */
-    xkv_keepsake keepsake;
+    void *object;     /* see xkv_ctx_keep(); with the lock of `kept` */
+    void (*release_object)(void *object);
     xkv_log_fn log;
     void *log_user;
     uint32_t threads;
@@ -356,16 +357,21 @@ static bool keep_block(xkv_ctx *ctx, void *raw, size_t total)
     return room;
 }
 
-xkv_keepsake *xkv_ctx_keepsake(xkv_ctx *ctx)
+void *xkv_ctx_keep(xkv_ctx *ctx, void *object, void (*release)(void *object))
 {
-    return &ctx->keepsake;
+    pthread_mutex_lock(&ctx->kept.lock);
+    void *before = ctx->object;
+    ctx->object = object;
+    ctx->release_object = release;
+    pthread_mutex_unlock(&ctx->kept.lock);
+    return before;
 }
 
 void xkv_ctx_trim(xkv_ctx *ctx)
 {
-    if (ctx->keepsake.object)
-        ctx->keepsake.release(ctx->keepsake.object);
-    ctx->keepsake = (xkv_keepsake){0};
+    void *object = xkv_ctx_keep(ctx, NULL, ctx->release_object);
+    if (object)
+        ctx->release_object(object);
     release_kept(ctx, SIZE_MAX);
 }
 

@@ -240,29 +240,23 @@ static void stop(void *object)
     free(pool);
 }
 
+/* In place of what was kept before. A pool that lacks threads is not worth it. */
+static void keep(xkv_ctx *ctx, xkv_pool *pool)
+{
+    bool whole = pool->threads == pool->wanted && pool->threads > 1;
+    xkv_pool *rest = whole ? xkv_ctx_keep(ctx, pool, stop) : pool;
+    if (rest != NULL)
+        stop(rest);
+}
+
 /* The pool that the context has kept, if it is of this size and process. */
 static xkv_pool *take(xkv_ctx *ctx, uint32_t threads)
 {
-    xkv_keepsake *kept = xkv_ctx_keepsake(ctx);
-    xkv_pool *pool = kept->object;
-    if (pool == NULL || pool->wanted != threads || pool->process != getpid())
-        return NULL;
-    kept->object = NULL;
-    return pool;
-}
-
-/* In place of one that was kept before. One that lacks threads is not worth it. */
-static void keep(xkv_ctx *ctx, xkv_pool *pool)
-{
-    xkv_keepsake *kept = xkv_ctx_keepsake(ctx);
-    xkv_keepsake old = *kept;
-    if (pool->threads < pool->wanted || pool->threads == 1) {
-        stop(pool);
-        return;
-    }
-    *kept = (xkv_keepsake){pool, stop};
-    if (old.object)
-        old.release(old.object);
+    xkv_pool *pool = xkv_ctx_keep(ctx, NULL, stop);
+    if (pool == NULL || (pool->wanted == threads && pool->process == getpid()))
+        return pool;
+    keep(ctx, pool);
+    return NULL;
 }
 
 xkv_status xkv_pool_create(xkv_ctx *ctx, uint32_t threads, xkv_pool **pool_p)
