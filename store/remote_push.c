@@ -139,17 +139,33 @@ static xkv_status put_pointers(push *p, const xkv_item *item, const xkv_page_key
     return XKV_OK;
 }
 
-/* The keys of an entry's blocks, from the symbols in its blob. */
-static xkv_status read_keys(push *p, const xkv_item *item, xkv_page_key *keys)
+/* The keys of an entry's blocks, [*count], from the symbols in its blob. */
+static xkv_status read_keys(push *p, const xkv_item *item, xkv_page_key **keys, uint32_t *count)
 {
     xkv_namespace ns;
     uint32_t *list = NULL;
     XKV_TRY(xkv_line_read_symbols(p->ctx, p->store, item, &list));
     const xkv_symbols symbols = {.data = list, .count = item->symbols, .tokens = item->tokens};
+    *count = (uint32_t)xkv_ceil_div(item->tokens, p->remote->block_tokens);
+    xkv_status status = XKV_NEW(p->ctx, *count, keys);
     memcpy(ns.id, item->space, 32);
-    xkv_chain_keys(&ns, &symbols, p->remote->block_tokens, keys);
+    if (status == XKV_OK)
+        xkv_chain_keys(&ns, &symbols, p->remote->block_tokens, *keys);
     xkv_release(p->ctx, list);
-    return XKV_OK;
+    return status;
+}
+
+/* Whether the remote has the index objects of an entry: the last one is written last. */
+static xkv_status has_pointers(push *p, const xkv_item *item, bool *have)
+{
+    xkv_page_key *keys = NULL;
+    uint32_t count;
+    uint64_t size;
+    XKV_TRY(read_keys(p, item, &keys, &count));
+    xkv_status status = is_there(p, xkv_remote_index_name(p->remote, keys[count - 1].key).text, &size);
+    xkv_release(p->ctx, keys);
+    *have = size > 0;
+    return status;
 }
 
 /* Blobs below an id are sent though the remote seems to have them: perhaps they are damaged there. Once, or an entry
@@ -174,13 +190,11 @@ static void note_sent(xkv_remote *r, uint64_t id)
 /* All objects of an entry but its blob, which is there by the end, too. */
 static xkv_status push_opened(push *p, const xkv_item *item, const int *fd, bool have_blob)
 {
-    const uint32_t count = (uint32_t)xkv_ceil_div(item->tokens, p->remote->block_tokens);
     xkv_remote_name name = xkv_remote_blob_name(item->blob);
     xkv_page_key *keys = NULL;
-    XKV_TRY(XKV_NEW(p->ctx, count, &keys));
-    xkv_status status = read_keys(p, item, keys);
-    if (status == XKV_OK)
-        status = push_dict(p, item);
+    uint32_t count;
+    XKV_TRY(read_keys(p, item, &keys, &count));
+    xkv_status status = push_dict(p, item);
     if (status == XKV_OK && !have_blob)
         status = put_blob(p, name.text, item->blob, fd);
     if (status == XKV_OK && !have_blob)
@@ -208,15 +222,17 @@ static xkv_status has_blob(push *p, const xkv_item *item, bool *have)
     return XKV_OK;
 }
 
-/* An entry: `extended` by the one that is sent, it lies there complete if its blob does. */
+/* An entry, `extended` by the one that is sent or this itself. */
 static xkv_status push_item(push *p, const xkv_item *item, bool extended)
 {
-    bool have;
+    bool have, complete = false;
     int fd = -1;
     p->deadline = xkv_remote_now(p->remote) + p->remote->o.send_ms;
     xkv_blob_name name = xkv_blob_name_of(item->blob, item->id);
     XKV_TRY(has_blob(p, item, &have));
     if (have && extended)
+        XKV_TRY(has_pointers(p, item, &complete));
+    if (complete)
         return XKV_OK;
     XKV_TRY(xkv_blob_open(p->ctx, &p->store->folders, &name, true, &fd));
     xkv_status status = push_opened(p, item, &fd, have);

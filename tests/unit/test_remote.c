@@ -1156,6 +1156,26 @@ static void test_line_is_completed(void **state)
     assert_int_equal(look_up(&b, 1, 128, 0), 128);
 }
 
+/* The same when the server dies after the blob of the first, before its index objects: whoever asks for the first alone
+ * finds it in the end. */
+static void test_line_is_completed_later(void **state)
+{
+    (void)state;
+    close_machine(&a);
+    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
+    put_line(&a, NULL, 1, 1, 1, 0);
+    close_machine(&a);
+    open_machine(&a);
+    put_line(&a, NULL, 1, 2, 2, 0);
+    fake.puts_left = 1;
+    assert_int_equal(push(&a).waiting, 1);
+    fake.puts_left = UINT32_MAX;
+    fake.now += 100000;
+    assert_int_equal(push(&a).sent, 1);
+    assert_int_equal(fake.blobs_put, 2);
+    assert_int_equal(look_up(&b, 1, CHUNK, 8), CHUNK);
+}
+
 /* The blob at which the object of `tokens` tokens points. */
 static object *blob_of(uint64_t seed, uint32_t tokens)
 {
@@ -1606,6 +1626,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_line_beside_another, setup, teardown),
         cmocka_unit_test_setup_teardown(test_sealed_line, setup, teardown),
         cmocka_unit_test_setup_teardown(test_line_is_completed, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_line_is_completed_later, setup, teardown),
         cmocka_unit_test_setup_teardown(test_line_with_gaps, setup, teardown),
         cmocka_unit_test_setup_teardown(test_forged_lines, setup, teardown),
         cmocka_unit_test_setup_teardown(test_endless_line, setup, teardown),
