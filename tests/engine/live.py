@@ -26,13 +26,14 @@ TRAINING_TOKENS = 1024  # of each text
 ANSWER, ASKED = 24, "Answer with one word."
 QUESTIONS = 8
 RATIO = 16
-KL_BOUNDS = {"smollm2": 0.0062, "qwen": 0.0070}  # at 16 times
+KL_BOUNDS = {"smollm2": 0.0062, "qwen": 0.0070}  # at 16 times; what other models reach is told, and not judged
 PARTS = ("processes", "agreement", "questions", "fallbacks", "contexts", "windows", "readme")
 CHECKS = {
     "processes": lambda r: {"the first token comes 5 times sooner": r["speedup"] >= 5},
     "agreement": lambda r: {"top-1 agreement of 0.93": r["top1"] >= 0.93, "lossless: identical": r["lossless_identical"],
                             **({"KL within its bound": r["kl"] <= r["kl_bound"]} if "kl_bound" in r else {})},
-    "questions": lambda r: {"at most one answer differs": r["judged"] == QUESTIONS and r["different"] <= 1},
+    "questions": lambda r: {"at most one answer differs": r["judged"] == QUESTIONS and r["different"] <= 1}
+                 if r["bound"] else {},
     "readme": lambda r: {"the snippet runs and reuses": r["hits"] >= 1 and r["entries"] >= 1 and all(r["answers"])},
     "contexts": lambda r: {"another length fits": r["reused_tokens"] == r["prompt_tokens"] - 1 and r["same_answer"],
                            "one that is too short is refused": "--n-ctx 64" in r["refused"]},
@@ -73,8 +74,8 @@ def trained(model_file, name, cache):
             for text, words in texts.items():
                 files.append(pathlib.Path(folder, text))
                 files[-1].write_text(words)
-            subprocess.run([sys.executable, "-m", "xkv.calibrate", model_file, "--tokens", str(TRAINING_TOKENS), "--dictionary", path,
-                            "--text", *files], check=True)
+            subprocess.run([sys.executable, "-m", "xkv.calibrate", model_file, "--tokens", str(TRAINING_TOKENS),
+                            "--dictionary", path, "--text", *files], check=True)
     which = hashlib.sha256(json.dumps([TRAINING_TOKENS, texts]).encode()).hexdigest()[:8]
     return models.made_once(cache / f"{name}-live-{which}.xkvd", make)
 
@@ -139,7 +140,8 @@ def agreement(judge, cache):
         kl.append(result.kl)
         same.append(result.top1)
         identical &= bytes(raw) == bytes(lossless) and np.array_equal(reference, judge.scores(lossless, following))
-    return dict(prompts=len(kl), tokens=PROMPT_TOKENS, kl=float(np.mean(kl)), kl_worst_prompt=max(kl), top1=float(np.mean(same)), lossless_identical=bool(identical))
+    return dict(prompts=len(kl), tokens=PROMPT_TOKENS, kl=float(np.mean(kl)), kl_worst_prompt=max(kl),
+                top1=float(np.mean(same)), lossless_identical=bool(identical))
 
 
 def questions(judge, model_file, cache):
@@ -193,6 +195,7 @@ def main():
                 results["agreement"]["kl_bound"] = KL_BOUNDS[args.model]
         if "questions" in args.parts:
             results["questions"] = questions(Judge(model_file, model_file, dictionary), model_file, args.cache)
+            results["questions"]["bound"] = args.model in KL_BOUNDS
         if "fallbacks" in args.parts:
             results["fallbacks"] = fallbacks(answer, model_file, other_model(args.model, args.cache),
                                              models.f32_model(args.model, args.cache), work)
