@@ -338,14 +338,14 @@ XKV_API XKV_MUST_CHECK xkv_status xkv_device_read_size(xkv_ctx *ctx, xkv_device 
 
 /* xkv_entry_read() into views of the device's memory, `rows` included, with elements of f32, f16 or bf16 at addresses
  * that are multiples of their size, or blocks (q8_0, q4_0) anywhere. Groups are decoded by the device while the next
- * bytes are read and copied; what it does not decode (zstd, sinks and window, lossless rows that change their dtype or
- * position, groups with a chunk larger than a staging buffer) comes from the CPU. The call returns, and group_ready is
- * called, when rows are in place and checked; other streams may use them at once. Rows agree with those of
- * xkv_entry_read() as spec/codec.md, section 3 demands of two decoders. Without enough memory on the device the call
- * takes smaller tiles, then the CPU for everything, and says so in the log. Of an entry that extends another each part
- * is such a read; `dict` is that of one of them, others are copied. `target` may be NULL for defaults. Errors: those of
- * xkv_entry_read(); ARGUMENT (alignment, workspace), UNSUPPORTED (another dtype), BACKEND (the device: see
- * xkv_device_get_info()). */
+ * bytes are read and copied, or read by the device itself (xkv_device_options.direct); what it does not decode (zstd,
+ * sinks and window, lossless rows that change their dtype or position, groups with a chunk larger than a staging
+ * buffer) comes from the CPU. The call returns, and group_ready is called, when rows are in place and checked; other
+ * streams may use them at once. Rows agree with those of xkv_entry_read() as spec/codec.md, section 3 demands of two
+ * decoders. Without enough memory on the device the call takes smaller tiles, then the CPU for everything, and says so
+ * in the log. Of an entry that extends another each part is such a read; `dict` is that of one of them, others are
+ * copied. `target` may be NULL for defaults. Errors: those of xkv_entry_read(); ARGUMENT (alignment, workspace),
+ * UNSUPPORTED (another dtype), BACKEND (the device: see xkv_device_get_info()). */
 XKV_API XKV_MUST_CHECK xkv_status xkv_device_read(xkv_ctx *ctx, xkv_device *device, const xkv_entry *entry,
                                                   const xkv_read_options *options, const xkv_device_target *target,
                                                   const xkv_view *views);

@@ -238,7 +238,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--text", type=pathlib.Path, nargs="+", required=True, help="texts like those to be packed")
     parser.add_argument("-o", "--output", type=pathlib.Path, help="the metric (.safetensors), for xkv-train --metric")
     parser.add_argument("--dictionary", type=pathlib.Path, help="train on the caches of the texts (.xkvd)")
-    parser.add_argument("--tokens", type=int, default=512, help="of each text, from its start [512]")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each text, from its start [1024]")
     args = parser.parse_args(arguments)
     if not args.output and not args.dictionary:
         parser.error("-o or --dictionary is needed")
