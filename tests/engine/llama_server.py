@@ -52,7 +52,8 @@ def build(version, cache, path):
 
 
 class Running:
-    """A server of one slot, with no other memory of prompts than that slot."""
+    """A server of one slot, with no other memory of prompts than that slot. All rows are kept, not only windows: of a slot of
+    windows, raw ones too, it reuses nothing."""
 
     def __init__(self, program, model_file, slots, log, *options):
         with contextlib.closing(socket.socket()) as chosen:
@@ -61,7 +62,7 @@ class Running:
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
             list(map(str, [program, "--model", model_file, "--port", port, "--slot-save-path", f"{slots}/", "--parallel", 1,
-                           "--ctx-size", 4096, "--cache-ram", 0, *options])), stdout=log, stderr=log)
+                           "--ctx-size", 4096, "--cache-ram", 0, "--swa-full", *options])), stdout=log, stderr=log)
 
     def __enter__(self):
         for _ in range(600):

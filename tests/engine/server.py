@@ -15,7 +15,7 @@ from live import other_model, trained
 from live_checks import damage_blob
 from texts import FACTS, facts_text
 
-ANSWER, TEXT = 16, 7000  # tokens; characters
+ANSWER, TEXT = 16, 6000  # tokens; characters
 
 
 class Setting:
