@@ -210,9 +210,14 @@ def _speed(results: Results) -> str:
 
 # --- Bytes and layers ---
 
+def _of_one_prompt(results: Results, what: str) -> List[Row]:
+    """The rows of the first prompt, of its first length, that tell of something."""
+    rows = [row for row in results.single if row.get(what)]
+    return [row for row in rows if all(row.get(key) == rows[0].get(key) for key in ("prompt", "tokens"))]
+
+
 def _bars(results: Results) -> str:
-    rows = [row for row in results.single if row.get("parts")]
-    rows = [row for row in rows if row.get("prompt") == rows[0].get("prompt")]
+    rows = _of_one_prompt(results, "parts")
     if not rows:
         return ""
     most = max(sum(row["parts"].values()) for row in rows)
@@ -231,14 +236,16 @@ def _bars(results: Results) -> str:
         chart.text("tick", at + 6, y + 13, "start", f"{sum(row['parts'].values()):,} bytes")
     present = [name for name in PARTS if any(row["parts"].get(name) for row in rows)]
     cells = [[str(row["method"]), *(f"{int(row['parts'].get(name, 0)):,}" for name in present)] for row in rows]
-    return _svg.figure("Bytes by part", f"Of the entries of one prompt, {rows[0].get('prompt')}.", _svg.keys(
+    tokens = rows[0].get("tokens")
+    length = f", {number(float(tokens))} tokens" if tokens else ""
+    return _svg.figure("Bytes by part", f"Of the entries of one prompt, {rows[0].get('prompt')}{length}.", _svg.keys(
         [(f"p{PARTS.index(name)}", name) for name in present], line=False) + chart.svg() + _svg.folded(
             "The same as a table", _svg.table("Bytes by method and part", ("Method", *present), cells)))
 
 
 def _layers(results: Results) -> str:
     """The last ratio of each method: errors of keys and of values."""
-    rows = {method_of(row): row for row in results.single if row.get("layers")}
+    rows = {method_of(row): row for row in _of_one_prompt(results, "layers")}
     if not rows:
         return ""
     charts: List[Tuple[str, str]] = []
