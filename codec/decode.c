@@ -9,9 +9,6 @@
 #include "parts.h"
 #include "scatter.h"
 
-#include <pthread.h>
-#include <time.h>
-
 enum {
     TASKS_PER_THREAD = 8,        /* of a group, if there are enough tokens: */
     SLICE_STRIPS = 4,            /* tokens that a task restores, at least, in strips of a product */
@@ -100,30 +97,6 @@ static bool may_go_on(const decoder *d, uint32_t m)
     return m <= first_member(d) || d->members[first_member(d)].done;
 }
 
-static struct timespec soon(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_REALTIME, &t);
-    t.tv_nsec += CANCEL_NANOSECONDS;
-    t.tv_sec += t.tv_nsec / 1000000000;
-    t.tv_nsec %= 1000000000;
-    return t;
-}
-
-/* Until something may have changed, with the mutex held before and after. */
-static void sleep_or_wait(decoder *d, xkv_patience *p)
-{
-    if (p->over) {
-        struct timespec until = soon();
-        (void)pthread_cond_timedwait(&d->changed, &d->mutex, &until);
-        return;
-    }
-    pthread_mutex_unlock(&d->mutex);
-    xkv_wait_awake(p);
-    pthread_mutex_lock(&d->mutex);
-}
-
 /* Wait for tasks before the one at hand. When one of these has failed, that is the result of the call, whatever is
  * returned here; those behind do not matter. */
 static xkv_status wait_for(decoder *d, const worker *w, bool (*come)(const decoder *d, uint32_t m), uint32_t m)
@@ -133,7 +106,7 @@ static xkv_status wait_for(decoder *d, const worker *w, bool (*come)(const decod
 
     pthread_mutex_lock(&d->mutex);
     while (status == XKV_OK && !come(d, m)) {
-        sleep_or_wait(d, &patience);
+        xkv_wait_for_change(&d->mutex, &d->changed, CANCEL_NANOSECONDS, &patience);
         status = d->failed < w->task ? XKV_ERROR_CANCELLED : xkv_check_cancel(d->ctx);
     }
     pthread_mutex_unlock(&d->mutex);

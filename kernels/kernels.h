@@ -12,6 +12,8 @@
 #include "xkv/format.h"
 #include "xkv/kernels.h"
 
+#include <pthread.h>
+
 /* --- Worker pool -------------------------------------------------------------------------------------------------- */
 
 /* A fixed set of threads that run numbered tasks. One xkv_pool_run at a time. While at least one pool exists OpenBLAS
@@ -39,8 +41,9 @@ typedef struct xkv_patience {
     bool over;      /* sleep now */
 } xkv_patience;
 
-/* Let a moment pass, well below a microsecond. */
-void xkv_wait_awake(xkv_patience *p);
+/* Until something may have changed, with the mutex held before and after: a moment awake, well below a microsecond, or
+ * asleep until `changed` is signalled, for `most` nanoseconds (0: any number; the condition's clock is the default). */
+void xkv_wait_for_change(pthread_mutex_t *mutex, pthread_cond_t *changed, uint64_t most, xkv_patience *p);
 
 /* --- Operation table ---------------------------------------------------------------------------------------------- */
 

@@ -3,7 +3,6 @@
 #include "kernels.h"
 
 #include <cblas.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <time.h>
@@ -41,12 +40,14 @@ struct xkv_pool {
 
 /* --- Waiting ------------------------------------------------------------------------------------------------------ */
 
-static uint64_t now(void)
+#define SECOND 1000000000u
+
+static uint64_t now(clockid_t clock)
 {
     struct timespec t;
 
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
 }
 
 static void pause_a_little(void)
@@ -58,15 +59,30 @@ static void pause_a_little(void)
 #endif
 }
 
-void xkv_wait_awake(xkv_patience *p)
+static void stay_awake(xkv_patience *p)
 {
-    uint64_t t = now();
+    uint64_t t = now(CLOCK_MONOTONIC);
 
     if (p->until == 0)
         p->until = t + AWAKE_NANOSECONDS;
     p->over = t >= p->until;
     for (int i = 0; i < PAUSES; i++)
         pause_a_little();
+}
+
+void xkv_wait_for_change(pthread_mutex_t *mutex, pthread_cond_t *changed, uint64_t most, xkv_patience *p)
+{
+    if (!p->over) {
+        pthread_mutex_unlock(mutex);
+        stay_awake(p);
+        pthread_mutex_lock(mutex);
+    } else if (most == 0) {
+        pthread_cond_wait(changed, mutex);
+    } else {
+        uint64_t end = now(CLOCK_REALTIME) + most;
+        struct timespec until = {.tv_sec = (time_t)(end / SECOND), .tv_nsec = (long)(end % SECOND)};
+        (void)pthread_cond_timedwait(changed, mutex, &until);
+    }
 }
 
 /* --- OpenBLAS ----------------------------------------------------------------------------------------------------- */
@@ -120,18 +136,6 @@ static void run_tasks(xkv_pool *pool, uint32_t number)
     }
 }
 
-/* Until something may have changed. Called and left with the mutex held. */
-static void wait_for(xkv_pool *pool, pthread_cond_t *sign, xkv_patience *p)
-{
-    if (p->over) {
-        pthread_cond_wait(sign, &pool->mutex);
-        return;
-    }
-    pthread_mutex_unlock(&pool->mutex);
-    xkv_wait_awake(p);
-    pthread_mutex_lock(&pool->mutex);
-}
-
 static void *worker_main(void *user)
 {
     worker *w = user;
@@ -140,7 +144,7 @@ static void *worker_main(void *user)
     pthread_mutex_lock(&pool->mutex);
     for (;;) {
         for (xkv_patience p = {0}; !pool->quit && pool->run == seen;)
-            wait_for(pool, &pool->work, &p);
+            xkv_wait_for_change(&pool->mutex, &pool->work, 0, &p);
         if (pool->quit)
             break;
         seen = pool->run;
@@ -177,7 +181,7 @@ xkv_status xkv_pool_run(xkv_ctx *ctx, xkv_pool *pool, uint64_t count, xkv_task_f
     pthread_cond_broadcast(&pool->work);
     run_tasks(pool, 0);
     for (xkv_patience p = {0}; pool->busy > 0;) /* a worker that wakes up later finds no task left */
-        wait_for(pool, &pool->done, &p);
+        xkv_wait_for_change(&pool->mutex, &pool->done, 0, &p);
     xkv_status status = pool->status;
     pthread_mutex_unlock(&pool->mutex);
     return status;

@@ -316,6 +316,12 @@ static xkv_status store_all(fetch *f, const arrived *line, uint32_t count)
     return status != XKV_OK && why[0] != '\0' ? xkv_fail(f->ctx, status, "%s", why) : status;
 }
 
+static xkv_status take_and_store(fetch *f, arrived *line, uint32_t *count)
+{
+    XKV_TRY(take_line(f, line, count));
+    return store_all(f, line, *count);
+}
+
 /* An entry here was chosen by its tokens. Its rows may still be others (planes, positions); those that the remote has
  * for it are not. */
 static bool does_not_fit(const fetch *f, xkv_status status)
@@ -330,17 +336,13 @@ static xkv_status fetch_line(fetch *f)
     XKV_TRY(XKV_NEW(f->ctx, XKV_LINE_MAX, &line));
     for (uint32_t i = 0; i < XKV_LINE_MAX; i++)
         line[i] = nothing;
-    xkv_status status = take_line(f, line, &count);
-    if (status == XKV_OK)
-        status = store_all(f, line, count);
+    xkv_status status = take_and_store(f, line, &count);
     if (does_not_fit(f, status)) {
         xkv_hit_close(f->ctx, f->here);
         f->here = NULL;
         f->alone = true;
         xkv_ctx_begin(f->ctx);
-        status = take_line(f, line, &count);
-        if (status == XKV_OK)
-            status = store_all(f, line, count);
+        status = take_and_store(f, line, &count);
     }
     for (uint32_t i = 0; i < count; i++)
         forget(f, &line[i]);

@@ -2,11 +2,12 @@
  * toolkit brings its header, and not every machine the library, so that it is neither included nor linked. */
 #include "direct.h"
 
+#include "text.h"
+
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,15 +63,6 @@ static struct {
 } cufile;
 static pthread_once_t loaded = PTHREAD_ONCE_INIT;
 
-__attribute__((format(printf, 3, 4))) static void write_text(char *text, size_t size, const char *format, ...)
-{
-    va_list args;
-
-    va_start(args, format);
-    (void)vsnprintf(text, size, format, args);
-    va_end(args);
-}
-
 static int find_functions(void *library)
 {
     const struct {
@@ -87,7 +79,7 @@ static int find_functions(void *library)
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
         void *symbol = dlsym(library, list[i].name);
         if (symbol == NULL) {
-            write_text(cufile.why, sizeof cufile.why, "%s has no %s", XKV_CUFILE_LIBRARY, list[i].name);
+            xkv_write_text(cufile.why, sizeof cufile.why, "%s has no %s", XKV_CUFILE_LIBRARY, list[i].name);
             return 0;
         }
         memcpy(list[i].function, &symbol, sizeof symbol);
@@ -106,7 +98,7 @@ static int start_driver(void)
         cufile.direct = e.error == CUFILE_SUCCESS && p.driver.major > 0;
         return 1;
     }
-    write_text(cufile.why, sizeof cufile.why, "cuFileDriverOpen: error %d, CUDA %d", e.error, e.cuda);
+    xkv_write_text(cufile.why, sizeof cufile.why, "cuFileDriverOpen: error %d, CUDA %d", e.error, e.cuda);
     return 0;
 }
 
@@ -115,7 +107,7 @@ static void load(void)
     void *library = dlopen(XKV_CUFILE_LIBRARY, RTLD_NOW | RTLD_LOCAL);
 
     if (library == NULL)
-        write_text(cufile.why, sizeof cufile.why, "no cuFile: %s", dlerror());
+        xkv_write_text(cufile.why, sizeof cufile.why, "no cuFile: %s", dlerror());
     else
         cufile.usable = find_functions(library) && start_driver();
 }
@@ -133,7 +125,7 @@ static int open_again(int fd, int emulation)
     char path[32];
     int again;
 
-    write_text(path, sizeof path, "/proc/self/fd/%d", fd);
+    xkv_write_text(path, sizeof path, "/proc/self/fd/%d", fd);
     again = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
     return again < 0 && emulation ? open(path, O_RDONLY | O_CLOEXEC) : again;
 }
@@ -145,7 +137,7 @@ static xkv_status register_file(xkv_direct_file *f, const xkv_plug_file_open *o,
 
     f->fd = open_again(o->fd, o->emulation != 0);
     if (f->fd < 0) {
-        write_text(error, error_size, "cannot open a file for direct reads: %s", strerror(errno));
+        xkv_write_text(error, error_size, "cannot open a file for direct reads: %s", strerror(errno));
         return XKV_ERROR_UNSUPPORTED;
     }
     memset(&d, 0, sizeof d);
@@ -155,7 +147,7 @@ static xkv_status register_file(xkv_direct_file *f, const xkv_plug_file_open *o,
     if (e.error == CUFILE_SUCCESS)
         return XKV_OK;
     f->handle = NULL;
-    write_text(error, error_size, "cuFileHandleRegister: error %d, CUDA %d", e.error, e.cuda);
+    xkv_write_text(error, error_size, "cuFileHandleRegister: error %d, CUDA %d", e.error, e.cuda);
     return XKV_ERROR_UNSUPPORTED;
 }
 
@@ -166,12 +158,12 @@ xkv_status xkv_direct_open(const xkv_plug_file_open *o, xkv_direct_file **file_p
 
     (void)pthread_once(&loaded, load);
     if (!cufile.usable || (!cufile.direct && !o->emulation)) {
-        write_text(error, error_size, "%s", cufile.usable ? "the driver nvidia-fs is not there" : cufile.why);
+        xkv_write_text(error, error_size, "%s", cufile.usable ? "the driver nvidia-fs is not there" : cufile.why);
         return XKV_ERROR_UNSUPPORTED;
     }
     f = calloc(1, sizeof *f);
     if (f == NULL) {
-        write_text(error, error_size, "out of memory");
+        xkv_write_text(error, error_size, "out of memory");
         return XKV_ERROR_MEMORY;
     }
     status = register_file(f, o, error, error_size);
@@ -205,10 +197,11 @@ xkv_status xkv_direct_read(const xkv_plug_file_read *o, char *error, size_t erro
             continue;
         }
         if (n == 0)
-            write_text(error, error_size, "cuFileRead: the file ends at offset %llu",
-                       (unsigned long long)(o->offset + done));
+            xkv_write_text(error, error_size, "cuFileRead: the file ends at offset %llu",
+                           (unsigned long long)(o->offset + done));
         else
-            write_text(error, error_size, "cuFileRead: %s %d", n == -1 ? "errno" : "error", n == -1 ? errno : (int)-n);
+            xkv_write_text(error, error_size, "cuFileRead: %s %d", n == -1 ? "errno" : "error",
+                           n == -1 ? errno : (int)-n);
         return XKV_ERROR_BACKEND;
     }
     return XKV_OK;

@@ -2,10 +2,10 @@
  * it against a runtime of their own, which fails when told to (tests/cuda). */
 #include "direct.h"
 #include "launch.h"
+#include "text.h"
 
 #include <cublas_v2.h>
 #include <cusolverDn.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,15 +48,6 @@ static int breaks_context(cudaError_t e)
     }
 }
 
-__attribute__((format(printf, 3, 4))) static void write_text(char *text, size_t size, const char *format, ...)
-{
-    va_list args;
-
-    va_start(args, format);
-    (void)vsnprintf(text, size, format, args);
-    va_end(args);
-}
-
 /* What a call of the runtime comes to. The runtime keeps its last error; it is taken, so that nobody else finds it. */
 static xkv_status result_of(xkv_plug_device *d, cudaError_t e, const char *call)
 {
@@ -64,8 +55,8 @@ static xkv_status result_of(xkv_plug_device *d, cudaError_t e, const char *call)
         return XKV_OK;
     (void)cudaGetLastError();
     d->dead |= breaks_context(e);
-    write_text(d->error, sizeof d->error, "%s: %s (%s)%s", call, cudaGetErrorString(e), cudaGetErrorName(e),
-               d->dead ? "; the device cannot be used any more" : "");
+    xkv_write_text(d->error, sizeof d->error, "%s: %s (%s)%s", call, cudaGetErrorString(e), cudaGetErrorName(e),
+                   d->dead ? "; the device cannot be used any more" : "");
     return e == cudaErrorMemoryAllocation ? XKV_ERROR_MEMORY : XKV_ERROR_BACKEND;
 }
 
@@ -79,7 +70,7 @@ static xkv_status result_of_blas(xkv_plug_device *d, cublasStatus_t s, const cha
         e = cudaGetLastError();
     if (e != cudaSuccess)
         return result_of(d, e, call);
-    write_text(d->error, sizeof d->error, "%s: %s", call, cublasGetStatusString(s));
+    xkv_write_text(d->error, sizeof d->error, "%s: %s", call, cublasGetStatusString(s));
     return s == CUBLAS_STATUS_ALLOC_FAILED ? XKV_ERROR_MEMORY : XKV_ERROR_BACKEND;
 }
 
@@ -106,7 +97,7 @@ static xkv_status result_of_solver(xkv_plug_device *d, cusolverStatus_t s, const
         e = cudaGetLastError();
     if (e != cudaSuccess)
         return result_of(d, e, call);
-    write_text(d->error, sizeof d->error, "%s: cuSOLVER status %d", call, (int)s);
+    xkv_write_text(d->error, sizeof d->error, "%s: cuSOLVER status %d", call, (int)s);
     return s == CUSOLVER_STATUS_ALLOC_FAILED ? XKV_ERROR_MEMORY : XKV_ERROR_BACKEND;
 }
 
@@ -170,11 +161,11 @@ static uint32_t count_devices(char *why, size_t why_size)
 
     if (e != cudaSuccess) {
         (void)cudaGetLastError();
-        write_text(why, why_size, "%s", cudaGetErrorString(e));
+        xkv_write_text(why, why_size, "%s", cudaGetErrorString(e));
         return 0;
     }
     if (count == 0)
-        write_text(why, why_size, "the driver has no device");
+        xkv_write_text(why, why_size, "the driver has no device");
     return (uint32_t)count;
 }
 
@@ -186,7 +177,7 @@ static xkv_status check_capability(xkv_plug_device *d)
     TRY_CUDA(d, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->index));
     if (major >= 8)
         return XKV_OK;
-    write_text(d->error, sizeof d->error, "compute capability %d.x; 8.0 or higher is needed", major);
+    xkv_write_text(d->error, sizeof d->error, "compute capability %d.x; 8.0 or higher is needed", major);
     return XKV_ERROR_UNSUPPORTED;
 }
 
@@ -239,7 +230,7 @@ static xkv_status open_device(uint32_t index, xkv_plug_device **device_p, char *
         *device_p = d;
         return XKV_OK;
     }
-    write_text(why, why_size, "%s", d->error);
+    xkv_write_text(why, why_size, "%s", d->error);
     close_device(d);
     return status;
 }
@@ -254,7 +245,7 @@ static void get_properties(xkv_plug_device *d, xkv_plug_properties *p)
     if (enter(d, &callers) != XKV_OK)
         return;
     if (cudaGetDeviceProperties(&found, d->index) == cudaSuccess) {
-        write_text(p->name, sizeof p->name, "%s", found.name);
+        xkv_write_text(p->name, sizeof p->name, "%s", found.name);
         p->major = (uint32_t)found.major;
         p->minor = (uint32_t)found.minor;
     }

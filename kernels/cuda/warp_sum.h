@@ -2,7 +2,7 @@
  * more than XKV_SUM_SHORT bytes: what checksums of parts are (spec/container.md, rule P3).
  *
  * The input is taken by stripes of 8 words, 16 of which are a block. Within a block sums do not depend on the order, so
- * that lane i takes word i mod 8 of every fourth stripe from i / 8 on; between blocks lane i < 8 has accumulator i. */
+ * that lane i takes word i mod 8 of every fourth stripe from i / 8 on; between blocks it has accumulator i mod 8. */
 #ifndef XKV_CUDA_WARP_SUM_H
 #define XKV_CUDA_WARP_SUM_H
 
@@ -64,7 +64,7 @@ XKV_WARP uint64_t xkv_sum_multiply(uint64_t word, uint64_t secret)
 
 /* A block of `stripes` <= 16 stripes: its products and words, of each lane those of its own words. */
 typedef struct xkv_warp_sum {
-    uint64_t total XKV_LANES; /* lane < 8: an accumulator */
+    uint64_t total XKV_LANES; /* accumulator lane mod 8 */
     uint64_t products XKV_LANES, words XKV_LANES;
 } xkv_warp_sum;
 

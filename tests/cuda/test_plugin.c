@@ -207,6 +207,9 @@ static void test_options(void **state)
     w.options.staging_count = 2;
     w.options.staging_bytes = 1000;
     assert_int_equal(find(&w).opened, XKV_ERROR_ARGUMENT);
+    w.options = xkv_device_options_default();
+    w.options.direct = XKV_DIRECT_ON + 1;
+    assert_int_equal(find(&w).opened, XKV_ERROR_ARGUMENT);
 }
 
 /* --- Failures ----------------------------------------------------------------------------------------------------- */

@@ -1138,15 +1138,21 @@ static void test_sealed_line(void **state)
     free_machine(&d);
 }
 
+/* As put_line(), the first `count` entries, when machine a has no remote yet. */
+static void put_line_before_the_remote(uint32_t count)
+{
+    close_machine(&a);
+    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
+    put_line(&a, NULL, 1, 1, count, 0);
+    close_machine(&a);
+    open_machine(&a);
+}
+
 /* What was put before the remote was there is sent with what extends it, and once. */
 static void test_line_is_completed(void **state)
 {
     (void)state;
-    close_machine(&a);
-    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
-    put_line(&a, NULL, 1, 1, 2, 0);
-    close_machine(&a);
-    open_machine(&a);
+    put_line_before_the_remote(2);
     put_line(&a, NULL, 1, 3, 3, 0);
     assert_int_equal(push(&a).sent, 1);
     assert_int_equal(count_of('b'), 3);
@@ -1161,11 +1167,7 @@ static void test_line_is_completed(void **state)
 static void test_line_is_completed_later(void **state)
 {
     (void)state;
-    close_machine(&a);
-    assert_ok(a.ctx, xkv_store_open(a.ctx, a.s.path, NULL, &a.s.store));
-    put_line(&a, NULL, 1, 1, 1, 0);
-    close_machine(&a);
-    open_machine(&a);
+    put_line_before_the_remote(1);
     put_line(&a, NULL, 1, 2, 2, 0);
     fake.puts_left = 1;
     assert_int_equal(push(&a).waiting, 1);
